@@ -1,0 +1,51 @@
+# Two commands do all the set-up, without root, GPU, display, Vulkan or OpenGL:
+#   make train    creates the environment, then trains a robot arm from pixels
+#   make test     creates the same environment if need be, then runs the tests
+#
+# make train ARGS="--seed 2 --track"      more arguments for the script (python algos/squint_sac.py --help)
+# make test  ARGS="-k resume -x"          more arguments for pytest
+# make train PYTHON=python3.12            another interpreter for the environment
+# make setup EXTRAS=all                   every simulator; the extras are listed in pyproject.toml
+# make test  VENV=/some/folder            another place for the environment
+
+PYTHON ?= python3
+VENV   ?= .venv
+EXTRAS ?= so101,test
+TASK   ?= SO101ReachCube-v1
+ARGS   ?=
+
+comma := ,
+PY    := $(VENV)/bin/python
+# One stamp per set of extras: a second call installs nothing, a changed pyproject.toml installs again.
+STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test check lint figures
+
+help:  ## list the commands
+	@sed -n 's/^\([a-z]*\):.*## /  make \1:/p' Makefile | awk -F: '{ printf "%-14s %s\n", $$1, $$2 }'
+
+setup: $(STAMP)  ## create the environment and nothing else
+
+train: $(STAMP)  ## train a robot arm from pixels (TASK=SO101ReachCube-v1)
+	$(PY) algos/squint_sac.py --env-id $(TASK) $(ARGS)
+
+test: $(STAMP)  ## run the tests
+	$(PY) -m pytest $(ARGS)
+
+check: $(STAMP)  ## say which simulators and renderers work here
+	$(PY) -m envs.check
+
+lint: $(STAMP)  ## ruff
+	$(PY) -m ruff check .
+
+figures: $(STAMP)  ## rebuild every figure and table of the docs from docs/results
+	$(PY) scripts/plot_results.py
+
+# pip is looked for, not python: a Debian without python3-venv leaves a python behind that has no pip.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "cleanrobot needs Python 3.11 or newer; name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --editable ".[$(EXTRAS)]"
+	@touch $@
