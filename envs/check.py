@@ -1,0 +1,428 @@
+"""What works on this machine: versions, devices, simulators and renderers, tried one by one.
+
+    python -m envs.check
+
+For everything that does not work, the line that installs it stands below it. Each probe really steps a simulator or
+draws a picture, in a process of its own with a time limit, so that a driver that crashes or hangs cannot take the
+check with it. The exit status is 0 unless the embedded default, the SO-101 tasks on the CPU, cannot run; then it is 1.
+The first run on a machine compiles the kernels of MuJoCo Warp (a minute or so); they are cached.
+"""
+
+import argparse
+import ctypes.util
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMEOUT_S = 300  # of one probe; what takes long is the first compilation of kernels
+# The pip of this very environment, so that the printed lines work as they stand, whether or not it is activated.
+_python = Path(sys.executable)
+PIP = f"{_python.relative_to(ROOT) if _python.is_relative_to(ROOT) else _python} -m pip install -e"
+ANSWER = "envs.check answer: "  # marks the probe's line among what simulators print
+
+SCENE = """
+<mujoco>
+  <worldbody>
+    <light pos="0 0 2"/>
+    <geom type="plane" size="1 1 0.1" rgba="0.2 0.2 0.2 1"/>
+    <body pos="0 0 0.5">
+      <freejoint/>
+      <geom type="box" size="0.1 0.1 0.1" rgba="1 0 0 1"/>
+    </body>
+    <camera name="front" pos="0 -1 0.5" xyaxes="1 0 0 0 0 1"/>
+  </worldbody>
+</mujoco>
+"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Probes: each returns one line about what worked, or raises
+# ---------------------------------------------------------------------------------------------------------------------
+def probe_devices() -> str:
+    """Return the accelerators that torch and Warp see, one per line."""
+    import torch
+
+    lines = []
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        lines.append(f"cuda:{i}  {properties.name}, {properties.total_memory / 2**30:.0f} GiB, torch sees it")
+    if not lines:
+        lines.append("no GPU that torch sees; everything runs on the CPU")
+        if torch.version.cuda is None and shutil.which("nvidia-smi"):
+            lines.append("but an NVIDIA driver is here and this torch is a CPU-only build: see pytorch.org for CUDA's")
+    if importlib.util.find_spec("warp"):
+        import warp
+
+        warp.config.quiet = True
+        warp.init()
+        lines.append("Warp sees " + ", ".join(str(device) for device in warp.get_devices()))
+    return "\n".join(lines)
+
+
+def probe_mujoco() -> str:
+    """Drop a box for 100 steps with MuJoCo's own C code."""
+    import mujoco
+
+    model = mujoco.MjModel.from_xml_string(SCENE)
+    data = mujoco.MjData(model)
+    for _ in range(100):
+        mujoco.mj_step(model, data)
+    if not data.qpos[2] < 0.5:
+        raise RuntimeError(f"the box did not fall: its height is {data.qpos[2]:.3f} m after 100 steps")
+    return f"{mujoco.__version__}, stepped"
+
+
+def _warp_scene(device: str):
+    """Put two worlds of the scene on `device`; return (host model, model, data, warp, mujoco_warp)."""
+    import mujoco
+    import mujoco_warp
+    import warp
+
+    warp.config.quiet = True
+    host_model = mujoco.MjModel.from_xml_string(SCENE)
+    host_data = mujoco.MjData(host_model)
+    mujoco.mj_forward(host_model, host_data)
+    with warp.ScopedDevice(device):
+        model = mujoco_warp.put_model(host_model)
+        data = mujoco_warp.put_data(host_model, host_data, nworld=2)
+    return host_model, model, data, warp, mujoco_warp
+
+
+def probe_warp_physics(device: str) -> str:
+    """Drop a box in two worlds with MuJoCo Warp."""
+    _, model, data, warp, mujoco_warp = _warp_scene(device)
+    with warp.ScopedDevice(device):
+        for _ in range(20):
+            mujoco_warp.step(model, data)
+        heights = data.qpos.numpy()[:, 2]
+    if not (heights < 0.5).all():
+        raise RuntimeError(f"the boxes did not fall: their heights are {heights} m")
+    return f"{importlib.metadata.version('mujoco-warp')}, two worlds stepped on {device}"
+
+
+def probe_warp_renderer(device: str) -> str:
+    """Draw a red box before a grey floor in two worlds with MuJoCo Warp's batch renderer, and look at the colours."""
+    host_model, model, data, warp, mujoco_warp = _warp_scene(device)
+    with warp.ScopedDevice(device):
+        context = mujoco_warp.create_render_context(host_model, nworld=2, cam_res=(16, 16), render_rgb=True)
+        mujoco_warp.refit_bvh(model, data, context)
+        mujoco_warp.render(model, data, context)
+        pixels = warp.zeros((2, 16, 16), dtype=warp.vec3)
+        mujoco_warp.get_rgb(context, 0, pixels)
+        pictures = pixels.numpy()  # (2, 16, 16, 3), 0 to 1
+    _expect_red_box(pictures[0] * 255.0)
+    return f"two pictures of 16x16 drawn on {device}"
+
+
+def probe_opengl() -> str:
+    """Draw the same box with MuJoCo's OpenGL renderer on the backend that MUJOCO_GL names."""
+    library = {"egl": "EGL", "osmesa": "OSMesa"}[os.environ["MUJOCO_GL"]]
+    if sys.platform == "linux" and ctypes.util.find_library(library) is None:
+        raise RuntimeError(f"the system has no lib{library}")
+    import mujoco
+
+    model = mujoco.MjModel.from_xml_string(SCENE)
+    data = mujoco.MjData(model)
+    mujoco.mj_forward(model, data)
+    renderer = mujoco.Renderer(model, 64, 64)
+    renderer.update_scene(data, camera="front")
+    picture = renderer.render()
+    _expect_red_box(picture)
+    from OpenGL import GL
+
+    driver = GL.glGetString(GL.GL_RENDERER).decode()
+    renderer.close()
+    return f"a picture of 64x64 drawn by {driver}"
+
+
+def _expect_red_box(picture) -> None:
+    """Raise RuntimeError unless the middle of `picture` (H, W, 3; 0 to 255) is red and its corner is not."""
+    middle, corner = picture[picture.shape[0] // 2, picture.shape[1] // 2], picture[0, 0]
+    if not (middle[0] > 100 and middle[0] > 2 * middle[1] and corner[0] < 0.5 * middle[0]):
+        raise RuntimeError(f"the picture is wrong: a red box was drawn, its middle has the colour {middle.tolist()}")
+
+
+def probe_so101(device: str) -> str:
+    """Make two worlds of SO101ReachCube-v1, take one step and look at the observation's shape."""
+    import torch
+
+    from envs import so101
+
+    env = so101.make("SO101ReachCube-v1", 2, device, seed=0)
+    env.reset(seed=0)
+    obs, rewards, *_ = env.step(torch.zeros(2, env.action_dim, device=env.device))
+    shape = tuple(obs["rgb"].shape)
+    env.close()
+    if shape != (2, *env.image_shape) or not bool(torch.isfinite(rewards).all()):
+        raise RuntimeError(f"SO101ReachCube-v1 gave pictures of shape {shape} and rewards {rewards.tolist()}")
+    return f"two worlds of SO101ReachCube-v1 stepped and drawn on {device}"
+
+
+def probe_maniskill() -> str:
+    """Step ManiSkill's PickCube-v1 on its CPU simulation, from state, without a renderer."""
+    import gymnasium
+    import mani_skill.envs  # noqa: F401  (registers the tasks)
+
+    env = gymnasium.make("PickCube-v1", obs_mode="state", sim_backend="physx_cpu", render_backend="none")
+    env.reset(seed=0)
+    env.step(env.action_space.sample())
+    env.close()
+    return f"{importlib.metadata.version('mani_skill')}, PickCube-v1 stepped on the CPU"
+
+
+def probe_vulkan() -> str:
+    """Start SAPIEN's Vulkan renderer, which draws ManiSkill's pictures."""
+    import sapien
+
+    sapien.render.RenderSystem()
+    summary = sapien.render.get_device_summary()
+    names = re.findall(r"^\s*(?:Name|Device Name|\[\d+\])\s*:?\s*(.+)$", summary, re.MULTILINE)
+    return "a renderer started" + (f" on {names[0].strip()}" if names else "")
+
+
+def probe_import(module: str) -> str:
+    """Import `module`: for the simulators whose scripts have no probe of their own yet."""
+    importlib.import_module(module)
+    return "imports"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The list
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Probe:
+    """One thing to try: how it is called, what tries it, and the line that installs it."""
+
+    name: str
+    run: Callable[..., str]
+    argument: str | None = None
+    install: str = f"{PIP} '.[so101]'"
+    required: bool = False
+    """Without it the embedded default cannot run."""
+    environment: tuple[tuple[str, str], ...] = ()
+    """Environment variables of the probe's process."""
+
+
+DRIVER = "an NVIDIA driver that fits torch's CUDA (nvidia-smi tells)"
+PROBES: dict[str, Probe] = {
+    "devices": Probe("devices", probe_devices, install="make setup", required=True),
+    "mujoco": Probe("MuJoCo (C)", probe_mujoco, required=True),
+    "warp-physics": Probe("MuJoCo Warp", probe_warp_physics, "cpu"),
+    "warp-physics-cuda": Probe("MuJoCo Warp, GPU", probe_warp_physics, "cuda:0", install=DRIVER),
+    "so101": Probe("SO-101 tasks", probe_so101, "cpu", required=True),
+    "so101-cuda": Probe("SO-101 tasks, GPU", probe_so101, "cuda", install=DRIVER),
+    "maniskill": Probe("ManiSkill 3", probe_maniskill, install=f"{PIP} '.[maniskill]'"),
+    "warp-renderer": Probe("MuJoCo Warp", probe_warp_renderer, "cpu", required=True),
+    "warp-renderer-cuda": Probe("MuJoCo Warp, GPU", probe_warp_renderer, "cuda:0", install=DRIVER),
+    "egl": Probe(
+        "OpenGL by EGL",
+        probe_opengl,
+        install="sudo apt-get install libegl1 libgl1-mesa-dri    (or the NVIDIA driver with its EGL library)",
+        environment=(("MUJOCO_GL", "egl"), ("PYOPENGL_PLATFORM", "egl")),
+    ),
+    "osmesa": Probe(
+        "OpenGL by OSMesa",
+        probe_opengl,
+        install="sudo apt-get install libosmesa6",
+        environment=(("MUJOCO_GL", "osmesa"), ("PYOPENGL_PLATFORM", "osmesa")),
+    ),
+    "vulkan": Probe(
+        "Vulkan by SAPIEN",
+        probe_vulkan,
+        install=f"{PIP} '.[maniskill]', and a driver: the GPU's own, or python scripts/install_software_vulkan.py",
+    ),
+}
+SIMULATORS = ["mujoco", "warp-physics", "warp-physics-cuda", "so101", "so101-cuda", "maniskill"]
+RENDERERS = ["warp-renderer", "warp-renderer-cuda", "egl", "osmesa", "vulkan"]
+
+# Not needed by any script so far; shown where they happen to be installed.
+GUESTS = {
+    "dm_control": "DeepMind Control",
+    "mujoco.mjx": "MuJoCo MJX",
+    "mujoco_playground": "MuJoCo Playground",
+    "newton": "Newton",
+    "robosuite": "robosuite",
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running them
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Result:
+    """What came of one probe: whether it works, and one line (of `devices`: several) about it."""
+
+    works: bool
+    detail: str
+
+
+def _one_line(error: BaseException) -> str:
+    """Return the error's first line, and its type where the message alone would not tell."""
+    message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return message if isinstance(error, RuntimeError) and message else f"{type(error).__name__}: {message}".rstrip(": ")
+
+
+def answer(key: str) -> int:
+    """Run one probe in this process and print its result as the last line. Returns the exit status."""
+    if key not in PROBES and key not in GUESTS:
+        print(f"envs.check: no probe is called {key!r}; there are {', '.join([*PROBES, *GUESTS])}", file=sys.stderr)
+        return 2
+    probe = PROBES.get(key) or Probe(GUESTS[key], probe_import, key)
+    try:
+        result = Result(True, probe.run(*([probe.argument] if probe.argument else [])))
+    except ModuleNotFoundError as error:
+        result = Result(False, f"{error.name} is not installed")
+    except Exception as error:  # whatever a driver or a simulator raises is the finding
+        result = Result(False, _one_line(error))
+    print(ANSWER + json.dumps([result.works, result.detail]), flush=True)
+    # A driver may crash while the interpreter shuts down, after the question has been answered.
+    os._exit(0)
+
+
+def ask(key: str) -> Result:
+    """Run one probe in a process of its own and return its result; a crash or a hang is a result too."""
+    environment = {**os.environ, **dict(PROBES[key].environment if key in PROBES else ())}
+    command = [sys.executable, "-m", "envs.check", "--probe", key]
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            errors="replace", timeout=TIMEOUT_S,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return Result(False, f"gave no answer in {TIMEOUT_S} s")
+    for line in reversed(done.stdout.splitlines()):
+        if line.startswith(ANSWER):
+            return Result(*json.loads(line.removeprefix(ANSWER)))
+    if done.returncode < 0:
+        return Result(False, f"its process was ended by {signal.Signals(-done.returncode).name}")
+    last = (done.stderr.strip().splitlines() or ["and said nothing"])[-1]
+    return Result(False, f"its process ended with status {done.returncode}: {last}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Versions
+# ---------------------------------------------------------------------------------------------------------------------
+def pins() -> dict[str, list[tuple[str, str]]]:
+    """Return {extra: [(package, pinned version)]} of the installed cleanrobot; the core's extra is ''.
+
+    Raises importlib.metadata.PackageNotFoundError where the project is not installed.
+    """
+    found: dict[str, list[tuple[str, str]]] = {}
+    for requirement in importlib.metadata.requires("cleanrobot") or []:
+        match = re.match(r"([\w.-]+)\s*==\s*([\w.+!-]+)\s*(?:;.*extra\s*==\s*['\"]([\w-]+)['\"])?", requirement)
+        if match and (match[3] or "") != "all":
+            found.setdefault(match[3] or "", []).append((match[1], match[2]))
+    return found
+
+
+def version_lines() -> list[str]:
+    """Return one line per group of packages, and one more for each package that is missing or not the pinned one."""
+    try:
+        groups = pins()
+    except importlib.metadata.PackageNotFoundError:
+        return [f"cleanrobot is not installed for {sys.executable}", "      make setup"]
+    lines = []
+    if Path(sys.prefix) != ROOT / ".venv" and (ROOT / ".venv").exists():
+        lines += [f"of {sys.prefix}, which is not the environment that make has built; for that one:", "      make check"]
+    for extra, packages in groups.items():
+        target = f"'.[{extra}]'" if extra else "."
+        present, wrong = [], []
+        for package, pinned in packages:
+            try:
+                installed = importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+            present.append(f"{package} {installed}")
+            if installed.split("+")[0] != pinned:
+                wrong.append(f"      {package} {installed} is not the tested {pinned}:  {PIP} {target}")
+        label = f"[{extra}]" if extra else "core"
+        if len(present) == len(packages):
+            lines.append(f"{label:<12} {', '.join(present)}")
+        else:
+            have = f"only {', '.join(present)}" if present else "not installed"
+            lines += [f"{label:<12} {have}", f"      {PIP} {target}"]
+        lines += wrong
+    return lines
+
+
+def machine_lines() -> list[str]:
+    """Return what the standard library knows: cores, memory, compiler."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = ""
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        memory = f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB of memory"
+    compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
+    lines = [f"CPU     {cores} cores{memory}"]
+    if compiler:
+        lines.append(f"C++     {compiler} (torch.compile on the CPU can use it)")
+    else:
+        lines += ["C++     none, so no torch.compile on the CPU (nothing needs it)", "      sudo apt-get install g++"]
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+# ---------------------------------------------------------------------------------------------------------------------
+def main() -> int:
+    """Print the report. Returns the exit status: 1 where the embedded default cannot run, else 0."""
+    parser = argparse.ArgumentParser(prog="python -m envs.check", description=__doc__.splitlines()[0])
+    parser.add_argument("--probe", metavar="NAME", help="run one probe in this process and print its result")
+    arguments = parser.parse_args()
+    if arguments.probe:
+        return answer(arguments.probe)
+
+    print(f"Python {platform.python_version()}, {platform.system()} {platform.machine()}")
+    print("\nVersions", *version_lines(), sep="\n  ")
+    print("\nMachine", *machine_lines(), sep="\n  ", flush=True)
+    devices = ask("devices")
+    print(*("  " + line for line in devices.detail.splitlines()), sep="\n", flush=True)
+    gpu = devices.works and "cuda:0" in devices.detail
+
+    broken = [] if devices.works else ["torch"]
+    # Two at a time: most of a probe is waiting for imports, and more would slow each other's compilers down.
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        guests = [module for module in GUESTS if importlib.util.find_spec(module.split(".")[0]) and _importable(module)]
+        sections = {"Simulators": SIMULATORS + guests, "Renderers": RENDERERS}
+        keys = [key for section in sections.values() for key in section if gpu or not key.endswith("-cuda")]
+        answers = {key: pool.submit(ask, key) for key in keys}
+        for title, section in sections.items():
+            print(f"\n{title}")
+            for key in (key for key in section if key in answers):
+                result = answers[key].result()
+                probe = PROBES.get(key)
+                name = probe.name if probe else GUESTS[key]
+                print(f"  {'works' if result.works else 'no':<6} {name:<20} {result.detail}")
+                if not result.works and probe:
+                    without_mujoco = result.detail == "mujoco is not installed"
+                    print(f"      {PROBES['mujoco'].install if without_mujoco else probe.install}")
+                    broken += [probe.name] if probe.required else []
+                sys.stdout.flush()
+    if broken:
+        print(f"\nThe embedded default cannot run here: {', '.join(broken)} failed; the lines above say what to do.")
+        return 1
+    print("\nThe embedded default runs here: make train")
+    return 0
+
+
+def _importable(module: str) -> bool:
+    """Whether `module`, whose top-level package is there, is there too."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())
