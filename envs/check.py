@@ -57,17 +57,17 @@ def probe_devices() -> str:
     lines = []
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
-        lines.append(f"cuda:{i}  {properties.name}, {properties.total_memory / 2**30:.0f} GiB, torch sees it")
+        lines.append(f"GPU     cuda:{i} is {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
     if not lines:
-        lines.append("no GPU that torch sees; everything runs on the CPU")
+        lines.append("GPU     none that torch sees; everything runs on the CPU")
         if torch.version.cuda is None and shutil.which("nvidia-smi"):
-            lines.append("but an NVIDIA driver is here and this torch is a CPU-only build: see pytorch.org for CUDA's")
+            lines.append("        a driver is here but this torch is a CPU-only build: see pytorch.org for CUDA builds")
     if importlib.util.find_spec("warp"):
         import warp
 
         warp.config.quiet = True
         warp.init()
-        lines.append("Warp sees " + ", ".join(str(device) for device in warp.get_devices()))
+        lines.append("Warp    " + ", ".join(str(device) for device in warp.get_devices()))
     return "\n".join(lines)
 
 
@@ -335,7 +335,7 @@ def version_lines() -> list[str]:
         return [f"cleanrobot is not installed for {sys.executable}", "      make setup"]
     lines = []
     if Path(sys.prefix) != ROOT / ".venv" and (ROOT / ".venv").exists():
-        lines += [f"of {sys.prefix}, which is not the environment that make has built; for that one:", "      make check"]
+        lines += [f"These are of {sys.prefix}; for the environment that make has built:", "      make check"]
     for extra, packages in groups.items():
         target = f"'.[{extra}]'" if extra else "."
         present, wrong = [], []

@@ -1,0 +1,295 @@
+"""The project keeps its promises: packaging, commands, the check, the shape of every algorithm's file, the results."""
+
+import ast
+import re
+import stat
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import plot_results
+import pytest
+from conftest import ROOT
+
+from envs import check
+
+ALGOS = sorted((ROOT / "algos").glob("*.py"))
+REQUIRED = ("Args", "make_envs", "Networks", "Update functions", "evaluate", "save / load", "Policy", "train")
+SECTIONS = ("Imports", *REQUIRED[:3], "Storage", *REQUIRED[3:])
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+# Distribution names whose module is called otherwise.
+MODULES = {"imageio-ffmpeg": "imageio_ffmpeg", "mujoco-warp": "mujoco_warp", "warp-lang": "warp"}
+
+each_algo = pytest.mark.parametrize("path", ALGOS, ids=lambda path: path.stem)
+
+
+def run(*command: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600, **options
+    )
+
+
+# --- Packaging --------------------------------------------------------------------------------------------------------
+def requirement(text: str) -> tuple[str, str]:
+    """Return (name, version) of `name==version`, the only form that the project uses."""
+    match = re.fullmatch(r"([A-Za-z0-9_.-]+)==([0-9][A-Za-z0-9.]*)", text)
+    assert match, f"pyproject.toml: {text!r} is not pinned as name==version"
+    return match[1], match[2]
+
+
+def test_every_dependency_is_pinned_once():
+    versions = {}
+    groups = [PROJECT["dependencies"]] + [packages for extra, packages in EXTRAS.items() if extra != "all"]
+    for name, version in (requirement(text) for packages in groups for text in packages):
+        assert versions.setdefault(name, version) == version, f"{name} has two pins"
+    assert versions["mujoco"] == versions["mujoco-warp"], "mujoco and mujoco-warp move together"
+    assert versions.get("mujoco-mjx", versions["mujoco"]) == versions["mujoco"], "mujoco and mujoco-mjx move together"
+
+
+def test_the_extra_all_is_the_sum_of_the_others():
+    (text,) = EXTRAS["all"]
+    match = re.fullmatch(r"cleanrobot\[([\w,-]+)\]", text)
+    assert match and set(match[1].split(",")) == set(EXTRAS) - {"all"}
+
+
+def test_installed_pins_are_read_from_the_metadata():
+    pins = check.pins()
+    assert ("numpy", dict(requirement(text) for text in PROJECT["dependencies"])["numpy"]) in pins[""]
+    assert [name for name, _ in pins["so101"]] == [requirement(text)[0] for text in EXTRAS["so101"]]
+    assert "all" not in pins
+
+
+def test_commands_of_the_readme_are_targets_of_the_makefile():
+    text = (ROOT / "README.md").read_text()
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"^make ([a-z]+)|`make ([a-z]+)[^`]*`", text, re.MULTILINE))
+    named = {name for pair in named for name in pair if name}
+    assert {"train", "test", "check"} <= named <= targets
+    extras = {extra for group in re.findall(r"EXTRAS=([\w,]+)", text) for extra in group.split(",")}
+    assert extras <= set(EXTRAS)
+
+
+def test_make_installs_first_and_only_when_something_changed(tmp_path):
+    """Dry runs: a missing environment is built, one whose stamp is newer than pyproject.toml is taken as it is."""
+    fresh = run("make", "--dry-run", "test", f"VENV={tmp_path / 'none'}").stdout
+    assert "-m venv" in fresh and 'pip install --editable ".[so101,test]"' in fresh and "-m pytest" in fresh
+    (tmp_path / ".installed-so101-test").touch()
+    built = run("make", "--dry-run", "train", f"VENV={tmp_path}", "ARGS=--seed 3").stdout
+    assert built.strip() == f"{tmp_path}/bin/python algos/squint_sac.py --env-id SO101ReachCube-v1 --seed 3"
+
+
+def test_make_names_the_python_that_it_needs(tmp_path):
+    old = tmp_path / "python"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(old.stat().st_mode | stat.S_IXUSR)
+    result = run("make", "setup", f"VENV={tmp_path / 'none'}", f"PYTHON={old}")
+    assert result.returncode != 0 and "needs Python 3.11 or newer" in result.stderr
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    lines = (ROOT / ".ci/run").read_text().splitlines()
+    assert any(line.split("<")[0].strip() == "make test" for line in lines)
+    assert run("bash", "-n", ".ci/run").returncode == 0
+
+
+def test_links_between_documents_lead_somewhere():
+    broken = []
+    for document in plot_results.documents(ROOT):
+        for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+            if not re.match(r"https?:|mailto:|#", target) and not (document.parent / target.split("#")[0]).exists():
+                broken.append(f"{document.relative_to(ROOT)}: {target}")
+    assert not broken
+
+
+# --- envs.check -------------------------------------------------------------------------------------------------------
+def test_check_reports_and_the_embedded_default_runs():
+    result = run(sys.executable, "-m", "envs.check")
+    assert result.returncode == 0, result.stdout + result.stderr
+    for word in ("torch", "mujoco", "warp", "Simulators", "Renderers", "ManiSkill 3", "Vulkan", "OpenGL by EGL"):
+        assert word in result.stdout
+    lines = result.stdout.splitlines()
+    for line, following in zip(lines, lines[1:], strict=False):
+        if line.startswith("  no "):
+            assert "install" in following or "driver" in following, f"no way out is named below: {line}"
+
+
+def test_check_fails_only_where_the_embedded_default_cannot_run(monkeypatch, capsys):
+    def all_work_but(broken: str):
+        return lambda key: check.Result(key != broken, "as the test says")
+
+    monkeypatch.setattr(sys, "argv", ["check"])
+    monkeypatch.setattr(check, "ask", all_work_but("maniskill"))
+    assert check.main() == 0
+    assert "[maniskill]" in capsys.readouterr().out
+    monkeypatch.setattr(check, "ask", all_work_but("warp-renderer"))
+    assert check.main() == 1
+    assert "The embedded default cannot run here: MuJoCo Warp failed" in capsys.readouterr().out
+
+
+def test_check_survives_a_probe_that_dies():
+    result = check.ask("no such probe")
+    assert not result.works and "status 2" in result.detail and "no probe is called" in result.detail
+
+
+def test_check_refuses_a_wrong_picture():
+    import numpy as np
+
+    with pytest.raises(RuntimeError, match="the picture is wrong"):
+        check._expect_red_box(np.zeros((8, 8, 3)))
+
+
+# --- The shape of an algorithm's file ---------------------------------------------------------------------------------
+def test_there_is_an_algorithm():
+    assert ALGOS
+
+
+@each_algo
+def test_file_is_short_documented_and_tested(path: Path):
+    assert len(path.read_text().splitlines()) <= 650, "past 650 lines, look for what does not belong"
+    assert (ROOT / "docs/algos" / f"{path.stem}.md").exists(), "the algorithm has no page in docs/algos"
+    assert (ROOT / "tests" / f"test_{path.stem}.py").exists(), "the algorithm has no test"
+    docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+    for word in ("Differences from", "python algos/", "Expected result", "Shapes"):
+        assert word in docstring, f"the docstring says nothing under {word!r}"
+
+
+@each_algo
+def test_sections_stand_in_the_common_order(path: Path):
+    found = re.findall(r"^# --- (.+?) -+$", path.read_text(), re.MULTILINE)
+    assert set(found) <= set(SECTIONS), "a banner has a name that the other files do not use"
+    assert found == [name for name in SECTIONS if name in found], "sections are out of order or repeated"
+    assert set(REQUIRED) <= set(found), "a section is missing"
+
+
+@each_algo
+def test_imports_are_declared_and_no_other_algorithm_is_among_them(path: Path):
+    declared = {requirement(text)[0] for extra in [PROJECT["dependencies"], *EXTRAS.values()] for text in extra
+                if not text.startswith("cleanrobot[")}  # fmt: skip
+    allowed = {MODULES.get(name, name) for name in declared} | {"envs"} | sys.stdlib_module_names
+    imported, environments = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports need a package; the file is to be copied alone"
+            imported.add(node.module.split(".")[0])
+            if node.module == "envs":
+                environments |= {alias.name for alias in node.names}
+    assert imported <= allowed, f"neither declared in pyproject.toml nor allowed: {sorted(imported - allowed)}"
+    assert not imported & {other.stem for other in ALGOS}
+    for name in environments:
+        assert (ROOT / "envs" / f"{name}.py").exists() or (ROOT / "envs" / name).is_dir()
+
+
+def blocks_meant_to_be_the_same(text: str) -> list[tuple[list[str], str, str]]:
+    """Return (names of the other files, name, source) of each definition directly below a `# same in: a.py, b.py`."""
+    lines = text.splitlines()
+    found = []
+    definitions = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    starts = {min([node.lineno, *(part.lineno for part in node.decorator_list)]): node for node in definitions}
+    for number, line in enumerate(lines, start=1):
+        if match := re.fullmatch(r"# same in: (.+)", line):
+            assert number + 1 in starts, f"line {number}: `# same in:` does not stand directly above a definition"
+            node = starts[number + 1]
+            source = "\n".join(lines[number : node.end_lineno])
+            found.append(([name.strip() for name in match[1].split(",")], node.name, source))
+    return found
+
+
+def test_blocks_meant_to_be_the_same_are():
+    blocks = {path.name: blocks_meant_to_be_the_same(path.read_text()) for path in ALGOS}
+    for path_name, found in blocks.items():
+        for others, name, source in found:
+            for other in others:
+                assert other in blocks, f"{path_name}: {name} is said to be the same in {other}, which does not exist"
+                twins = [twin for names, twin_name, twin in blocks[other] if twin_name == name and path_name in names]
+                assert twins == [source], f"{name} differs between {path_name} and {other}"
+
+
+def test_the_comparison_of_blocks_finds_what_it_should():
+    text = "import os\n\n\n# same in: b.py, c.py\n@decorated\ndef f(x):\n    return x\n\n\ndef g():\n    pass\n"
+    assert blocks_meant_to_be_the_same(text) == [(["b.py", "c.py"], "f", "@decorated\ndef f(x):\n    return x")]
+
+
+# --- Results ----------------------------------------------------------------------------------------------------------
+def test_results_have_the_required_columns_and_commands():
+    runs, _ = plot_results.read_results(ROOT / "docs/results")  # raises where a file is not as it should be
+    for algo in {run.algo for run in runs}:
+        assert (ROOT / "algos" / f"{algo}.py").exists()
+        commands = (ROOT / "docs/results" / algo / "commands.md").read_text()
+        for task, hardware in {(run.task, run.hardware) for run in runs if run.algo == algo}:
+            assert task in commands and hardware in commands, f"commands.md says nothing of {task} on {hardware}"
+
+
+def test_tables_in_the_docs_are_those_of_the_results():
+    stale = [str(document.relative_to(ROOT)) for document in plot_results.stale_documents(ROOT)]
+    assert not stale, "run make figures"
+
+
+def write_run(root: Path, name: str, rows: list[tuple], header="global_step,wall_time,train_time,eval/success_rate"):
+    path = root / "docs/results/algo" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([header, *(",".join(map(str, row)) for row in rows)]) + "\n")
+    return path
+
+
+def test_plot_results_fills_tables_and_draws(tmp_path):
+    write_run(tmp_path, "Task-v1__cpu2__s1.csv", [(0, 60, 0, 0.0), (100, 120, 30, 0.9), (200, 180, 60, 1.0)])
+    write_run(tmp_path, "Task-v1__cpu2__s2.csv", [(0, 60, 0, 0.0), (100, 120, 30, 0.8), (200, 180, 60, 0.8)])
+    (tmp_path / "docs/results/throughput").mkdir()
+    (tmp_path / "docs/results/throughput/sim__cpu2.csv").write_text("what,per_second\nphysics,12345.6\nrender,0.5\n")
+    page = tmp_path / "docs/page.md"
+    page.write_text(
+        "<!-- table:algo -->\nold\n<!-- /table -->\n<!-- table:throughput/sim -->\n<!-- /table -->\n"
+        "<!-- table:other -->\n<!-- /table -->\n<!-- figures:algo/Task* -->\n<!-- /figures -->\n"
+    )
+    script = str(ROOT / "scripts/plot_results.py")
+    assert run(sys.executable, script, "--root", str(tmp_path), "--check").returncode == 1
+    result = run(sys.executable, script, "--root", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    text = page.read_text()
+    # Last success 1.0 and 0.8: mean 0.9, deviation sqrt(2) / 10. Only the first seed crosses 90 %, at 100 steps, 2 min.
+    success, crossed = "90.0% ± 14.1% | 90.0% ± 14.1%", "100 (1 of 2) | 2.0 (1 of 2)"
+    assert f"| Task-v1 | cpu2 | 2 | 200 ± 0 | {success} | 3.0 ± 0.0 | 1.0 ± 0.0 | {crossed} |" in text
+    assert "old" not in text
+    assert "| physics | 12,346 | cpu2 |" in text and "| render | 0.5 | cpu2 |" in text
+    assert text.count("_Not yet measured._") == 1
+    assert "![algo on Task-v1](../docs/images/algo__Task-v1.png)" in text
+    assert (tmp_path / "docs/images/algo__Task-v1.png").read_bytes().startswith(b"\x89PNG")
+    assert run(sys.executable, script, "--root", str(tmp_path), "--check").returncode == 0
+
+
+def test_mean_curve_interpolates_between_seeds(tmp_path):
+    first = plot_results.read_run(write_run(tmp_path, "T__cpu2__s1.csv", [(0, 1, 0, 0.0), (10, 2, 1, 1.0)]))
+    second = plot_results.read_run(write_run(tmp_path, "T__cpu2__s2.csv", [(5, 1, 0, 0.5), (15, 2, 1, 0.7)]))
+    x, y = plot_results.mean_curve([first, second], "global_step")
+    assert x.tolist() == [5, 10] and y == pytest.approx([0.5, 0.8])
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "options", "message"),
+    [
+        ("T__cpu2.csv", [(0, 1, 0, 0)], {}, "the name must be"),
+        ("T__cpu2__s1.csv", [(0, 1)], {"header": "global_step,wall_time"}, "lacks the column train_time"),
+        ("T__cpu2__s1.csv", [(0, 1, 0)], {"header": "global_step,wall_time,train_time"}, "lacks the column eval/"),
+        ("T__cpu2__s1.csv", [(0, 1, 0, "high")], {}, "eval/success_rate: could not convert"),
+        ("T__cpu2__s1.csv", [(0, 1, 0, "nan")], {}, "empty or non-finite"),
+        ("T__cpu2__s1.csv", [(5, 1, 0, 0), (5, 2, 0, 0)], {}, "does not rise"),
+        ("T__cpu2__s1.csv", [(5, 1, 2, 0)], {}, "train_time is above wall_time"),
+        ("T__cpu2__s1.csv", [(5, 1, 0)], {}, "line 2: has not the 4 columns"),
+        ("T__cpu2__s1.csv", [], {}, "has no rows"),
+    ],
+)
+def test_plot_results_says_what_is_wrong_with_a_file(tmp_path, name, rows, options, message):
+    path = write_run(tmp_path, name, rows, **options)
+    result = run(sys.executable, str(ROOT / "scripts/plot_results.py"), "--root", str(tmp_path))
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert str(path) in result.stderr and message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_plot_results_says_which_marker_is_open(tmp_path):
+    (tmp_path / "README.md").write_text("<!-- table:algo -->\n<!-- table:other -->\n<!-- /table -->\n")
+    with pytest.raises(plot_results.ResultsError, match="README.md: a marker"):
+        plot_results.stale_documents(tmp_path)
