@@ -35,7 +35,7 @@ try:
     import mujoco_warp as mjw
     import warp as wp
 except ImportError as error:
-    raise ImportError(f'the SO-101 tasks need MuJoCo and MuJoCo Warp ({error}); run: pip install -e ".[so101]"') from None
+    raise ImportError(f'SO-101 tasks need MuJoCo and MuJoCo Warp: pip install -e ".[so101]"  ({error})') from None
 
 wp.config.log_level = getattr(wp, "LOG_WARNING", 30)
 
@@ -222,17 +222,17 @@ def build_model(task: Task, asset_dir: str | None = None) -> "mujoco.MjModel":
         for part in parts:
             kind = mujoco.mjtGeom.mjGEOM_CYLINDER if shape == "can" else mujoco.mjtGeom.mjGEOM_BOX
             body.add_geom(
-                name=name + part, type=kind, size=(0.02, 0.02, 0.02), rgba=(*colour, 1), group=2, contype=2, conaffinity=3,
-                condim=4, friction=(0.3, 0.005, 0.0001), priority=1, mass=0.01,
+                name=name + part, type=kind, size=(0.02, 0.02, 0.02), rgba=(*colour, 1), group=2,
+                contype=2, conaffinity=3, condim=4, friction=(0.3, 0.005, 0.0001), priority=1, mass=0.01,
                 solref=(0.02, 1), solimp=(0.98, 0.999, 0.001, 0.5, 2),
             )  # fmt: skip
+
+    found_and_force = sum(1 << int(getattr(mujoco.mjtConDataField, f"mjCONDATA_{k}")) for k in ("FOUND", "FORCE"))
 
     def add_contact_sensor(name: str, **objects) -> None:
         spec.add_sensor(
             name=name, type=mujoco.mjtSensor.mjSENS_CONTACT,
-            intprm=(  # found + force of all matching contacts, summed, in the world frame
-                (1 << int(mujoco.mjtConDataField.mjCONDATA_FOUND)) | (1 << int(mujoco.mjtConDataField.mjCONDATA_FORCE)), 3, 1,
-            ),
+            intprm=(found_and_force, 3, 1),  # of all matching contacts, summed (3), in the world frame
             **objects,
         )  # fmt: skip
 
@@ -303,7 +303,7 @@ class _CStepper:
         self.state[rows, 1 + self.nq :] = qvel.numpy()
 
     def step(self, old: torch.Tensor, new: torch.Tensor, delay: torch.Tensor):
-        """Advances every world by one control step. Returns qpos, qvel, sensordata (float32) and a mask of sane worlds."""
+        """One control step of every world. Returns qpos, qvel, sensordata (float32) and a mask of the sane worlds."""
         late = self.substep < delay.numpy()[:, None, None]
         ctrl = np.where(late, old.numpy()[:, None], new.numpy()[:, None]).astype(np.float64)
         self.state[:, 0] = 0.0
@@ -361,7 +361,7 @@ class _WarpStepper:
     def _substeps(self) -> None:
         for substep in range(SUBSTEPS):
             inputs = [substep, self.delay, self.old, self.new]
-            wp.launch(_select_ctrl, dim=(self.n, 6), inputs=inputs, outputs=[self.scene.d.ctrl], device=self.scene.device)
+            wp.launch(_select_ctrl, dim=(self.n, 6), inputs=inputs, outputs=[self.scene.d.ctrl])
             mjw.step(self.scene.m, self.scene.d)
 
     def step(self, old: torch.Tensor, new: torch.Tensor, delay: torch.Tensor):
@@ -496,7 +496,7 @@ class SO101Env:
         if env_id not in TASKS:
             raise ValueError(f"unknown SO-101 task {env_id!r}; known: {', '.join(TASKS)}")
         if num_envs < 1 or render_size < 4:
-            raise ValueError(f"num_envs must be at least 1 and render_size at least 4, not {num_envs} and {render_size}")
+            raise ValueError(f"num_envs must be at least 1, render_size at least 4; got {num_envs} and {render_size}")
         if not cameras or set(cameras) - {"wrist", "third"}:
             raise ValueError(f"cameras must be one or more of 'wrist', 'third', not {cameras!r}")
         self.env_id, self.task, self.num_envs, self.device = env_id, TASKS[env_id], num_envs, torch.device(device)
@@ -526,13 +526,16 @@ class SO101Env:
         self.resets_at_once = -(-num_envs // HORIZON)
         self.small = None
         if stagger and pictures and 2 * self.resets_at_once <= num_envs:
-            self.small = _Scene(self.mjm, self.resets_at_once, warp_device, self.cameras, render_size, samples_per_pixel)
+            self.small = _Scene(
+                self.mjm, self.resets_at_once, warp_device, self.cameras, render_size, samples_per_pixel
+            )
         self._human = {}
 
         dev, m = self.device, self.mjm
         self._id = {"gripper": m.body("gripper").id, "item": m.geom("item").id}
         self._tips = [m.site("fixed_tip").id, m.site("moving_tip").id]
-        self._q = {name: m.joint(name).qposadr[0] for name in ("item", "support") if name == "item" or self.task.support}
+        free = ("item", "support") if self.task.support else ("item",)
+        self._q = {name: m.joint(name).qposadr[0] for name in free}
         self._v = {name: m.joint(name).dofadr[0] for name in self._q}
         self._sensor = {m.sensor(i).name: int(m.sensor(i).adr[0]) for i in range(m.nsensor)}
         self.joint_low = torch.tensor(m.jnt_range[:6, 0], dtype=torch.float32, device=dev)
@@ -608,8 +611,9 @@ class SO101Env:
         mass, item_z = self._write_object(f, "item", self.task.item, half[self.task.item], factor, friction)
         self.item_half[idx] = half[self.task.item]
         if self.task.support:
-            _, support_z = self._write_object(f, "support", self.task.support, half[self.task.support], factor, friction)
-            self.support_half[idx], self.support_z[idx] = half[self.task.support], support_z
+            below = half[self.task.support]
+            _, support_z = self._write_object(f, "support", self.task.support, below, factor, friction)
+            self.support_half[idx], self.support_z[idx] = below, support_z
         self.friction[idx], self.mass[idx] = friction, mass
         for name in ("fixed_finger", "moving_finger"):
             f["geom_friction"][:, self.mjm.geom(name).id, 0] = (FINGER_FRICTION + friction) / 2
@@ -727,7 +731,8 @@ class SO101Env:
         f["body_inertia"][:, body] = inertia
         turning = (1 / inertia).mean(1)
         f["body_invweight0"][:, body, 0], f["body_invweight0"][:, body, 1] = 1 / mass, turning
-        f["dof_invweight0"][:, dof : dof + 3], f["dof_invweight0"][:, dof + 3 : dof + 6] = 1 / mass[:, None], turning[:, None]
+        f["dof_invweight0"][:, dof : dof + 3] = 1 / mass[:, None]
+        f["dof_invweight0"][:, dof + 3 : dof + 6] = turning[:, None]
         f["dof_M0"][:, dof : dof + 6] = torch.cat((mass[:, None].expand(-1, 3), inertia), 1)
         return mass, com[:, 0, 2] if shape == "bin" else half[:, 2]
 
@@ -815,20 +820,24 @@ class SO101Env:
         return obs
 
     def _privileged(self, idx, site_xpos) -> torch.Tensor:
-        """True state for a critic, (n, 47): joints 6, joint speeds 6, tool 3, item pose 7 and velocity 6, support pose 7,
-        half sizes 3 + 3, squashed contact forces (fixed finger, jaw, table, support) 4, friction 1, mass in 10 g 1."""
+        """True state for a critic, (n, 47).
+
+        Joints 6, joint speeds 6, tool 3, item pose 7 and velocity 6, support pose 7, half sizes 3 + 3, squashed contact
+        forces (fixed finger, jaw, table, support) 4, friction 1, mass in units of 10 g 1.
+        """
         qpos, qvel, contact = self.qpos[idx], self.qvel[idx], self.contact[idx]
         n, item, vel = len(qpos), self._q["item"], self._v["item"]
         support = qpos[:, self._q["support"] :][:, :7] if self.task.support else qpos.new_zeros(n, 7)
         forces = [self._force(name, contact).tanh() for name in ("fixed_item", "jaw_item", "robot_table")]
-        forces.append(self._force("robot_support", contact).tanh() if self.task.support else torch.zeros_like(forces[0]))
+        on_support = self._force("robot_support", contact).tanh() if self.task.support else torch.zeros_like(forces[0])
+        forces.append(on_support)
         return torch.cat((
-            qpos[:, :6], qvel[:, :6], site_xpos[:, self._tips].mean(1), qpos[:, item : item + 7], qvel[:, vel : vel + 6],
-            support, self.item_half[idx], self.support_half[idx], torch.stack(forces, 1),
+            qpos[:, :6], qvel[:, :6], site_xpos[:, self._tips].mean(1), qpos[:, item : item + 7],
+            qvel[:, vel : vel + 6], support, self.item_half[idx], self.support_half[idx], torch.stack(forces, 1),
             self.friction[idx, None], 100 * self.mass[idx, None],
         ), 1)  # fmt: skip
 
-    # ---- rewards (Squint, appendix on tasks; the changes are numbered in the module's docstring) -------------------------
+    # ---- rewards; what differs from the published ones is numbered in the docstring of the module --------------------
     @property
     def tcp(self) -> torch.Tensor:
         """Tool centre point (N, 3): the middle of the two finger tips, metres."""
@@ -896,7 +905,8 @@ class SO101Env:
         """Common shape of Place and Stack (N,): how near the item is to its goal, first over it, then down on it."""
         height = torch.where(near, goal[:, 2], goal[:, 2] + clearance)
         over = torch.cat((goal[:, :2], height[:, None]), 1)
-        return (1 - torch.tanh(5 * (over - f["item"]).norm(dim=1))) + (1 - torch.tanh(10 * (height - f["item"][:, 2]).abs()))
+        near_in_space = 1 - torch.tanh(5 * (over - f["item"]).norm(dim=1))
+        return near_in_space + 1 - torch.tanh(10 * (height - f["item"][:, 2]).abs())
 
     def _reward_place(self, f):
         bin_xyz, turn = self.pose("support")
@@ -910,7 +920,8 @@ class SO101Env:
         reach = 2 * (1 - torch.tanh(5 * (f["tcp"] - f["item"]).norm(dim=1)))
         calm = 1 - torch.tanh(10 * self.qvel[:, :5].norm(dim=1))
         reward = torch.where(f["grasped"], 3 + progress, reach)
-        reward = torch.where(inside & f["lifted"], 4 + progress + (~f["touching"]).float() + f["openness"] + calm, reward)
+        letting_go = (~f["touching"]).float() + f["openness"] + calm
+        reward = torch.where(inside & f["lifted"], 4 + progress + letting_go, reward)
         success = inside & resting & ~f["touching"] & ~f["support_touch"] & f["static"]
         reward = torch.where(success, 10.0, reward)
         low = ~f["lifted"] & ~inside
@@ -933,7 +944,7 @@ class SO101Env:
         reward = torch.where(success, 9.0, reward)
         return (reward - 6.0 * f["table"] - 1.0 * ~f["lifted"]) / 9.0, success
 
-    # ---- for people, and for resuming ------------------------------------------------------------------------------------
+    # ---- for people, and for resuming --------------------------------------------------------------------------------
     def render(self, worlds=(0,), size: int = 256, camera: str = "person") -> np.ndarray:
         """Pictures for people, uint8 (len(worlds), size, size, 3), with table, shadows and 2 x 2 samples a pixel.
 
@@ -952,22 +963,23 @@ class SO101Env:
         return scene.draw().cpu().numpy()
 
     _TENSORS = (
-        "target", "old_target", "delay", "qpos", "qvel", "contact", "item_half", "support_half", "support_z", "friction",
-        "mass", "returns", "success_once", "nan_resets", "first_qpos",
+        "target", "old_target", "delay", "qpos", "qvel", "contact", "item_half", "support_half", "support_z",
+        "friction", "mass", "returns", "success_once", "nan_resets", "first_qpos",
     )  # fmt: skip
 
     def state_dict(self) -> dict:
         """Everything that the future of every world depends on; see `load_state_dict`."""
         return {
-            "env_id": self.env_id, "num_envs": self.num_envs, "engine": self.engine, "physics": self.physics.state_dict(),
-            "generator": self.generator.get_state(), "clock": self.clock.copy(), "started": self.started.copy(),
+            "env_id": self.env_id, "num_envs": self.num_envs, "engine": self.engine,
+            "physics": self.physics.state_dict(), "generator": self.generator.get_state(),
+            "clock": self.clock.copy(), "started": self.started.copy(),
             "tensors": {name: getattr(self, name).clone() for name in self._TENSORS},
             "fields": {name: field.clone() for name, field in self.fields.items()},
             "obs": {name: value.clone() for name, value in self.obs.items()},
         }  # fmt: skip
 
     def load_state_dict(self, saved: dict) -> None:
-        """Continues exactly where `state_dict` was taken (bit for bit on a CPU). Raises ValueError on another set-up."""
+        """Continues where `state_dict` was taken, bit for bit on a CPU. Raises ValueError on another set-up."""
         for name in ("env_id", "num_envs", "engine"):
             if saved[name] != getattr(self, name):
                 raise ValueError(f"saved environment has {name} {saved[name]!r}, this one has {getattr(self, name)!r}")
