@@ -5,7 +5,7 @@
 For everything that does not work, the line that installs it stands below it. Each probe really steps a simulator or
 draws a picture, in a process of its own with a time limit, so that a driver that crashes or hangs cannot take the
 check with it. The exit status is 0 unless the embedded default, the SO-101 tasks on the CPU, cannot run; then it is 1.
-The first run on a machine compiles the kernels of MuJoCo Warp (a minute or so); they are cached.
+The first run on a machine compiles kernels of MuJoCo Warp, which takes longer; they are cached.
 """
 
 import argparse
@@ -27,9 +27,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 300  # of one probe; what takes long is the first compilation of kernels
-# The pip of this very environment, so that the printed lines work as they stand, whether or not it is activated.
+# The Python of this very environment, so that the printed lines work as they stand, whether or not it is activated.
 _python = Path(sys.executable)
-PIP = f"{_python.relative_to(ROOT) if _python.is_relative_to(ROOT) else _python} -m pip install -e"
+PYTHON = str(_python.relative_to(ROOT) if _python.is_relative_to(ROOT) else _python)
+PIP = f"{PYTHON} -m pip install -e"
 ANSWER = "envs.check answer: "  # marks the probe's line among what simulators print
 
 SCENE = """
@@ -154,42 +155,44 @@ def _expect_red_box(picture) -> None:
         raise RuntimeError(f"the picture is wrong: a red box was drawn, its middle has the colour {middle.tolist()}")
 
 
-def probe_so101(device: str) -> str:
-    """Make two worlds of SO101ReachCube-v1, take one step and look at the observation's shape."""
+def _step_and_draw(make: Callable, env_id: str, num_envs: int, device: str) -> str:
+    """Make a few worlds of a task, take one step and look at the observation's shape."""
     import torch
 
-    from envs import so101
-
-    env = so101.make("SO101ReachCube-v1", 2, device, seed=0)
+    env = make(env_id, num_envs, device, seed=0)
     env.reset(seed=0)
-    obs, rewards, *_ = env.step(torch.zeros(2, env.action_dim, device=env.device))
+    obs, rewards, *_ = env.step(torch.zeros(num_envs, env.action_dim, device=env.device))
     shape = tuple(obs["rgb"].shape)
     env.close()
-    if shape != (2, *env.image_shape) or not bool(torch.isfinite(rewards).all()):
-        raise RuntimeError(f"SO101ReachCube-v1 gave pictures of shape {shape} and rewards {rewards.tolist()}")
-    return f"two worlds of SO101ReachCube-v1 stepped and drawn on {device}"
+    if shape != (num_envs, *env.image_shape) or not bool(torch.isfinite(rewards).all()):
+        raise RuntimeError(f"{env_id} gave pictures of shape {shape} and rewards {rewards.tolist()}")
+    return f"{env_id} stepped and drawn on {device}"
 
 
-def probe_maniskill() -> str:
-    """Step ManiSkill's PickCube-v1 on its CPU simulation, from state, without a renderer."""
-    import gymnasium
-    import mani_skill.envs  # noqa: F401  (registers the tasks)
+def probe_so101(device: str) -> str:
+    """Try two worlds of the embedded default."""
+    from envs import so101
 
-    env = gymnasium.make("PickCube-v1", obs_mode="state", sim_backend="physx_cpu", render_backend="none")
-    env.reset(seed=0)
-    env.step(env.action_space.sample())
-    env.close()
-    return f"{importlib.metadata.version('mani_skill')}, PickCube-v1 stepped on the CPU"
+    return _step_and_draw(so101.make, "SO101ReachCube-v1", 2, device)
+
+
+def probe_maniskill(device: str) -> str:
+    """Try one world of ManiSkill's PickCube-v1."""
+    from envs import maniskill
+
+    return _step_and_draw(maniskill.make, "PickCube-v1", 1, device)
 
 
 def probe_vulkan() -> str:
-    """Start SAPIEN's Vulkan renderer, which draws ManiSkill's pictures."""
+    """Start SAPIEN's Vulkan renderer, which draws ManiSkill's pictures, the way envs/maniskill.py does."""
     import sapien
+    import torch
 
-    sapien.render.RenderSystem()
-    summary = sapien.render.get_device_summary()
-    names = re.findall(r"^\s*(?:Name|Device Name|\[\d+\])\s*:?\s*(.+)$", summary, re.MULTILINE)
-    return "a renderer started" + (f" on {names[0].strip()}" if names else "")
+    from envs import maniskill
+
+    if not torch.cuda.is_available():
+        maniskill.use_software_vulkan()
+    return f"a renderer started on {sapien.render.RenderSystem().device.name}"
 
 
 def probe_import(module: str) -> str:
@@ -215,6 +218,8 @@ class Probe:
     """Environment variables of the probe's process."""
 
 
+# What a probe needs before its own line can help.
+MISSING = {"mujoco": f"{PIP} '.[so101]'", "sapien": f"{PIP} '.[maniskill]'"}
 DRIVER = "an NVIDIA driver that fits torch's CUDA (nvidia-smi tells)"
 PROBES: dict[str, Probe] = {
     "devices": Probe("devices", probe_devices, install="make setup", required=True),
@@ -223,7 +228,8 @@ PROBES: dict[str, Probe] = {
     "warp-physics-cuda": Probe("MuJoCo Warp, GPU", probe_warp_physics, "cuda:0", install=DRIVER),
     "so101": Probe("SO-101 tasks", probe_so101, "cpu", required=True),
     "so101-cuda": Probe("SO-101 tasks, GPU", probe_so101, "cuda", install=DRIVER),
-    "maniskill": Probe("ManiSkill 3", probe_maniskill, install=f"{PIP} '.[maniskill]'"),
+    "maniskill": Probe("ManiSkill 3", probe_maniskill, "cpu", install=f"{PIP} '.[maniskill]'"),
+    "maniskill-cuda": Probe("ManiSkill 3, GPU", probe_maniskill, "cuda", install=f"{PIP} '.[maniskill]'"),
     "warp-renderer": Probe("MuJoCo Warp", probe_warp_renderer, "cpu", required=True),
     "warp-renderer-cuda": Probe("MuJoCo Warp, GPU", probe_warp_renderer, "cuda:0", install=DRIVER),
     "egl": Probe(
@@ -241,10 +247,10 @@ PROBES: dict[str, Probe] = {
     "vulkan": Probe(
         "Vulkan by SAPIEN",
         probe_vulkan,
-        install=f"{PIP} '.[maniskill]', and a driver: the GPU's own, or python scripts/install_software_vulkan.py",
+        install=f"{PYTHON} scripts/install_software_vulkan.py    (or the driver of the GPU with its Vulkan library)",
     ),
 }
-SIMULATORS = ["mujoco", "warp-physics", "warp-physics-cuda", "so101", "so101-cuda", "maniskill"]
+SIMULATORS = ["mujoco", "warp-physics", "warp-physics-cuda", "so101", "so101-cuda", "maniskill", "maniskill-cuda"]
 RENDERERS = ["warp-renderer", "warp-renderer-cuda", "egl", "osmesa", "vulkan"]
 
 # Not needed by any script so far; shown where they happen to be installed.
@@ -271,7 +277,8 @@ class Result:
 def _one_line(error: BaseException) -> str:
     """Return the error's first line, and its type where the message alone would not tell."""
     message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return message if isinstance(error, RuntimeError) and message else f"{type(error).__name__}: {message}".rstrip(": ")
+    speaks = isinstance(error, RuntimeError | ImportError) and message
+    return message if speaks else f"{type(error).__name__}: {message}".rstrip(": ")
 
 
 def answer(key: str) -> int:
@@ -283,7 +290,7 @@ def answer(key: str) -> int:
     try:
         result = Result(True, probe.run(*([probe.argument] if probe.argument else [])))
     except ModuleNotFoundError as error:
-        result = Result(False, f"{error.name} is not installed")
+        result = Result(False, f"{error.name} is not installed" if error.name else _one_line(error))
     except Exception as error:  # whatever a driver or a simulator raises is the finding
         result = Result(False, _one_line(error))
     print(ANSWER + json.dumps([result.works, result.detail]), flush=True)
@@ -405,8 +412,7 @@ def main() -> int:
                 name = probe.name if probe else GUESTS[key]
                 print(f"  {'works' if result.works else 'no':<6} {name:<20} {result.detail}")
                 if not result.works and probe:
-                    without_mujoco = result.detail == "mujoco is not installed"
-                    print(f"      {PROBES['mujoco'].install if without_mujoco else probe.install}")
+                    print(f"      {MISSING.get(result.detail.removesuffix(' is not installed'), probe.install)}")
                     broken += [probe.name] if probe.required else []
                 sys.stdout.flush()
     if broken:
