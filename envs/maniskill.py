@@ -27,6 +27,7 @@ import difflib
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import traceback
@@ -158,7 +159,7 @@ class ManiSkillEnv:
         stagger_groups: int,
     ):
         self.env_id, self.num_envs, self.device = env_id, num_envs, device
-        self._worlds = worlds
+        self._worlds, self._on_gpu = worlds, isinstance(worlds, _Batch)
         self.spec = worlds.describe()
         self.action_dim: int = self.spec["action_dim"]
         self.state_dim: int = self.spec["state_dim"]
@@ -214,12 +215,18 @@ class ManiSkillEnv:
             `success` (N,) bool of the state before any reset, and `episode` = `return`, `length`, `success_once`,
             `success_at_end`, each (N,) and valid where truncated.
 
+        Raises ValueError for actions of another shape or not finite.
+
         A world with a non-finite state or reward is reset and truncated with reward 0 and success False; its
         `final_obs` is its last finite observation.
         """
         if tuple(actions.shape) != (self.num_envs, self.action_dim):
             raise ValueError(f"actions must have shape {(self.num_envs, self.action_dim)}, got {tuple(actions.shape)}")
-        self._clock += 1
+        if not self._on_gpu:  # on the GPU the question would wait for the device; worlds that break are reset below
+            healthy = torch.isfinite(actions).all(dim=1)
+            if not healthy.all():
+                raise ValueError(f"the actions of worlds {torch.nonzero(~healthy).flatten().tolist()} are not finite")
+        self._clock = self._clock + 1
         ends = self._clock >= self.max_episode_steps
         out = self._worlds.step(actions.detach().float(), ends, self._next_seeds)
         obs = self._to_device(out["obs"])
@@ -244,7 +251,7 @@ class ManiSkillEnv:
             self._lengths = torch.where(truncations, 0, self._lengths)
             self._success_once = self._success_once & ~truncations
         if out["bad"].any():
-            self.nan_resets += int(out["bad"].sum())
+            self.nan_resets = self.nan_resets + int(out["bad"].sum())
         info = dict(final_obs=final_obs, success=success, episode=episode)
         return obs, rewards, torch.zeros_like(truncations), truncations, info
 
@@ -272,14 +279,14 @@ class ManiSkillEnv:
         """
         return dict(
             seed=self._seed,
-            episode=self._episode.copy(),
-            clock=self._clock.copy(),
-            seeds=self._seeds.copy(),
+            episode=torch.tensor(self._episode),
+            clock=torch.tensor(self._clock),
+            seeds=torch.tensor(self._seeds),
             returns=self._returns.cpu(),
             lengths=self._lengths.cpu(),
             success_once=self._success_once.cpu(),
             nan_resets=self.nan_resets.cpu(),
-            worlds=self._worlds.get_state(),
+            worlds=_map_tree(self._worlds.get_state(), torch.from_numpy),
         )
 
     def load_state_dict(self, state: dict) -> dict[str, torch.Tensor]:
@@ -292,14 +299,15 @@ class ManiSkillEnv:
         if len(state["clock"]) != self.num_envs:
             raise ValueError(f"the state holds {len(state['clock'])} worlds, this environment has {self.num_envs}")
         self._seed = state["seed"]
-        self._episode = np.array(state["episode"])
+        self._episode = state["episode"].numpy().copy()
         self._draw_seeds()
-        self._clock = np.array(state["clock"])
+        self._clock = state["clock"].numpy().copy()
         self._returns = state["returns"].to(self.device)
         self._lengths = state["lengths"].to(self.device)
         self._success_once = state["success_once"].to(self.device)
         self.nan_resets = state["nan_resets"].to(self.device)
-        return self._to_device(self._worlds.set_state(state["worlds"], np.array(state["seeds"]), self._clock))
+        worlds = _map_tree(state["worlds"], lambda tensor: tensor.numpy())
+        return self._to_device(self._worlds.set_state(worlds, state["seeds"].numpy(), self._clock))
 
     def close(self) -> None:
         """Ends the simulation and its worker processes."""
@@ -352,12 +360,12 @@ class _Batch:
             with _patches(self.cpu, options["light_visuals"]):
                 self.base = gymnasium.make(options["env_id"], **{**kwargs, **options["task_kwargs"]}).unwrapped
         except AssertionError as error:
-            # the robot's refusal of a control mode is an assertion on (mode, list of modes)
-            given = error.args[0] if error.args else None
-            if not (isinstance(given, tuple) and len(given) == 2 and given[0] == options["control_mode"]):
+            refusal = re.fullmatch(r"(.*) not in supported modes: \[(.*)\]", str(error))
+            if refusal is None:
                 raise
+            mode, others = refusal.group(1), refusal.group(2).replace("'", "")
             raise ValueError(
-                f"{options['env_id']}'s robot has no control mode {given[0]!r}; choose one of: {', '.join(given[1])}"
+                f"{options['env_id']}'s robot has no control mode {mode!r}; choose one of: {others}"
             ) from None
         except (RuntimeError, OSError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -542,14 +550,14 @@ class _Batch:
         return pictures[torch.from_numpy(worlds)].cpu().numpy()
 
     def get_state(self) -> dict:
-        """ManiSkill's state dict, copied to the CPU."""
-        return _map_tree(self.base.get_state_dict(), lambda t: t.detach().cpu().clone())
+        """ManiSkill's state dict as numpy arrays."""
+        return _map_tree(self.base.get_state_dict(), lambda tensor: tensor.detach().cpu().numpy().copy())
 
     @torch.no_grad()
     def set_state(self, state: dict, seeds: np.ndarray, clock: np.ndarray) -> dict[str, torch.Tensor]:
         """Resets to the episodes' seeds, then sets bodies, joints and controllers; returns the observation."""
         self.reset(seeds)
-        state = _map_tree(state, lambda t: t.to(self.base.device))
+        state = _map_tree(state, lambda array: torch.tensor(array, device=self.base.device))
         controller = state.pop("controller", None)
         self.base.set_state_dict(state)
         if controller is not None:
@@ -833,13 +841,17 @@ def _patches(cpu: bool, light_visuals: bool, active: bool = True) -> Iterator[No
        on a software driver. Only the light of an environment map reads it, so scenes without one get a tiny table.
     3. The ground is a plane cut into 20,000 triangles; two triangles with the same texture coordinates draw the same.
     4. With `light_visuals` (the one that changes pixels) robots are drawn by their collision shapes.
+
+    Also, where a robot's files are missing, ManiSkill asks on the terminal whether to download them, and a process
+    without one fails there obscurely; that question becomes an error.
     """
-    if not active or not (cpu or light_visuals):
+    if not active:
         yield
         return
     # by name: `mani_skill.utils` as an attribute is another package once `mani_skill.envs` is imported
     backend = import_module("mani_skill.envs.utils.system.backend")
     ground = import_module("mani_skill.utils.building.ground")
+    download = import_module("mani_skill.utils.download_asset")
     from mani_skill.agents.base_agent import BaseAgent
     from mani_skill.sensors.camera import Camera
     from mani_skill.utils.building.articulation_builder import ArticulationBuilder
@@ -850,6 +862,12 @@ def _patches(cpu: bool, light_visuals: bool, active: bool = True) -> Iterator[No
             undo.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, value)
 
+        def refuse(question: str) -> bool:
+            robot = re.match(r"Robot (\S+) has assets", question)
+            name = robot.group(1) if robot else "ID"
+            raise RuntimeError(f"files are missing, run `python -m mani_skill.utils.download_asset {name}`")
+
+        swap(download, "prompt_yes_no", refuse)
         if cpu:
             parse, build_camera, build_ground = backend.parse_backend_device_id, Camera.__init__, ground.build_ground
 
@@ -966,7 +984,10 @@ def _stack(parts: list[dict]) -> dict[str, np.ndarray]:
 
 
 def _map_tree(tree: Any, function: Any) -> Any:
-    return {k: _map_tree(v, function) for k, v in tree.items()} if isinstance(tree, dict) else function(tree)
+    """Applies a function to every leaf of nested dicts and lists."""
+    if isinstance(tree, dict):
+        return {key: _map_tree(value, function) for key, value in tree.items()}
+    return [_map_tree(value, function) for value in tree] if isinstance(tree, list) else function(tree)
 
 
 def _layout(tree: dict, prefix: str = "") -> list[list]:

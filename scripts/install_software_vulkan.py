@@ -43,11 +43,11 @@ def run(command: list[str], cwd: Path | None = None) -> str:
     return done.stdout
 
 
-def check_system() -> None:
+def check_system(os_release: Path = Path("/etc/os-release")) -> None:
     """Ends the script unless this is Debian 12 with apt-get and dpkg-deb."""
     release = {}
-    if Path("/etc/os-release").exists():
-        for line in Path("/etc/os-release").read_text().splitlines():
+    if os_release.exists():
+        for line in os_release.read_text().splitlines():
             key, _, value = line.partition("=")
             release[key] = value.strip('"')
     if release.get("ID") != "debian" or release.get("VERSION_CODENAME") != RELEASE:
@@ -161,7 +161,7 @@ def main() -> None:
     print(f"installed in {target}; {hint}. For other Vulkan programs:")
     print(f"export VK_ICD_FILENAMES={icd}")
     if not alone:
-        print(f'export LD_LIBRARY_PATH={target / "lib"}:$LD_LIBRARY_PATH')
+        print(f"export LD_LIBRARY_PATH={target / 'lib'}:$LD_LIBRARY_PATH")
 
 
 if __name__ == "__main__":
