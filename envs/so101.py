@@ -262,15 +262,16 @@ FIELDS = (
 def _select_ctrl(
     substep: int,
     delay: wp.array[int],
-    old: wp.array2d[float],
-    new: wp.array2d[float],
+    last_target: wp.array2d[float],
+    target: wp.array2d[float],
     ctrl: wp.array2d[float],
 ):
+    """The servos' command at a substep: the last target until the world's delay has passed, then the present one."""
     world, joint = wp.tid()
     if substep < delay[world]:
-        ctrl[world, joint] = old[world, joint]
+        ctrl[world, joint] = last_target[world, joint]
     else:
-        ctrl[world, joint] = new[world, joint]
+        ctrl[world, joint] = target[world, joint]
 
 
 class _CStepper:
