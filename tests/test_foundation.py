@@ -1,6 +1,7 @@
 """The project keeps its promises: packaging, commands, the check, the shape of every algorithm's file, the results."""
 
 import ast
+import os
 import re
 import stat
 import subprocess
@@ -25,9 +26,14 @@ MODULES = {"imageio-ffmpeg": "imageio_ffmpeg", "mujoco-warp": "mujoco_warp", "wa
 each_algo = pytest.mark.parametrize("path", ALGOS, ids=lambda path: path.stem)
 
 
-def run(*command: str, **options) -> subprocess.CompletedProcess:
+# `make test ARGS=…` hands its own variables down; a make that a test starts must not see them.
+OWN_MAKE = {"MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "ARGS", "EXTRAS", "PYTHON", "TASK", "VENV"}
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in OWN_MAKE}
+
+
+def run(*command: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600, **options
+        command, cwd=ROOT, env=ENVIRONMENT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600
     )
 
 
