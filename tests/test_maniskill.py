@@ -218,6 +218,19 @@ def test_privileged_is_the_tasks_state_observation(env):
     assert not any("obj" in name for name, _ in env.spec["state_layout"])
 
 
+def test_partial_reset_gives_the_seeds_episode(env):
+    """The reset that the GPU's batch uses for some of its worlds, taken here by a batch of one."""
+    batch = env._worlds.batches[0]
+    expected = batch.reset(np.array([123]))
+    batch.reset(np.array([5]))
+    batch.n = 2
+    try:
+        obs = batch._reset_some(np.array([0]), np.array([123, 9]), broken=False)
+    finally:
+        batch.n = 1
+    assert all(torch.equal(obs[key], expected[key]) for key in expected)
+
+
 def test_broken_physics_resets_that_world_alone(env):
     before = env.reset(2)
     count = int(env.nan_resets)
