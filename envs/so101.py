@@ -224,7 +224,7 @@ def build_model(task: Task, asset_dir: str | None = None) -> "mujoco.MjModel":
             body.add_geom(
                 name=name + part, type=kind, size=(0.02, 0.02, 0.02), rgba=(*colour, 1), group=2,
                 contype=2, conaffinity=3, condim=4, friction=(0.3, 0.005, 0.0001), priority=1, mass=0.01,
-                solref=(0.02, 1), solimp=(0.98, 0.999, 0.001, 0.5, 2),
+                solref=(0.02, 1), solimp=(0.99, 0.9995, 0.001, 0.5, 2),
             )  # fmt: skip
 
     found_and_force = sum(1 << int(getattr(mujoco.mjtConDataField, f"mjCONDATA_{k}")) for k in ("FOUND", "FORCE"))
