@@ -1,23 +1,23 @@
-"""Squint SAC: soft actor-critic from very small pictures, with a distributional critic and massively parallel simulation.
+"""Squint SAC: soft actor-critic from very small pictures, with a distributional critic and parallel simulation.
 
 Paper: Almuzairee and Christensen, "Squint: Fast Visual Reinforcement Learning for Sim-to-Real Robotics",
 arXiv 2602.21203. It builds on SAC (Haarnoja et al., arXiv 1812.05905) and C51 (Bellemare et al., arXiv 1707.06887).
 
-    target   r + b g (z_j - alpha log pi(a'|s')), clipped to the support, projected on the fixed atoms (C51, eq. 7)
-    critics  K independent heads, cross-entropy to their own target head: no minimum, no mean in the target
+    target   r + g (z_j - alpha log pi(a'|s')), clipped and projected on fixed atoms z (C51, eq. 7); g is gamma or 0
+    critics  K independent heads, cross-entropy to their own target head: no minimum and no mean in the target
     actor    E[alpha log pi(a|s) - mean over the heads of E[Z(s, a)]]               (SAC, eq. 7)
     alpha    E[-alpha (log pi(a|s) + H)], H = -A, at every critic update            (SAC, eq. 18)
 
-Differences from the authors' code; (1) to (4) change the numbers slightly, the rest only what is computed around them:
+Differences from the authors' code; (1) to (4) change the numbers slightly, the others what is computed around them:
  1. The area mean rounds to the nearest of 256 levels; theirs truncates, which darkens by half a level.
- 2. Colour jitter is drawn for each sample and camera, in a fixed order, hue as a rotation about the grey axis. Theirs
-    draws once for the whole batch, in a random order, and shifts hue in HSV.
+ 2. Colour jitter is drawn for each sample and camera, in a fixed order, with hue as a rotation about the grey axis.
+    Theirs draws once for the whole batch, in a random order, and shifts hue in HSV.
  3. Episode clocks are staggered at the start; theirs run in lockstep.
- 4. The correction of log pi for the tanh is exact; theirs adds 1e-6. The two neighbours of an atom always share its
-    mass, also when it falls exactly on one of them; theirs can lose or double it there.
- 5. The replay buffer holds each picture once, the next one is found by index, and sampling is part of the update.
+ 4. The tanh's share of log pi is exact; theirs adds 1e-6. An atom's two neighbours always share its whole mass, also
+    when it falls exactly on one of them; theirs can lose or double it there.
+ 5. The replay buffer holds each picture once and finds the next one by index; sampling is part of the update.
  6. Ours, not the paper's: `--squint linear | adaptive`, `--utd-mode turnover`, `--n-step`, `--frame-stack`,
-    `--asymmetric`, `--overlap`, several GPUs. On a CPU the sizes are smaller: see TUNED below.
+    `--asymmetric`, `--overlap`, several GPUs. On a CPU the sizes are smaller: TUNED, below.
 
 Commands, from the repository's root:
     train          python algos/squint_sac.py --env-id SO101LiftCube-v1
@@ -31,7 +31,7 @@ Expected result: not yet measured; docs/algos/squint_sac.md will hold scores, ti
 Shapes: N environments, T rows of the buffer, B batch, K critic heads, Z atoms, A action dimensions, S state dimensions,
 H x W picture, C channels (3 x cameras, x frame stack inside the networks), M cameras.
 """
-# ruff: noqa: E402  (the first lines below must run before the imports that follow them)
+# ruff: noqa: E402  (the lines down to the banner must run before the imports below it)
 
 import importlib.util
 import os
@@ -40,10 +40,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__" and importlib.util.find_spec("envs") is None:
-    # `make train` installs the project in .venv; going on in there lets `python algos/squint_sac.py` work as typed.
+    # `make` installs the project in .venv; going on in there lets `python algos/squint_sac.py` work as typed.
     python = ROOT / ".venv/bin/python"
     if not python.exists() or Path(sys.prefix).resolve() == ROOT / ".venv":
-        sys.exit(f"cleanrobot is not installed for {sys.executable}: run `make train` (or `pip install -e .`) first")
+        sys.exit(f"cleanrobot is not installed for {sys.executable}: run `make setup` (or `pip install -e .`) first")
     os.execv(python, [str(python), *sys.argv])
 
 # --- Imports ----------------------------------------------------------------------------------------------------------
@@ -69,16 +69,16 @@ import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
-OPTIMIZERS = ("q_optimizer", "actor_optimizer", "alpha_optimizer")
-EVAL_SEED = 10_000
 START = time.time()  # `wall_time` counts from here
+EVAL_SEED = 10_000
+OPTIMIZERS = ("q_optimizer", "actor_optimizer", "alpha_optimizer")
 
 # --- Args -------------------------------------------------------------------------------------------------------------
-# (pattern of env ids, kind of device) -> defaults that differ from the published ones below; later rows win.
+# (pattern of env ids, kind of device) -> defaults other than the published ones below; later rows win
 TUNED = {
     ("*", "cpu"): dict(num_envs=8, num_updates=4, batch_size=256, buffer_size=100_000, critic_hidden=256, amp=False,
                        compile=False, cudagraphs=False, total_timesteps=200_000, learning_starts=2_000,
-                       eval_freq=10_000, log_freq=2_000, eval_episodes=64),
+                       eval_freq=10_000, log_freq=2_000),
     ("SO101*", "cpu"): dict(num_envs=64, num_updates=16, render_size=16),
 }
 
@@ -86,137 +86,84 @@ TUNED = {
 @dataclass
 class Args:
     # run
-    env_id: str = "SO101ReachCube-v1"
-    """task; ids that begin with SO101 are in envs/so101.py, any other id is ManiSkill's"""
-    seed: int = 1
-    """seed of weights, exploration, sampling and episodes"""
-    name: str = ""
-    """folder under runs/; empty: made from task, seed and time"""
-    total_timesteps: int = 1_500_000
-    """environment transitions, over all environments and processes"""
-    eval_freq: int = 100_000
-    """transitions between evaluations; each also saves checkpoint.pt, and best.pt if it is the best so far"""
-    eval_episodes: int = 64
-    """episodes of an evaluation, all at once, with the same seeds every time"""
-    log_freq: int = 10_000
-    """transitions between rows of metrics.csv; only there does the host wait for the device"""
-    evaluate: bool = False
-    """only evaluate the weights of --checkpoint"""
-    checkpoint: str | None = None
-    """file to take weights from; counters, optimisers and buffer start afresh"""
-    resume: str | None = None
-    """run folder to continue; the arguments are that run's, except those given again"""
-    save_buffer: bool = False
-    """put the replay buffer in checkpoint.pt: larger, but then --resume continues exactly"""
-    capture_video: bool = True
-    """write an mp4 of four evaluation episodes, with what the policy sees, at every evaluation"""
-    plot_critic: bool = False
-    """at the end, plot the return distribution that the critic predicts at start, middle and end of an episode"""
-    track: bool = False
-    """log to Weights & Biases too; its own WANDB_* variables choose project, entity, group and offline mode"""
+    env_id: str = "SO101ReachCube-v1"  # task; ids that begin with SO101 are in envs/so101.py, all others ManiSkill's
+    seed: int = 1  # of weights, exploration, sampling and episodes
+    name: str = ""  # folder under runs/; empty: made from task, seed and time
+    total_timesteps: int = 1_500_000  # environment transitions, over all environments and processes
+    eval_freq: int = 100_000  # transitions between evaluations; each also saves checkpoint.pt, and best.pt if it is
+    eval_episodes: int = 64  # episodes of an evaluation, all at once, with the same seeds every time
+    log_freq: int = 10_000  # transitions between rows of metrics.csv; only there does the host wait for the device
+    evaluate: bool = False  # only evaluate the weights of --checkpoint
+    checkpoint: str | None = None  # file to take weights from; counters, optimisers and buffer start afresh
+    resume: str | None = None  # run folder to continue, with its arguments, except those given again
+    save_buffer: bool = False  # put the replay buffer in checkpoint.pt: larger, but then --resume continues exactly
+    capture_video: bool = True  # write an mp4 of four evaluation episodes at every evaluation
+    plot_critic: bool = False  # plot the critic's return distribution at start, middle and end of an episode
+    track: bool = False  # log to Weights & Biases too; its WANDB_* variables choose project, entity, offline mode
 
     # environment
-    num_envs: int = 1024
-    """parallel environments (of each process)"""
-    render_size: int = 128
-    """pixels a side of the rendered picture"""
-    samples_per_pixel: int = 4
-    """rays per rendered pixel (SO101 tasks only); 4 at the final size stands in for the area mean on a CPU"""
-    cameras: tuple[str, ...] = ("wrist",)
-    """cameras of SO101 tasks, stacked on channels: wrist, third; ManiSkill tasks bring their own"""
-    domain_randomization: bool = True
-    """vary light, colour, camera, friction, mass, size and more (SO101 tasks); off also switches the jitter off"""
-    jitter: bool = True
-    """vary brightness, contrast and saturation by 0.3 and hue by 0.05, anew for each stored picture"""
-    squint: Literal["fixed", "linear", "adaptive"] = "fixed"
-    """training size: fixed (the paper), or rising from image_size to image_size_max with time or when success stalls"""
-    image_size: int = 16
-    """pixels a side that the networks see; the area mean of the rendered picture"""
-    image_size_max: int = 32
-    """final size of linear and adaptive; pictures are stored at this size"""
-    frame_stack: int = 1
-    """latest pictures shown together, for tasks in which motion must be seen"""
-    asymmetric: bool = False
-    """give the critic, never the policy, the simulator's privileged state"""
+    num_envs: int = 1024  # parallel environments (of each process)
+    render_size: int = 128  # pixels a side of the rendered picture
+    samples_per_pixel: int = 4  # rays per rendered pixel (SO101); rendering at 16 with 4 stands in for the area mean
+    cameras: tuple[str, ...] = ("wrist",)  # stacked on channels: wrist, third (SO101); ManiSkill tasks bring their own
+    domain_randomization: bool = True  # vary light, colour, camera, friction, mass ... (SO101); off: no jitter either
+    jitter: bool = True  # vary brightness, contrast, saturation by 0.3 and hue by 0.05, anew for each picture
+    squint: Literal["fixed", "linear", "adaptive"] = "fixed"  # size seen: constant (the paper), or rising to the max
+    image_size: int = 16  # pixels a side that the networks see: the area mean of the rendered picture
+    image_size_max: int = 32  # reached by linear at the end, by adaptive whenever success stalls; the size stored
+    frame_stack: int = 1  # latest pictures shown together, for tasks in which motion must be seen
+    asymmetric: bool = False  # give the critic, never the policy, the simulator's privileged state
 
     # algorithm
-    buffer_size: int = 1_000_000
-    """transitions kept (by each process)"""
-    batch_size: int = 512
-    """transitions per update (of each process)"""
-    num_updates: int = 256
-    """critic updates per vector step: 256 x 512 / 1024 environments samples each transition 128 times"""
-    utd_mode: Literal["fixed", "turnover"] = "fixed"
-    """turnover: scale num_updates by how full the buffer is, so that early data is not sampled more than late data"""
-    learning_starts: int = 5_000
-    """transitions of uniformly random actions before the first update"""
-    policy_lr: float = 3e-4
-    """Adam step size of the actor"""
-    q_lr: float = 3e-4
-    """Adam step size of critic and encoder"""
-    alpha_lr: float = 3e-4
-    """Adam step size of log alpha"""
-    policy_frequency: int = 4
-    """critic updates per actor update; together they are one block"""
-    target_network_frequency: int = 1
-    """critic updates per step of the target network; divides policy_frequency"""
-    alpha: float = 1.0
-    """weight of the entropy: the first one with autotune, else the constant one"""
-    autotune: bool = True
-    """learn alpha so that the entropy is -A"""
-    bootstrap_at_done: Literal["always", "never", "on_truncation"] = "always"
-    """whether the value of the final observation counts; always: success does not end an episode, time does"""
-    gamma: float = 0.9
-    """discount per step; for long horizons raise it with v_max: rewards up to 1 add up to 1 / (1 - gamma)"""
-    tau: float = 0.01
-    """share of the critic that moves into its target at each update"""
-    n_step: int = 1
-    """rewards summed before the bootstrap; above 1 the target ignores how old the actions are"""
-    num_q: int = 2
-    """critic heads"""
-    num_atoms: int = 101
-    """atoms of the return distribution"""
-    v_min: float = -20.0
-    """lowest return represented"""
-    v_max: float = 20.0
-    """highest return represented"""
-    actor_hidden: int = 256
-    """width of the actor's three layers"""
-    critic_hidden: int = 512
-    """width of each critic head's three layers"""
+    buffer_size: int = 1_000_000  # transitions kept (by each process)
+    batch_size: int = 512  # transitions per update (of each process)
+    num_updates: int = 256  # critic updates per vector step; 256 x 512 / 1024 samples each transition 128 times
+    utd_mode: Literal["fixed", "turnover"] = "fixed"  # turnover: fewer while the buffer fills, equal use of all data
+    learning_starts: int = 5_000  # transitions of uniformly random actions before the first update
+    policy_lr: float = 3e-4  # Adam step size of the actor
+    q_lr: float = 3e-4  # Adam step size of critic and encoder
+    alpha_lr: float = 3e-4  # Adam step size of log alpha
+    policy_frequency: int = 4  # critic updates per actor update; together they are one block
+    target_network_frequency: int = 1  # critic updates per step of the target; divides policy_frequency
+    alpha: float = 1.0  # weight of the entropy: the first one with autotune, else the constant one
+    autotune: bool = True  # learn alpha so that the entropy is -A
+    bootstrap_at_done: Literal["always", "never", "on_truncation"] = "always"  # success does not end an episode here
+    gamma: float = 0.9  # discount per step; for long horizons raise v_max too: rewards of 1 add up to 1 / (1 - gamma)
+    tau: float = 0.01  # share of the critic that moves into its target
+    n_step: int = 1  # rewards summed before the bootstrap; above 1 the target ignores how old the actions are
+    num_q: int = 2  # critic heads
+    num_atoms: int = 101  # atoms of the return distribution
+    v_min: float = -20.0  # lowest return represented
+    v_max: float = 20.0  # highest return represented
+    actor_hidden: int = 256  # width of the actor's three layers
+    critic_hidden: int = 512  # width of each critic head's three layers
 
     # compute
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """where networks, buffer and simulation live: cuda, cuda:1, cpu"""
-    amp: bool = True
-    """compute the losses in bfloat16 where that is safe; weights and Adam stay in float32"""
-    compile: bool = True
-    """compile the two losses with torch.compile"""
-    cudagraphs: bool = True
-    """replay each block of updates as one CUDA graph; needs cuda and a single process"""
-    overlap: bool = False
-    """update on the data so far while the simulation takes the next step; data is one vector step older"""
-    torch_deterministic: bool = False
-    """make cuDNN choose reproducible kernels; the CPU is reproducible in any case"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # of networks, buffer and simulation
+    amp: bool = True  # compute the losses in bfloat16 where that is safe; weights and Adam stay in float32
+    compile: bool = True  # compile the two losses with torch.compile
+    cudagraphs: bool = True  # replay each block of updates as one CUDA graph; needs cuda and a single process
+    overlap: bool = False  # update while the simulation takes the next step; the data is one vector step older
 
     def __post_init__(self):
-        self.cameras = tuple(self.cameras)
-        least = self.learning_starts // self.num_envs
+        self.cameras = tuple(self.cameras)  # a list when it comes from a file
+        least = self.learning_starts // self.num_envs  # rows stored at the first update
+        cuda = self.device.startswith("cuda")
         for wrong, message in (
             (self.resume and self.checkpoint, "--resume continues a run, --checkpoint starts one: give only one"),
             (self.evaluate and not self.checkpoint, "--evaluate needs --checkpoint FILE"),
-            (self.num_updates % self.policy_frequency, "num-updates must be a multiple of policy-frequency"),
+            (self.num_updates % self.policy_frequency, "--num-updates must be a multiple of --policy-frequency"),
             (self.policy_frequency % self.target_network_frequency,
-             "target-network-frequency must divide policy-frequency"),
-            (self.store_size > self.render_size, f"render-size {self.render_size} is below image size {self.store_size}"),
-            (self.image_size < 8, "image-size must be at least 8"),
-            (self.image_size > self.store_size, "image-size-max must not be below image-size"),
-            (self.v_min >= self.v_max or self.num_atoms < 2, "v-min must be below v-max, with at least 2 atoms"),
+             "--target-network-frequency must divide --policy-frequency"),
+            (self.image_size > self.store_size, "--image-size-max must not be below --image-size"),
+            (self.store_size > self.render_size, "--render-size must not be below the image size"),
+            (self.image_size < 10, "--image-size must be at least 10, the least that the convolutions take"),
+            (self.v_min >= self.v_max or self.num_atoms < 2, "--v-min must be below --v-max, with 2 atoms or more"),
             (least < self.n_step + self.frame_stack - 1,
-             "learning-starts must cover n-step + frame-stack vector steps: raise it or lower num-envs"),
-            (self.buffer_size // self.num_envs <= least + 1, "buffer-size must exceed learning-starts by num-envs x 2"),
-            (self.cudagraphs and not self.device.startswith("cuda"), "--cudagraphs needs --device cuda"),
-            (self.device.startswith("cuda") and not torch.cuda.is_available(), "no CUDA device here: use --device cpu"),
+             "--learning-starts must cover --n-step + --frame-stack vector steps: raise it or lower --num-envs"),
+            (self.buffer_size // self.num_envs < least + 2, "--buffer-size must exceed --learning-starts: raise it"),
+            (self.cudagraphs and not cuda, "--cudagraphs needs --device cuda"),
+            (cuda and not torch.cuda.is_available(), "there is no CUDA device here: use --device cpu"),
         ):
             if wrong:
                 raise ValueError(message)
@@ -234,20 +181,20 @@ def tuned_defaults(env_id: str, device: str) -> dict:
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Command line -> Args. The defaults, and so --help, are those of the chosen task, device and checkpoint."""
+    """Command line -> Args. The defaults, and so --help, are those of the task, device or checkpoint given."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in ("env-id", "device", "resume", "checkpoint"):
         first.add_argument(f"--{option}", f"--{option.replace('-', '_')}")
     given, _ = first.parse_known_args(argv)
-    env_id, device = given.env_id or Args.env_id, given.device or Args.device
-    defaults = dict(env_id=env_id, device=device) | tuned_defaults(env_id, device)
+    device = given.device or Args.device
     source = Path(given.resume) / "checkpoint.pt" if given.resume else given.checkpoint
-    if source:
-        skip = {"device", "evaluate", "checkpoint", "resume"} | (set() if given.resume else {"name"})
-        defaults |= {k: v for k, v in load_file(source)["args"].items() if k not in skip}
-        if not device.startswith("cuda"):  # a run of a GPU continues on a CPU without what needs one
-            defaults |= dict(cudagraphs=False)
-    defaults |= dict(resume=given.resume, checkpoint=given.checkpoint, evaluate="--evaluate" in (argv or sys.argv))
+    saved = load_file(source)["args"] if source else {}
+    env_id = given.env_id or saved.get("env_id", Args.env_id)
+    saved = {k: v for k, v in saved.items() if k not in ("device", "evaluate", "checkpoint", "resume")}
+    if given.checkpoint:  # a new run, so a new name
+        saved.pop("name")
+    defaults = dict(env_id=env_id, device=device) | tuned_defaults(env_id, device) | saved
+    defaults["cudagraphs"] = defaults.get("cudagraphs", True) and device.startswith("cuda")
     return tyro.cli(Args, args=argv, default=Args(**defaults), description=__doc__.split("\n\n")[0])
 
 
@@ -255,34 +202,31 @@ def parse_args(argv: list[str] | None = None) -> Args:
 def make_envs(args: Args, device: torch.device, rank: int = 0) -> tuple:
     """-> (training environment, {metric suffix: evaluation environment}); rank 0 alone evaluates.
 
-    Any object with `reset(seed)`, `step(actions)`, `render`, `state_dict`, `load_state_dict` and the attributes read
-    below can stand here; it resets finished episodes itself and reports `info["final_obs"]` and `info["episode"]`.
+    Anything with reset, step, render, obs, state_dict and load_state_dict as in envs/so101.py can stand here. It begins
+    finished episodes anew by itself, and reports what they came to in info["final_obs"] and info["episode"].
     """
-    common = dict(render_size=args.render_size, asymmetric=args.asymmetric)
+    options = dict(render_size=args.render_size, asymmetric=args.asymmetric)
+    variants, module = {"": {}}, "maniskill"
     if args.env_id.startswith("SO101"):
-        module, extra, switch = "so101", "so101", {"": args.domain_randomization, "_nodr": False}
-        common |= dict(samples_per_pixel=args.samples_per_pixel, cameras=args.cameras)
-    else:
-        module, extra, switch = "maniskill", "maniskill", {"": None}
-
-    def make(num_envs, seed, randomize, stagger):
-        options = common if randomize is None else common | dict(domain_randomization=randomize)
-        return simulator.make(args.env_id, num_envs, device, seed=seed, stagger=stagger, **options)
-
+        options |= dict(samples_per_pixel=args.samples_per_pixel, cameras=args.cameras)
+        variants = {"": dict(domain_randomization=args.domain_randomization), "_nodr": dict(domain_randomization=False)}
+        module = "so101"
     try:
-        simulator = importlib.import_module(f"envs.{module}")
-        env = None if args.evaluate else make(args.num_envs, args.seed + 1000 * rank, switch[""], True)
-        evals = {} if rank else {key: make(args.eval_episodes, EVAL_SEED, on, False) for key, on in switch.items()}
+        make = importlib.import_module(f"envs.{module}").make
+        env = None if args.evaluate else make(args.env_id, args.num_envs, device, seed=args.seed + 1000 * rank,
+                                              stagger=True, **options, **variants[""])
+        return env, {} if rank else {
+            suffix: make(args.env_id, args.eval_episodes, device, seed=EVAL_SEED, stagger=False, **options, **variant)
+            for suffix, variant in variants.items()}
     except ImportError as error:
-        raise ValueError(f'{args.env_id} needs a package: pip install -e ".[{extra}]" ({error})') from error
+        raise ValueError(f'{args.env_id}: {error}; if a package is missing: pip install -e ".[{module}]"') from error
     except RuntimeError as error:
-        raise ValueError(f"{args.env_id} cannot be built: {error}") from error
-    return env, evals
+        raise ValueError(f"{args.env_id}: {error}") from error
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
 def squint(rgb: torch.Tensor, size: int) -> torch.Tensor:
-    """Area mean: uint8 (N, H, W, C) -> uint8 (N, size, size, C).  # differs (1): rounds"""
+    """Area mean, rounded: uint8 (N, H, W, C) -> uint8 (N, size, size, C).  # differs (1)"""
     if rgb.shape[1] == rgb.shape[2] == size:
         return rgb
     small = F.interpolate(rgb.permute(0, 3, 1, 2).float(), size=(size, size), mode="area")
@@ -296,32 +240,32 @@ def color_jitter(rgb: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     brightness, contrast, saturation = 1 + 0.3 * draw[:3]
     luma = torch.tensor([0.299, 0.587, 0.114], device=x.device)
     x = (x * brightness).clamp(0, 255)
-    x = x.lerp((x @ luma).mean(dim=(1, 2), keepdim=True).unsqueeze(-1), 1 - contrast).clamp(0, 255)
-    x = x.lerp((x @ luma).unsqueeze(-1), 1 - saturation).clamp(0, 255)
-    angle = 2 * math.pi * 0.05 * draw[3]  # Rodrigues' rotation about (1, 1, 1) / sqrt(3), which leaves greys alone
-    across = (x.roll(-1, -1) - x.roll(1, -1)) / -math.sqrt(3.0)  # unit axis x colour
+    x = ((x @ luma).mean((1, 2), keepdim=True)[..., None]).lerp(x, contrast).clamp(0, 255)
+    x = (x @ luma)[..., None].lerp(x, saturation).clamp(0, 255)
+    angle = 2 * math.pi * 0.05 * draw[3]  # Rodrigues' rotation about (1, 1, 1) / sqrt 3, which leaves greys alone
+    across = (x.roll(1, -1) - x.roll(-1, -1)) / math.sqrt(3.0)  # that axis x colour
     x = x * angle.cos() + across * angle.sin() + x.mean(-1, keepdim=True) * (1 - angle.cos())
     return x.clamp(0, 255).round().to(torch.uint8).flatten(-2)
 
 
-def init_orthogonal(module: nn.Module) -> nn.Module:
-    """Orthogonal weights (gain sqrt 2 for convolutions, which ReLUs follow, else 1), zero biases."""
+def init_orthogonal(module: nn.Module):
+    """Orthogonal weights, gain sqrt 2 for convolutions (ReLUs follow) and 1 for linear layers; zero biases."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.orthogonal_(layer.weight, math.sqrt(2) if isinstance(layer, nn.Conv2d) else 1.0)
             nn.init.zeros_(layer.bias)
-    return module
 
 
 class Encoder(nn.Module):
     """uint8 (B, h, w, C) -> (B, 1024). Shared by actor and critic, trained by the critic alone, without a target."""
 
-    STACKS = {32: ((32, 4, 2), (64, 4, 2), (64, 3, 1)), 64: ((32, 8, 4), (64, 4, 2), (64, 3, 1))}  # width, kernel, stride
+    # size: (width, kernel, stride) of each layer
+    CONVS = {32: ((32, 4, 2), (64, 4, 2), (64, 3, 1)), 64: ((32, 8, 4), (64, 4, 2), (64, 3, 1))}
 
     def __init__(self, channels: int, size: int):
         super().__init__()
         layers = []
-        for width, kernel, stride in self.STACKS.get(size, ((32, 4, 2), (64, 4, 1))):
+        for width, kernel, stride in self.CONVS.get(size, ((32, 4, 2), (64, 4, 1))):
             layers += [nn.Conv2d(channels, width, kernel, stride), nn.ReLU()]
             channels = width
         self.convs = nn.Sequential(*layers)
@@ -329,20 +273,21 @@ class Encoder(nn.Module):
 
     def forward(self, rgb):
         x = self.convs(rgb.permute(0, 3, 1, 2).float() / 255 - 0.5)
-        # 16, 32 and 64 pixels end at 4 x 4 by themselves; pooling lets the same weights take any other size
+        # 16, 32 and 64 pixels come out as 4 x 4; pooling lets the same weights take the sizes between
         return (x if x.shape[-1] == 4 else F.adaptive_avg_pool2d(x, 4)).flatten(1)
 
 
 class Projection(nn.Module):
-    """(B, 1024), (B, S) -> (B, 306): 50 numbers for the picture, 256 for the state."""
+    """features (B, 1024), state (B, S) -> (B, 306): 50 numbers for the picture and 256 for the state."""
 
     def __init__(self, state_dim: int):
         super().__init__()
         self.rgb = nn.Sequential(nn.Linear(1024, 50), nn.LayerNorm(50), nn.Tanh())
         self.state = nn.Sequential(nn.Linear(state_dim, 256), nn.LayerNorm(256), nn.ReLU())
+        init_orthogonal(self)
 
     def forward(self, features, state):
-        return torch.cat([self.rgb(features), self.state(state)], dim=-1)
+        return torch.cat([self.rgb(features), self.state(state)], -1)
 
 
 class Actor(nn.Module):
@@ -350,11 +295,10 @@ class Actor(nn.Module):
 
     def __init__(self, state_dim: int, action_dim: int, hidden: int):
         super().__init__()
-        self.projection, layers, width = Projection(state_dim), [], 306
-        for _ in range(3):
-            layers += [nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.ReLU()]
-            width = hidden
-        self.trunk = nn.Sequential(*layers)
+        layers = [Projection(state_dim)]
+        for inputs in (306, hidden, hidden):
+            layers += [nn.Linear(inputs, hidden), nn.LayerNorm(hidden), nn.ReLU()]
+        self.projection, self.trunk = layers[0], nn.Sequential(*layers[1:])
         self.mean, self.log_std = nn.Linear(hidden, action_dim), nn.Linear(hidden, action_dim)
         init_orthogonal(self)
 
@@ -364,49 +308,46 @@ class Actor(nn.Module):
 
 
 class Heads(nn.Module):
-    """K separate MLPs as batched products, LayerNorm and ReLU between layers: (K, B, widths[0]) -> (K, B, widths[-1])"""
+    """K separate MLPs as batched products, LayerNorm and ReLU between layers: (K, B, first) -> (K, B, last width)."""
 
     def __init__(self, heads: int, widths: list[int]):
         super().__init__()
-        pairs = list(zip(widths, widths[1:], strict=False))
-        self.weights = nn.ParameterList(torch.empty(heads, i, o) for i, o in pairs)
-        self.biases = nn.ParameterList(torch.zeros(heads, 1, o) for _, o in pairs)
-        self.norm_weights = nn.ParameterList(torch.ones(heads, 1, o) for o in widths[1:-1])
-        self.norm_biases = nn.ParameterList(torch.zeros(heads, 1, o) for o in widths[1:-1])
-        for weight in self.weights:
-            for head in weight.data:
-                nn.init.orthogonal_(head)
+        self.weights = nn.ParameterList(torch.empty(heads, i, o) for i, o in zip(widths, widths[1:], strict=False))
+        self.biases = nn.ParameterList(torch.zeros(heads, 1, width) for width in widths[1:])
+        self.norm_weights = nn.ParameterList(torch.ones(heads, 1, width) for width in widths[1:-1])
+        self.norm_biases = nn.ParameterList(torch.zeros(heads, 1, width) for width in widths[1:-1])
+        for head in (head for weight in self.weights for head in weight.data):
+            nn.init.orthogonal_(head)
 
     def forward(self, x):
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.baddbmm(bias, x, weight)
-            if i < len(self.norm_weights):
-                x = F.relu(F.layer_norm(x, x.shape[-1:]) * self.norm_weights[i] + self.norm_biases[i])
-        return x
+        for i in range(len(self.norm_weights)):
+            x = torch.baddbmm(self.biases[i], x, self.weights[i])
+            x = F.relu(F.layer_norm(x, x.shape[-1:]) * self.norm_weights[i] + self.norm_biases[i])
+        return torch.baddbmm(self.biases[-1], x, self.weights[-1])
 
 
 class Critic(nn.Module):
-    """features, obs, actions (B, A) -> logits (K, B, Z). One projection, then K heads that share nothing."""
+    """features, obs, actions (B, A) -> logits (K, B, Z): one projection, then K heads that share nothing."""
 
-    def __init__(self, state_dim: int, action_dim: int, args):
+    def __init__(self, state_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.projection, self.num_q = init_orthogonal(Projection(state_dim)), args.num_q
+        self.projection, self.num_q = Projection(state_dim), args.num_q
         self.heads = Heads(args.num_q, [306 + action_dim, *[args.critic_hidden] * 3, args.num_atoms])
 
     def forward(self, features, obs, actions):
         state = torch.cat([obs["state"], obs["privileged"]], -1) if "privileged" in obs else obs["state"]
-        x = torch.cat([self.projection(features, state), actions], dim=-1)
+        x = torch.cat([self.projection(features, state), actions], -1)
         return self.heads(x.expand(self.num_q, -1, -1)).float()
 
 
-def policy_networks(args, shapes: dict) -> tuple[Encoder, Actor]:
-    """What acting needs, from the arguments and `shapes` = {channels, state, privileged, action}."""
+def policy_networks(args: Args, shapes: dict) -> tuple[Encoder, Actor]:
+    """All that acting needs. `shapes` has the environment's channels, state, privileged and action dimensions."""
     encoder = Encoder(shapes["channels"] * args.frame_stack, args.image_size if args.squint == "fixed" else 16)
     return encoder, Actor(shapes["state"], shapes["action"], args.actor_hidden)
 
 
 class Agent(nn.Module):
-    """Everything that learns: networks, target critic and log alpha, with their optimisers."""
+    """All that learns: encoder, actor, critic, its target and log alpha, with their optimisers."""
 
     def __init__(self, args: Args, shapes: dict, device: torch.device):
         super().__init__()
@@ -417,13 +358,11 @@ class Agent(nn.Module):
         self.register_buffer("support", torch.linspace(args.v_min, args.v_max, args.num_atoms))
         self.to(device)
         self.encoder.to(memory_format=torch.channels_last)
-
-        def adam(parameters, lr):  # capturable: the step count lives on the device, as a CUDA graph requires
-            return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=device.type == "cuda")
-
-        self.q_optimizer = adam([*self.critic.parameters(), *self.encoder.parameters()], args.q_lr)
-        self.actor_optimizer = adam(self.actor.parameters(), args.policy_lr)
-        self.alpha_optimizer = adam([self.log_alpha], args.alpha_lr)
+        adam = dict(fused=True, capturable=device.type == "cuda")  # capturable: the step count is on the device
+        q_parameters = [*self.critic.parameters(), *self.encoder.parameters()]
+        self.q_optimizer = torch.optim.Adam(q_parameters, args.q_lr, **adam)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), args.policy_lr, **adam)
+        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], args.alpha_lr, **adam)
 
 
 # --- Storage ----------------------------------------------------------------------------------------------------------
@@ -432,31 +371,30 @@ class Replay:
 
     Row t holds the observation at t, the action taken there, and the reward and end that followed. Its next observation
     is row t+1's, except where an episode ended: row t+1 then starts another one, and the final observation waits in
-    `final`, a ring of F slots per environment. `head` is the row of the present observation, which has no action yet.
+    `final`, a ring of slots per environment. `head` is the row of the present observation, which has no action yet.
     """
 
     def __init__(self, obs: dict, action_dim: int, episode_steps: int, args: Args):
         self.args, self.rows, n, device = args, args.buffer_size // args.num_envs, args.num_envs, obs["rgb"].device
         self.slots = self.rows // episode_steps + 4  # ends among T rows: T / length, both edges, the open slot, a spare
         row = {"actions": ((action_dim,), torch.float32), "rewards": ((), torch.float32), "dones": ((), torch.bool),
-               "terminations": ((), torch.bool),
-               "age": ((), torch.int64),  # steps since the first stored one of the episode
-               "end": ((), torch.int64)}  # ends of this environment before the row: names the slot if the row is an end
+               "terminations": ((), torch.bool), "age": ((), torch.int64), "end": ((), torch.int64)}
         row |= {k: (v.shape[1:], v.dtype) for k, v in obs.items()}
+        # age: stored steps of this episode so far; end: ended episodes of this world so far, which finds the final slot
         self.data = {k: torch.zeros((self.rows, n, *shape), dtype=d, device=device) for k, (shape, d) in row.items()}
         self.final = {k: torch.zeros((self.slots, *v.shape), dtype=v.dtype, device=device) for k, v in obs.items()}
         self.ends, self.worlds = torch.zeros(n, dtype=torch.int64, device=device), torch.arange(n, device=device)
-        self.cursor = torch.zeros(2, dtype=torch.int64, device=device)  # head and size, for the device
-        self.head = self.size = 0  # the same for the host; size: rows that hold a transition
+        self.head = self.size = 0  # size: rows that hold a whole transition
+        self.cursor = torch.zeros(2, dtype=torch.int64, device=device)  # head and size again, for the device
         for k in obs:
             self.data[k][0] = obs[k]
 
-    def add(self, actions, rewards, terminations, dones, final_obs, next_obs):
-        """Complete the present row and open the next one. All (N, ...); nothing waits for the device."""
+    def add(self, actions, rewards, terminations, dones, final_obs: dict, next_obs: dict):
+        """Complete the present row and open the next one; all (N, ...). Nothing waits for the device."""
         row, after = self.head, (self.head + 1) % self.rows
-        for k, v in dict(actions=actions, rewards=rewards, terminations=terminations, dones=dones,
-                         end=self.ends).items():
+        for k, v in dict(actions=actions, rewards=rewards, terminations=terminations, dones=dones).items():
             self.data[k][row] = v
+        self.data["end"][row] = self.ends
         for k in self.final:  # every world writes its open slot; only an end closes it
             self.final[k][self.ends % self.slots, self.worlds] = final_obs[k]
             self.data[k][after] = next_obs[k]
@@ -466,115 +404,116 @@ class Replay:
         self.cursor[0].fill_(self.head)
         self.cursor[1].fill_(self.size)
 
+    def _stacked(self, newest, row, age, world, size: int):
+        """`newest` after the pictures of the rows before `row`, oldest first, squinted; the first one is repeated."""
+        past = [(row - age.clamp(max=j)) % self.rows for j in range(self.args.frame_stack - 1, 0, -1)]
+        return squint(torch.cat([*(self.data["rgb"][rows, world] for rows in past), newest], -1), size)
+
     def present(self, size: int | None) -> dict:
-        """The observation to act on now, (N, ...), pictures stacked and squinted; None: just as it was stored."""
+        """The observation to act on, (N, ...), pictures stacked and squinted; with None, just as it was stored."""
         obs = {k: self.data[k][self.head].clone() for k in self.final}
         if size:
-            obs["rgb"] = squint(self._stack(obs["rgb"], self.head, self.data["age"][self.head], self.worlds), size)
+            obs["rgb"] = self._stacked(obs["rgb"], self.head, self.data["age"][self.head], self.worlds, size)
         return obs
 
-    def _stack(self, newest, row, age, world):
-        """`newest` after the pictures of the rows before `row`, oldest first; an episode's first one is repeated."""
-        past = [self.data["rgb"][(row - age.clamp(max=j)) % self.rows, world]
-                for j in range(self.args.frame_stack - 1, 0, -1)]
-        return torch.cat([*past, newest], dim=-1)
-
     def sample(self, batch_size: int, size: int, generator: torch.Generator) -> dict:
-        """B transitions, uniform over those whose n steps and stacked pictures are all stored; pictures squinted.
+        """B transitions, uniform over those whose n steps and stacked pictures are all stored.
 
-        -> obs, next_obs (dicts), actions (B, A), rewards (B,) summed over n steps, discounts (B,) of the next value,
-        live (B,): 0 for a row whose final observation is overwritten, which needs many episodes that end early.
+        -> obs, next_obs (dicts), actions (B, A), rewards (B,) over n steps, discounts (B,) of the next value,
+        live (B,): 0 where the final observation is overwritten, which takes many episodes that end early.
         """
         args, data, n = self.args, self.data, self.args.n_step
-        span = self.cursor[1] - (n - 1) - (args.frame_stack - 1)
         draw = torch.rand((2, batch_size), generator=generator, device=self.cursor.device)
+        span = self.cursor[1] - (n - 1) - (args.frame_stack - 1)
         row = (self.cursor[0] - n - (draw[0] * span).long()) % self.rows
         world = (draw[1] * len(self.worlds)).long()
 
         last, rewards, discounts = row, torch.zeros_like(draw[0]), torch.ones_like(draw[0])
         running = torch.ones_like(row, dtype=torch.bool)
-        for j in range(n):
-            now = torch.where(running, row + j, last) % self.rows
-            rewards = rewards + running * discounts * data["rewards"][now, world]
-            discounts, last = torch.where(running, discounts * args.gamma, discounts), now
-            running = running & ~data["dones"][now, world]
+        for j in range(n):  # stops at an episode's end
+            last = torch.where(running, row + j, last)
+            rewards = rewards + running * discounts * data["rewards"][last % self.rows, world]
+            discounts = torch.where(running, discounts * args.gamma, discounts)
+            running = running & ~data["dones"][last % self.rows, world]
+        last = last % self.rows
         ended, end, age = (data[k][last, world] for k in ("dones", "end", "age"))
-        stop = {"always": torch.zeros_like(ended), "never": ended, "on_truncation": data["terminations"][last, world]}
-        discounts = discounts * ~stop[args.bootstrap_at_done]
+        if args.bootstrap_at_done != "always":
+            stop = ended if args.bootstrap_at_done == "never" else data["terminations"][last, world]
+            discounts = discounts * ~stop
 
         obs, next_obs = {k: data[k][row, world] for k in self.final}, {}
         for k, final in self.final.items():
-            where = ended.view(-1, *[1] * (final.ndim - 2))
-            next_obs[k] = torch.where(where, final[end % self.slots, world], data[k][(last + 1) % self.rows, world])
-        obs["rgb"] = squint(self._stack(obs["rgb"], row, data["age"][row, world], world), size)
-        next_obs["rgb"] = squint(self._stack(next_obs["rgb"], last + 1, age + 1, world), size)
+            following = data[k][(last + 1) % self.rows, world]
+            choose = ended.view(-1, *[1] * (following.ndim - 1))
+            next_obs[k] = torch.where(choose, final[end % self.slots, world], following)
+        obs["rgb"] = self._stacked(obs["rgb"], row, data["age"][row, world], world, size)
+        next_obs["rgb"] = self._stacked(next_obs["rgb"], last + 1, age + 1, world, size)
         return dict(obs=obs, next_obs=next_obs, actions=data["actions"][row, world], rewards=rewards,
                     discounts=discounts, live=(~ended | (self.ends[world] - end < self.slots)).float())
 
     def state_dict(self) -> dict:
-        return dict(data=self.data, final=self.final, ends=self.ends, head=self.head, size=self.size)
+        return dict(data=self.data, final=self.final, ends=self.ends, cursor=self.cursor)
 
     def load_state_dict(self, state: dict):
-        for mine, saved in ((self.data, state["data"]), (self.final, state["final"])):
-            for k in mine:
-                mine[k].copy_(saved[k])
+        for k in self.data:
+            self.data[k].copy_(state["data"][k])
+        for k in self.final:
+            self.final[k].copy_(state["final"][k])
         self.ends.copy_(state["ends"])
-        self.head, self.size = state["head"], state["size"]
-        self.cursor.copy_(torch.tensor([self.head, self.size]))
+        self.cursor.copy_(state["cursor"])
+        self.head, self.size = self.cursor.tolist()
 
 
 # --- Update functions -------------------------------------------------------------------------------------------------
-def sample_actions(actor: Actor, features, obs, noise):
-    """Tanh-Gaussian actions and their log-probabilities: noise (B, A) -> (B, A), (B,)  (SAC, eq. 21)"""
+def sample_actions(actor: Actor, features, obs: dict, noise):
+    """Tanh-Gaussian actions (B, A) and their log-probabilities (B,), from standard normal noise (B, A). SAC, eq. 21"""
     mean, log_std = actor(features, obs)
     raw = mean + log_std.exp() * noise
     log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-    log_prob = log_prob - 2 * (math.log(2.0) - raw - F.softplus(-2 * raw))  # log(1 - tanh^2), exact: differs (4)
+    log_prob = log_prob - 2 * (math.log(2.0) - raw - F.softplus(-2 * raw))  # log(1 - tanh^2): differs (4)
     return torch.tanh(raw), log_prob.sum(-1)
 
 
 def project_distribution(probs, rewards, discounts, support):
-    """Distribution of rewards + discounts * Z on the fixed support: probs (K, B, Z), (B,), (B,), (Z,) -> (K, B, Z)
+    """Distribution of rewards + discounts * Z on the support: probs (K, B, Z), (B,) or (B, 1)s, (Z,) -> (K, B, Z)
 
     C51, eq. 7: each atom moves, is clipped to the support, and shares its mass between its two neighbours.
     """
-    atoms = len(support)
-    position = rewards[:, None] + discounts[:, None] * support
-    position = (position.clamp(support[0], support[-1]) - support[0]) * ((atoms - 1) / (support[-1] - support[0]))
-    lower = position.floor().clamp(0, atoms - 2)  # so that lower + 1 always exists and the mass stays 1: differs (4)
-    share, lower = (position - lower).expand_as(probs), lower.long().expand_as(probs)
-    projected = torch.zeros_like(probs).scatter_add_(-1, lower, probs * (1 - share))
-    return projected.scatter_add_(-1, lower + 1, probs * share)
+    low, high, atoms = support[0], support[-1], len(support)
+    moved = (rewards.view(-1, 1) + discounts.view(-1, 1) * support).clamp(low, high)  # (B, Z)
+    position = (moved - low) * ((atoms - 1) / (high - low))
+    lower = position.floor().clamp(0, atoms - 2)  # so that lower + 1 exists and no mass is lost: differs (4)
+    upper_share, lower = (position - lower).expand_as(probs), lower.long().expand_as(probs)
+    projected = torch.zeros_like(probs).scatter_add_(-1, lower, probs * (1 - upper_share))
+    return projected.scatter_add_(-1, lower + 1, probs * upper_share)
 
 
 def critic_loss(agent: Agent, batch: dict, noise, args: Args):
-    """Loss of critic, encoder and temperature; noise (2B, A). -> loss, features (B, 1024) for the actor, metrics"""
+    """Losses of critic, encoder and temperature; noise (2B, A). -> loss, features (B, 1024) for the actor, metrics"""
     obs, next_obs = batch["obs"], batch["next_obs"]
     with torch.autocast(noise.device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False):
         features = agent.encoder(obs["rgb"])
         with torch.no_grad():
-            next_features = agent.encoder(next_obs["rgb"])
+            next_features, alpha = agent.encoder(next_obs["rgb"]), agent.log_alpha.exp()
             # one pass of the actor serves the target, at s', and the temperature, at s
-            actions, log_probs = sample_actions(agent.actor, torch.cat([next_features, features]),
-                                                {"state": torch.cat([next_obs["state"], obs["state"]])}, noise)
+            states = {"state": torch.cat([next_obs["state"], obs["state"]])}
+            actions, log_probs = sample_actions(agent.actor, torch.cat([next_features, features]), states, noise)
             next_actions, (next_log_probs, log_probs) = actions.chunk(2)[0], log_probs.chunk(2)
             probs = agent.target(next_features, next_obs, next_actions).softmax(-1)
-            soft_rewards = batch["rewards"] - batch["discounts"] * agent.log_alpha.exp() * next_log_probs
+            soft_rewards = batch["rewards"] - batch["discounts"] * alpha * next_log_probs
             targets = project_distribution(probs, soft_rewards, batch["discounts"], agent.support)
         logits = agent.critic(features, obs, batch["actions"])
-        qf_loss = (-(targets * logits.log_softmax(-1)).sum(-1) * batch["live"]).mean(1).sum(0)  # mean of B, sum of K
-        # d/d log alpha of -alpha (log pi + H), SAC eq. 18
-        alpha_loss = -(agent.log_alpha.exp() * (log_probs - actions.shape[-1])).mean()
-    with torch.no_grad():
-        q = (logits.softmax(-1) * agent.support).sum(-1)
-        metrics = {"loss/qf": qf_loss, "loss/alpha": alpha_loss, "train/q": q.mean(), "train/q_max": q.max(),
-                   "train/entropy": -log_probs.mean(), "train/alpha": agent.log_alpha.exp(),
-                   "train/target_at_edge": (targets[..., 0] + targets[..., -1]).mean()}
+        qf_loss = (-(targets * logits.log_softmax(-1)).sum(-1) * batch["live"]).mean(1).sum(0)  # over B, over K
+        alpha_loss = -(agent.log_alpha.exp() * (log_probs - actions.shape[-1])).mean()  # SAC, eq. 18
+    q = (logits.detach().softmax(-1) * agent.support).sum(-1)
+    metrics = {"loss/qf": qf_loss, "loss/alpha": alpha_loss, "train/q": q.mean(), "train/q_max": q.max(),
+               "train/entropy": -log_probs.mean(), "train/alpha": alpha,
+               "train/target_at_edge": (targets[..., 0] + targets[..., -1]).mean()}
     return qf_loss + alpha_loss, features.detach(), {k: v.detach() for k, v in metrics.items()}
 
 
 def actor_loss(agent: Agent, obs: dict, features, noise, args: Args):
-    """SAC eq. 7 with the mean of the heads; the gradient reaches the actor through the action alone. noise (B, A)"""
+    """SAC, eq. 7, with the mean of the heads; the gradient reaches the actor through the action alone. noise (B, A)"""
     with torch.autocast(noise.device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False):
         actions, log_probs = sample_actions(agent.actor, features, obs, noise)
         q = (agent.critic(features, obs, actions).softmax(-1) * agent.support).sum(-1).mean(0)
@@ -582,221 +521,218 @@ def actor_loss(agent: Agent, obs: dict, features, noise, args: Args):
     return loss, {"loss/actor": loss.detach()}
 
 
-def average_gradients(*optimizers):
-    """With several processes: replace the gradients by their mean over the processes, in one message."""
+def descend(loss, *optimizers):
+    """One step of each optimiser. With several processes their gradients are averaged first, in one message."""
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    loss.backward()
     if dist.is_initialized():
-        grads = [p.grad for o in optimizers for group in o.param_groups for p in group["params"] if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads])
+        grads = [p.grad for optimizer in optimizers for p in optimizer.param_groups[0]["params"]]
+        flat = torch.cat([grad.flatten() for grad in grads])
         dist.all_reduce(flat)
         for grad, mean in zip(grads, (flat / dist.get_world_size()).split([g.numel() for g in grads]), strict=True):
             grad.copy_(mean.view_as(grad))
+    for optimizer in optimizers:
+        optimizer.step()
 
 
 def critic_update(agent: Agent, batch: dict, noise, args: Args, loss_function=critic_loss):
     """One step of critic, encoder and temperature. -> features (B, 1024) from before the step, metrics"""
     loss, features, metrics = loss_function(agent, batch, noise, args)
-    optimizers = [agent.q_optimizer] + [agent.alpha_optimizer] * args.autotune
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    average_gradients(*optimizers)
-    for optimizer in optimizers:
-        optimizer.step()
+    descend(loss, agent.q_optimizer, *[agent.alpha_optimizer] * args.autotune)
     return features, metrics
 
 
 def actor_update(agent: Agent, obs: dict, features, noise, args: Args, loss_function=actor_loss):
     """One step of the actor. -> metrics"""
-    agent.critic.requires_grad_(False)  # the critic's own gradients would only be thrown away
+    agent.critic.requires_grad_(False)  # spares the critic's own gradients, which nobody would use
     loss, metrics = loss_function(agent, obs, features, noise, args)
-    agent.actor_optimizer.zero_grad(set_to_none=True)
-    loss.backward()
     agent.critic.requires_grad_(True)
-    average_gradients(agent.actor_optimizer)
-    agent.actor_optimizer.step()
+    descend(loss, agent.actor_optimizer)
     return metrics
 
 
 @torch.no_grad()
 def act(agent: Agent, obs: dict, noise) -> torch.Tensor:
-    """Actions to explore with: (N, A)"""
+    """Actions to explore with, (N, A)."""
     return sample_actions(agent.actor, agent.encoder(obs["rgb"]), obs, noise)[0]
 
 
 @torch.no_grad()
 def target_update(agent: Agent, tau: float):
-    """Polyak: target <- (1 - tau) target + tau critic, the critic's projection included, the encoder not."""
+    """Polyak: target <- (1 - tau) target + tau critic, the critic's projection included; the encoder has no target."""
     torch._foreach_lerp_(list(agent.target.parameters()), list(agent.critic.parameters()), tau)
 
 
-def update_block(agent: Agent, replay: Replay, args: Args, size: int, generator, losses=(critic_loss, actor_loss)):
-    """`policy_frequency` critic updates, then one of the actor, sampling included. -> sums of the metrics"""
+def update_block(agent: Agent, replay: Replay, args: Args, generator, size: int, losses=(critic_loss, actor_loss)):
+    """`policy_frequency` critic updates, then one of the actor, sampling included. -> mean metrics, on the device"""
     totals, shape = {}, (args.batch_size, replay.data["actions"].shape[-1])
     for i in range(args.policy_frequency):
         batch = replay.sample(args.batch_size, size, generator)
-        noise = torch.randn((2 * shape[0], shape[1]), generator=generator, device=replay.cursor.device)
+        noise = torch.randn((2 * shape[0], shape[1]), generator=generator, device=generator.device)
         features, metrics = critic_update(agent, batch, noise, args, losses[0])
         if (i + 1) % args.target_network_frequency == 0:
             target_update(agent, args.tau)
         totals = {k: totals.get(k, 0) + v / args.policy_frequency for k, v in metrics.items()}
-    noise = torch.randn(shape, generator=generator, device=replay.cursor.device)
+    noise = torch.randn(shape, generator=generator, device=generator.device)
     return totals | actor_update(agent, batch["obs"], features, noise, args, losses[1])
 
 
+def capture(function, warm_up: int, generator: torch.Generator) -> torch.cuda.CUDAGraph:
+    """Call `function` `warm_up` times, then record it as a CUDA graph; a replay draws new numbers from `generator`."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # a warm-up must not run on the stream that others wait for
+        for _ in range(warm_up):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        function()
+    return graph
+
+
 class Learner:
-    """Runs blocks of updates by one of three routes to the same numbers: plain, compiled, replayed as a CUDA graph."""
+    """Runs blocks of updates by one of three routes to the same numbers: plain, compiled losses, one CUDA graph."""
 
-    def __init__(self, agent: Agent, replay: Replay, args: Args, generator: torch.Generator, due=0.0):
-        self.agent, self.replay, self.args, self.generator = agent, replay, args, generator
+    def __init__(self, agent: Agent, replay: Replay, args: Args, generator: torch.Generator, owed: float = 0.0):
+        self.parts, self.replay, self.args = (agent, replay, args, generator), replay, args
         self.losses = [torch.compile(f) if args.compile else f for f in (critic_loss, actor_loss)]
-        self.due, self.count, self.totals = due, 0, {}  # blocks owed; blocks since the last reading; sums over them
-        self.graph, self.size, self.setup_seconds = None, 0, 0.0
+        self.owed, self.count, self.totals = owed, 0, {}  # blocks to do; blocks done since `read`, their metrics
+        self.size, self.graph, self.setup_seconds = 0, None, 0.0
 
-    def _block(self):
-        for k, v in update_block(self.agent, self.replay, self.args, self.size, self.generator, self.losses).items():
-            if k not in self.totals:
-                self.totals[k] = torch.zeros_like(v)
-            self.totals[k] += v
+    def block(self):
+        for k, v in update_block(*self.parts, self.size, self.losses).items():
+            self.totals.setdefault(k, torch.zeros_like(v)).add_(v)
 
     def run(self, size: int):
-        """The updates owed for one vector step, on pictures of `size`; nothing waits for the device once set up."""
+        """The updates owed for one vector step, on pictures of `size`. Once set up, nothing waits for the device."""
         fill = self.replay.size / (self.replay.rows - 1) if self.args.utd_mode == "turnover" else 1.0
-        self.due += self.args.num_updates * fill / self.args.policy_frequency
-        blocks, begin = int(self.due), time.perf_counter()
-        self.due, self.count = self.due - blocks, self.count + blocks
-        if blocks and size != self.size:  # first use of this size: compile and capture, outside `train_time`
-            self.size, self.graph = size, None
-            blocks -= self._set_up(blocks)
-            self.setup_seconds += time.perf_counter() - begin
+        self.owed += self.args.num_updates * fill / self.args.policy_frequency
+        blocks = int(self.owed)
+        self.owed, self.count = self.owed - blocks, self.count + blocks
+        if blocks and size != self.size:  # set up for this size; the first blocks are ordinary updates all the same
+            begin, warm_up, self.size = time.perf_counter(), min(blocks, 3 if self.args.cudagraphs else 1), size
+            if self.args.cudagraphs:
+                self.graph = capture(self.block, warm_up, self.parts[-1])
+            else:
+                self.block()
+            blocks, self.setup_seconds = blocks - warm_up, self.setup_seconds + time.perf_counter() - begin
         for _ in range(blocks):
-            self.graph.replay() if self.graph else self._block()
-
-    def _set_up(self, blocks: int) -> int:
-        """Run the first blocks as ordinary updates, then capture one. -> blocks done"""
-        if not self.args.cudagraphs:
-            self._block()
-            return 1
-        done, stream = min(3, blocks), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # capture asks for a warm-up on a stream of its own
-            for _ in range(done):
-                self._block()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        self.graph.register_generator_state(self.generator)
-        with torch.cuda.graph(self.graph):
-            self._block()
-        return done
+            if self.graph:
+                self.graph.replay()
+            else:
+                self.block()
 
     def read(self) -> dict[str, float]:
-        """Means since the last reading; waits for the device."""
-        means = {k: v / max(self.count, 1) for k, v in self.totals.items()}
+        """Mean metrics since the last reading; waits for the device. Empty before the first update."""
+        if not self.count:
+            return {}
+        values = (torch.stack(list(self.totals.values())) / self.count).tolist()
         for total in self.totals.values():
             total.zero_()
         self.count = 0
-        return dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True)) if means else {}
+        return dict(zip(self.totals, values, strict=True))
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------
 def observe(obs: dict, args, generator: torch.Generator | None) -> dict:
-    """What is stored of an observation: pictures at the stored size, with jitter where a generator is given."""
+    """What is stored of an observation: pictures at the stored size, with jitter where there is a generator."""
     rgb = squint(obs["rgb"], args.store_size)
     return obs | {"rgb": color_jitter(rgb, generator) if generator else rgb}
 
 
-def evaluate(policy, env, args: Args, jitter: bool, video: Path | None = None) -> tuple[dict, list]:
-    """One episode in each world, deterministic actions, fixed seeds. -> metrics, what critic plots need (3 moments)
+def wilson(rate: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95% confidence interval of a success rate from n episodes (Wilson 1927, eq. 1)."""
+    middle, half = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
-    success_rate is success at the end, ci_low and ci_high its 95% Wilson interval; success_once is at any time.
+
+def evaluate(policy, env, args: Args, jitter: bool, video: Path | None = None) -> tuple[dict, list]:
+    """One episode in each world, deterministic actions, fixed seeds. -> metrics; (obs, actions) of three moments
+
+    success_rate is success at the episode's end, ci_low and ci_high its interval; success_once is at any time.
     """
     generator = torch.Generator(env.device).manual_seed(EVAL_SEED) if jitter else None
     obs, frames, moments, last = env.reset(seed=EVAL_SEED), [], [], env.max_episode_steps - 1
+    finished, sums = torch.zeros(env.num_envs, dtype=torch.bool, device=env.device), torch.zeros(3, device=env.device)
     policy.reset()
-    finished, sums = torch.zeros(env.num_envs, dtype=torch.bool, device=env.device), {}
     for step in range(last + 1):
         actions = policy.act(observe(obs, args, generator))
         if step in (0, last // 2, last):
-            moments.append(({k: v[:1] for k, v in (obs | {"rgb": policy.view}).items()}, actions[:1]))
+            moments.append(({k: v[:1].clone() for k, v in (obs | {"rgb": policy.view}).items()}, actions[:1]))
         if video:
             frames.append(picture(env, policy.view))
         obs, _, terminations, truncations, info = env.step(actions)
-        first = (terminations | truncations) & ~finished  # a world that ends early counts once
+        first = (terminations | truncations) & ~finished  # each world counts once
         finished |= first
-        for k in ("success_at_end", "success_once", "return"):
-            sums[k] = sums.get(k, 0) + (info["episode"][k].float() * first).sum()
+        episode = torch.stack([info["episode"][k].float() for k in ("success_at_end", "success_once", "return")])
+        sums += torch.where(first, episode, 0.0).sum(-1)
     if video:
         video.parent.mkdir(parents=True, exist_ok=True)
         imageio.mimwrite(video, frames, fps=round(env.control_hz), macro_block_size=1)
-    n, z = env.num_envs, 1.96
-    rate, once, score = (float(sums[k]) / n for k in ("success_at_end", "success_once", "return"))
-    middle, half = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-    return {"eval/success_rate": rate, "eval/ci_low": low, "eval/ci_high": high, "eval/success_once": once,
+    success, once, score = (sums / env.num_envs).tolist()
+    low, high = wilson(success, env.num_envs)
+    return {"eval/success_rate": success, "eval/ci_low": low, "eval/ci_high": high, "eval/success_once": once,
             "eval/return": score}, moments
 
 
 def picture(env, view: torch.Tensor) -> np.ndarray:
-    """Four worlds, one above the other: a third-person view and each camera as the policy sees it. -> (4s, ., 3)"""
-    worlds, s = range(min(4, env.num_envs)), 160
-    cameras = view[: len(worlds), ..., -env.image_shape[2]:].unflatten(-1, (-1, 3)).movedim(3, 1).flatten(0, 1)
-    small = F.interpolate(cameras.permute(0, 3, 1, 2).float(), size=(s, s)).permute(0, 2, 3, 1).byte().cpu().numpy()
-    small = small.reshape(len(worlds), -1, s, s, 3)
-    third = env.render(worlds=tuple(worlds), size=s, camera="third")
-    return np.concatenate([np.concatenate([third[i], *small[i]], axis=1) for i in worlds])
+    """Four worlds, one below the other: seen from the side, then by each camera as the policy sees it."""
+    worlds, side = tuple(range(min(4, env.num_envs))), 160
+    seen = view[: len(worlds), ..., -env.image_shape[2]:].unflatten(-1, (-1, 3)).permute(0, 4, 1, 3, 2).flatten(3)
+    seen = F.interpolate(seen.float(), (side, side * env.image_shape[2] // 3)).byte().permute(0, 2, 3, 1).cpu().numpy()
+    return np.concatenate([env.render(worlds=worlds, size=side, camera="third"), seen], axis=2).reshape(
+        len(worlds) * side, -1, 3)
 
 
 @torch.no_grad()
 def plot_critic(agent: Agent, moments: list, path: Path):
-    """The return distribution that each head predicts at the moments of an evaluation episode, with its mean."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, len(moments), figsize=(4 * len(moments), 3), sharey=True)
-    for axis, (obs, actions), name in zip(axes, moments, ("start", "middle", "end"), strict=True):
-        probs = agent.critic(agent.encoder(obs["rgb"]), obs, actions).softmax(-1)[:, 0].cpu()  # (K, Z)
-        for head, p in enumerate(probs):
-            mean = float(p @ agent.support.cpu())
-            axis.plot(agent.support.cpu(), p, label=f"head {head}: mean {mean:.2f}", color=f"C{head}")
+    """Each head's distribution of the return, with its mean, at the start, the middle and the end of an episode."""
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
+    figure, atoms = Figure((12, 3), layout="tight"), agent.support.cpu()
+    for axis, (obs, actions), name in zip(figure.subplots(1, 3), moments, ("start", "middle", "end"), strict=True):
+        for head, probs in enumerate(agent.critic(agent.encoder(obs["rgb"]), obs, actions).softmax(-1)[:, 0].cpu()):
+            mean = float(probs @ atoms)
+            axis.plot(atoms, probs, color=f"C{head}", label=f"head {head}, mean {mean:.2f}")
             axis.axvline(mean, color=f"C{head}", linestyle="--", linewidth=1)
-        axis.set(title=f"{name} of the episode", xlabel="return")
-        axis.legend(fontsize=7)
-    axes[0].set_ylabel("probability")
-    figure.tight_layout()
+        axis.set(title=f"{name} of the episode", xlabel="return", ylabel="probability")
+        axis.legend()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 # --- save / load ------------------------------------------------------------------------------------------------------
 def save(path: Path, content: dict):
-    """Write to a temporary name, then rename: an interrupted save leaves the old file whole."""
+    """Write under a temporary name, then rename: an interrupted save leaves the old file whole."""
     torch.save(content, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
 
 def load_file(path: str | Path) -> dict:
-    """A checkpoint on the CPU. Raises FileNotFoundError or ValueError, in one line, if it is none."""
+    """A checkpoint, on the CPU; runs no code from the file. Raises FileNotFoundError, or ValueError if it is none."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+        raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code of the file
-        return checkpoint if checkpoint["algo"] == "squint_sac" else {}["algo"]
-    except Exception as error:
-        raise ValueError(f"{path} is not a checkpoint of squint_sac ({type(error).__name__})") from error
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch names many kinds of damage; the reader needs one line
+        raise ValueError(f"{path} cannot be read as a checkpoint: it is damaged or another kind of file") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("algo") != "squint_sac":
+        raise ValueError(f"{path} is not a checkpoint of squint_sac")
+    return checkpoint
 
 
 def check_fits(checkpoint: dict, args: Args, shapes: dict):
-    """Raises ValueError naming the first field in which the checkpoint's networks differ from this run's."""
+    """Raises ValueError naming the first field in which the checkpoint differs from this run."""
     theirs, mine = checkpoint["args"] | checkpoint["shapes"], asdict(args) | shapes
-    for field in ("env_id", "squint", "image_size", "frame_stack", "asymmetric", "num_q", "num_atoms", "v_min", "v_max",
-                  "actor_hidden", "critic_hidden", "channels", "state", "privileged", "action"):
+    for field in ("env_id", "squint", "image_size", "frame_stack", "num_q", "num_atoms", "v_min", "v_max",
+                  "actor_hidden", "critic_hidden", "cameras", "asymmetric", *shapes):
         if theirs[field] != mine[field]:
             raise ValueError(f"the checkpoint differs in {field}: it has {theirs[field]}, this run {mine[field]}")
 
 
 # --- Policy -----------------------------------------------------------------------------------------------------------
 class Policy:
-    """Observation in, action out, from one checkpoint file (or its content) and no simulator.
+    """Observation in, action out, from one checkpoint (file or its content) and no simulator.
 
     `spec` describes the robot: joint order and limits, control rate, action scale, cameras, layout of the state.
     """
@@ -804,34 +740,33 @@ class Policy:
     def __init__(self, source: str | Path | dict, device: str | torch.device = "cpu"):
         checkpoint = source if isinstance(source, dict) else load_file(source)
         self.args, self.spec = SimpleNamespace(**checkpoint["args"]), checkpoint["spec"]
-        self.size = checkpoint["now"]["size"]  # of the pictures that the networks see
-        self.args.store_size = checkpoint["store_size"]
-        with torch.device("meta"):  # shapes only: no random numbers are drawn
+        self.store_size, self.size = checkpoint["store_size"], checkpoint["now"]["size"]  # of frame and network input
+        self.device = torch.device(device)
+        with torch.device("meta"):  # shapes only: no random number is drawn
             networks = policy_networks(self.args, checkpoint["shapes"])
         for network, prefix in zip(networks, ("encoder.", "actor."), strict=True):
             weights = {k.removeprefix(prefix): v for k, v in checkpoint["agent"].items() if k.startswith(prefix)}
             network.load_state_dict(weights, assign=True)
-        self.encoder, self.actor = (network.to(device).eval() for network in networks)
-        self.device = torch.device(device)
+        self.encoder, self.actor = (network.to(device) for network in networks)
         self.reset()
 
     def reset(self):
-        """Forget the stacked pictures; call at the start of an episode."""
+        """Forget the earlier pictures; call at the start of every episode."""
         self.stack = None
 
     def preprocess(self, frame: np.ndarray) -> torch.Tensor:
-        """A camera's picture, uint8 (H, W, 3) of any size -> centre square, area mean: (1, h, h, 3)."""
+        """A camera's picture, uint8 (H, W, 3) of any size -> its middle square, area mean: uint8 (1, h, h, 3)."""
         side = min(frame.shape[:2])
         top, left = (frame.shape[0] - side) // 2, (frame.shape[1] - side) // 2
-        square = torch.as_tensor(np.ascontiguousarray(frame[top:top + side, left:left + side]))
-        return squint(square[None].to(self.device), self.args.store_size)
+        square = torch.from_numpy(frame[top:top + side, left:left + side].copy())
+        return squint(square[None].to(self.device), self.store_size)
 
     @torch.no_grad()
     def act(self, obs: dict) -> torch.Tensor:
-        """obs: "rgb" uint8 (N, H, W, C), cameras on channels, and "state" (N, S) -> tanh of the mean, (N, A)."""
-        rgb = squint(torch.as_tensor(obs["rgb"], device=self.device), self.args.store_size)
-        past = [rgb] * self.args.frame_stack if self.stack is None else self.stack[1:]
-        self.stack = [*past[: self.args.frame_stack - 1], rgb.clone()]
+        """obs "rgb" uint8 (N, H, W, C), cameras on channels, and "state" (N, S) -> actions (N, A) = tanh(mean)."""
+        rgb = squint(torch.as_tensor(obs["rgb"], device=self.device), self.store_size).clone()
+        past = self.stack[1:] if self.stack else [rgb] * (self.args.frame_stack - 1)
+        self.stack = [*past, rgb]
         self.view = squint(torch.cat(self.stack, -1), self.size)
         state = torch.as_tensor(obs["state"], dtype=torch.float32, device=self.device)
         return torch.tanh(self.actor(self.encoder(self.view), {"state": state})[0])
@@ -839,98 +774,99 @@ class Policy:
 
 # --- train ------------------------------------------------------------------------------------------------------------
 def start_processes(args: Args) -> tuple[torch.device, int, int]:
-    """Join the other processes if torchrun started several. -> this one's device, rank, number of processes"""
-    device, rank, world = torch.device(args.device), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if args.cudagraphs:
-            print("several processes: --cudagraphs is off, since gradients are averaged inside the block")
-            args.cudagraphs = False
+    """Join the other processes if torchrun started several. -> this one's device, its rank, the number of processes"""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(args.device)
+    if world > 1 and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if world > 1 and args.cudagraphs:
+        print("--cudagraphs is off: several processes average their gradients in the middle of a block")
+        args.cudagraphs = False
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device, rank, world
 
 
-def squint_size(args: Args, size: int, global_step: int, history: list[float]) -> int:
-    """The size to train at next, a multiple of 4 above image_size. history: success since the size last changed."""
-    room = args.store_size - args.image_size
+def next_size(args: Args, size: int, global_step: int, history: list[float]) -> int:
+    """The picture size to train at from here on. history: success rates evaluated since the size last changed."""
     if args.squint == "linear":
-        return args.image_size + int(room * min(global_step / args.total_timesteps, 1.0)) // 4 * 4
+        share = min(global_step / args.total_timesteps, 1.0)
+        return args.image_size + int((args.image_size_max - args.image_size) * share) // 4 * 4
     stalled = len(history) > 3 and max(history[-3:]) < max(history[:-3]) + 0.02
-    return min(size + 4, args.store_size) if args.squint == "adaptive" and stalled else size
+    return min(size + 4, args.image_size_max) if args.squint == "adaptive" and stalled else size
 
 
-def start_step(env, actions, args: Args, pool: ThreadPoolExecutor, stream):
-    """Begin env.step. -> a function that returns its result; with --overlap the caller computes in between."""
-    if not args.overlap:
+def start_step(env, actions, overlap: bool, pool: ThreadPoolExecutor, stream):
+    """Begin env.step. -> a function that returns its result; with overlap, the caller may compute in between."""
+    if not overlap:
         result = env.step(actions)
         return lambda: result
-    if stream is None:  # CPU: physics leaves Python's lock while it computes
+    if stream is None:  # on a CPU: physics lets go of Python's lock while it computes
         return pool.submit(env.step, actions).result
-    main = torch.cuda.current_stream()
-    stream.wait_stream(main)
+    learner_stream = torch.cuda.current_stream()
+    stream.wait_stream(learner_stream)
     with torch.cuda.stream(stream):
         result = env.step(actions)
-    return lambda: (main.wait_stream(stream), result)[1]
+    return lambda: (learner_stream.wait_stream(stream), result)[1]
 
 
-def check_finite(agent: Agent, metrics: dict, global_step: int, last_good: Path):
-    """Raises FloatingPointError naming the first tensor or metric that is not finite."""
+def check_finite(agent: Agent, metrics: dict, global_step: int, checkpoint: Path):
+    """Raises FloatingPointError that names the first tensor or metric that is not finite."""
     weights = agent.state_dict()
-    flags = torch.stack([v.isfinite().all() for v in weights.values()]).tolist()
-    bad = [k for k, v in metrics.items() if not math.isfinite(v)] + [k for k, ok in zip(weights, flags, strict=True) if not ok]
+    finite = torch.stack([tensor.isfinite().all() for tensor in weights.values()]).tolist()
+    bad = [name for name, fine in zip(weights, finite, strict=True) if not fine]
+    bad += [name for name, value in metrics.items() if not math.isfinite(value)]
     if bad:
-        good = last_good if last_good.exists() else "none yet"
+        good = checkpoint if checkpoint.exists() else "none yet"
         raise FloatingPointError(f"{bad[0]} is not finite at step {global_step}; last good checkpoint: {good}")
 
 
 def write_row(path: Path, row: dict):
-    """Append to a CSV file; the first row names the columns."""
-    new = not path.exists()
+    """Append to a CSV file, whose first row names the columns."""
+    rows = [row.values()] if path.exists() else [row.keys(), row.values()]
     with path.open("a", newline="") as file:
-        csv.writer(file).writerows([row, row.values()] if new else [row.values()])
+        csv.writer(file).writerows(rows)
 
 
 def train(args: Args) -> dict:
-    """Train, or with --evaluate only evaluate. -> metrics of the last evaluation, with `run`, the run's folder.
+    """Train, or with --evaluate only evaluate. -> metrics of the last evaluation, counters, and `run`, the folder.
 
     Raises ValueError or FileNotFoundError for arguments that do not fit, FloatingPointError at the first NaN.
     """
     device, rank, world = start_processes(args)
     torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.manual_seed(args.seed)
     name = args.name or time.strftime(f"{args.env_id}__squint_sac__s{args.seed}__%Y%m%d-%H%M%S")
     run = Path(args.resume or Path("runs") / name)
     if not args.resume and (run / "args.json").exists():
         raise ValueError(f"{run} exists: continue it with --resume {run}, or choose another --name")
-    source = run / "checkpoint.pt" if args.resume else args.checkpoint
-    checkpoint = load_file(source) if source else None
+    checkpoint = load_file(run / "checkpoint.pt" if args.resume else args.checkpoint) \
+        if args.resume or args.checkpoint else None
 
     env, eval_envs = make_envs(args, device, rank)
     like = env or eval_envs[""]
     shapes = dict(channels=like.image_shape[2], state=like.state_dim, privileged=like.privileged_dim,
                   action=like.action_dim)
-    identity = dict(algo="squint_sac", args=asdict(args), shapes=shapes, spec=json.loads(json.dumps(like.spec)),
-                    store_size=args.store_size, versions={"torch": torch.__version__, "numpy": np.__version__})
     agent = Agent(args, shapes, device)
-    now = dict(global_step=0, size=args.image_size, history=[], best=-1.0, wall_time=0.0, train_time=0.0, due=0.0)
+    now = dict(global_step=0, size=args.image_size, history=[], best=-1.0, wall_time=0.0, train_time=0.0, owed=0.0)
     if checkpoint:
         check_fits(checkpoint, args, shapes)
         agent.load_state_dict(checkpoint["agent"])
         now |= checkpoint["now"] if args.resume else {"size": checkpoint["now"]["size"]}
     for tensor in agent.state_dict().values() if world > 1 else ():
         dist.broadcast(tensor, 0)
+    about = dict(algo="squint_sac", args=asdict(args), shapes=shapes, spec=json.loads(json.dumps(like.spec)),
+                 store_size=args.store_size, versions=dict(torch=str(torch.__version__), numpy=np.__version__))
     if rank == 0:
         run.mkdir(parents=True, exist_ok=True)
         (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
         print(f"{run}: {args.env_id}; defaults for {device.type}: "
               f"{tuned_defaults(args.env_id, device.type) or 'as published'}")
+    jitter = args.jitter and args.domain_randomization
 
-    def weights() -> dict:
-        return identity | dict(agent=agent.state_dict(), now=now)
+    def weights() -> dict:  # all that Policy and --checkpoint need
+        return about | dict(agent=agent.state_dict(), now=dict(now))
 
     def evaluate_all(label: str, plot: bool) -> dict:
         policy, results = Policy(weights(), device), {}
@@ -942,14 +878,13 @@ def train(args: Args) -> dict:
                 plot_critic(agent, moments, run / f"critic_{label}.png")
         return results
 
-    jitter = args.jitter and args.domain_randomization
     if args.evaluate:
         results = evaluate_all("evaluate", args.plot_critic)
         print(json.dumps(results))
         return results | {"run": str(run)}
 
-    # each use of chance has a generator of its own: neither --overlap nor an evaluation disturbs the others
-    random = {use: torch.Generator(device).manual_seed(1000 * args.seed + 10 * rank + i + now["global_step"])
+    # every use of chance has a generator of its own: neither --overlap nor an evaluation disturbs the others
+    random = {use: torch.Generator(device).manual_seed(1_000_003 * args.seed + 10 * rank + i + now["global_step"])
               for i, use in enumerate(("act", "jitter", "learn"))}
     draw = random["jitter"] if jitter else None
     obs = observe(env.obs, args, draw)
@@ -964,8 +899,8 @@ def train(args: Args) -> dict:
     if args.resume and rank == 0 and checkpoint["replay"]:
         replay.load_state_dict(checkpoint["replay"])
     elif args.resume:
-        print("the run was saved without --save-buffer: the replay buffer starts empty")
-    learner = Learner(agent, replay, args, random["learn"], now["due"])
+        print(f"process {rank}: no replay buffer was saved (--save-buffer), it starts empty")
+    learner = Learner(agent, replay, args, random["learn"], now["owed"])
     pool, stream = ThreadPoolExecutor(1), torch.cuda.Stream() if device.type == "cuda" else None
     if args.track and rank == 0:
         import wandb
@@ -977,81 +912,85 @@ def train(args: Args) -> dict:
 
     while now["global_step"] < args.total_timesteps:
         # act
-        now["size"] = squint_size(args, now["size"], now["global_step"], now["history"]) if args.squint == "linear" \
-            else now["size"]
+        if args.squint == "linear":
+            now["size"] = next_size(args, now["size"], now["global_step"], [])
         noise = torch.randn((args.num_envs, shapes["action"]), generator=random["act"], device=device)
         if now["global_step"] < random_until:
             actions = torch.rand(noise.shape, generator=random["act"], device=device) * 2 - 1
         else:
             actions = act(agent, replay.present(now["size"]), noise)
 
-        # step (with --overlap, update meanwhile on what is stored)
-        finish = start_step(env, actions, args, pool, stream)
+        # step, and with --overlap update meanwhile on what is stored
+        finish = start_step(env, actions, args.overlap, pool, stream)
         if args.overlap and replay.size * args.num_envs * world >= args.learning_starts:
             learner.run(now["size"])
         next_obs, rewards, terminations, truncations, info = finish()
 
         # store
         dones = terminations | truncations
-        replay.add(actions, rewards, terminations, dones, observe(info["final_obs"], args, draw),
-                   observe(next_obs, args, draw))
+        final_obs, next_obs = observe(info["final_obs"], args, draw), observe(next_obs, args, draw)
+        replay.add(actions, rewards, terminations, dones, final_obs, next_obs)
         ended = torch.stack([dones, *(info["episode"][k] for k in ("return", "success_at_end", "success_once"))])
-        episodes += torch.where(dones, ended.float(), 0.0).sum(-1)
+        episodes += torch.where(dones, ended, 0.0).sum(-1)
 
         # update
         if not args.overlap and replay.size * args.num_envs * world >= args.learning_starts:
             learner.run(now["size"])
-        previous, now["global_step"] = now["global_step"], now["global_step"] + args.num_envs * world
+        step, now["global_step"] = now["global_step"], now["global_step"] + args.num_envs * world
         bar.update(args.num_envs * world)
         last = now["global_step"] >= args.total_timesteps
-        log_due, eval_due = (last or previous // every != now["global_step"] // every
-                             for every in (args.log_freq, args.eval_freq))
+        eval_due = last or step // args.eval_freq != now["global_step"] // args.eval_freq
 
         # log
-        if log_due or eval_due:
+        if eval_due or step // args.log_freq != now["global_step"] // args.log_freq:
             count, *sums = episodes.tolist()
             episodes.zero_()
-            names = ("train/return", "train/success_at_end", "train/success_once")
-            metrics = {k: v / max(count, 1.0) for k, v in zip(names, sums, strict=True)} | learner.read()
+            metrics = {f"train/{k}": v / max(count, 1.0) for k, v in zip(
+                ("return", "success_at_end", "success_once"), sums, strict=True)} | learner.read()
             check_finite(agent, metrics, now["global_step"], run / "checkpoint.pt")
-            now["due"], now["wall_time"] = learner.due, before["wall_time"] + time.time() - START
+            now["owed"], now["wall_time"] = learner.owed, before["wall_time"] + time.time() - START
             now["train_time"] = before["train_time"] + time.perf_counter() - begin - paused - learner.setup_seconds
             clock = {k: now[k] for k in ("global_step", "wall_time", "train_time")}
-            speed = (now["global_step"] - before["global_step"]) / (now["train_time"] - before["train_time"])
             metrics |= {"train/episodes": count, "train/nan_resets": int(env.nan_resets), "train/size": now["size"],
-                        "time/sps": speed}
+                        "time/sps": (now["global_step"] - before["global_step"]) / (
+                            now["train_time"] - before["train_time"])}
             bar.set_postfix_str(f"return {metrics['train/return']:.2f}, success {metrics['train/success_at_end']:.0%}")
-            if rank == 0:
+            if rank == 0 and "loss/qf" in metrics:  # the first row names the columns, so it waits for an update
                 write_row(run / "metrics.csv", clock | metrics)
-                if args.track:
-                    wandb.log(metrics, step=now["global_step"])
+            if rank == 0 and args.track:
+                wandb.log(metrics, step=now["global_step"])
 
         # evaluate
         pause = time.perf_counter()
         if eval_due and rank == 0:
             label = f"step_{now['global_step']:09d}"
             results = evaluate_all(label, args.plot_critic and last)
-            now["history"] = [*now["history"], results["eval/success_rate"]]
             write_row(run / "eval.csv", clock | results)
             bar.write(f"{now['global_step']} steps: " + ", ".join(f"{k[5:]} {v:.3f}" for k, v in results.items()))
+            now["history"] = [*now["history"], results["eval/success_rate"]]
             if args.track:
-                wandb.log(results, step=now["global_step"])
+                video = run / f"videos/{label}.mp4"
+                shown = {"eval/video": wandb.Video(str(video))} if args.capture_video else {}
+                wandb.log(results | shown, step=now["global_step"])
         if eval_due and args.squint == "adaptive":
-            size = torch.tensor(squint_size(args, now["size"], 0, now["history"]), device=device)
-            if world > 1:  # rank 0 alone has evaluated
+            size = torch.tensor(next_size(args, now["size"], 0, now["history"]), device=device)
+            if world > 1:  # only rank 0 has evaluated
                 dist.broadcast(size, 0)
-            now["history"], now["size"] = ([], int(size)) if int(size) != now["size"] else (now["history"], now["size"])
+            if int(size) != now["size"]:
+                now["size"], now["history"] = int(size), []
 
         # save
         if eval_due and rank == 0:
-            packed = io.BytesIO()  # as bytes, so that the file is plain tensors and can be loaded without running code
+            better = results["eval/success_rate"] >= now["best"]
+            now["best"] = max(now["best"], results["eval/success_rate"])
+            packed = io.BytesIO()  # bytes of any content: the file itself stays loadable without running code
             torch.save(env.state_dict(), packed)
-            save(run / "checkpoint.pt", weights() | {use: getattr(agent, use).state_dict() for use in OPTIMIZERS} | dict(
+            optimizers = {use: getattr(agent, use).state_dict() for use in OPTIMIZERS}
+            save(run / "checkpoint.pt", weights() | optimizers | dict(
                 env=torch.frombuffer(bytearray(packed.getvalue()), dtype=torch.uint8), obs=replay.present(None),
                 random={use: generator.get_state() for use, generator in random.items()},
                 replay=replay.state_dict() if args.save_buffer else None))
-            if results["eval/success_rate"] >= now["best"]:
-                now["best"] = results["eval/success_rate"]
+            if better:
                 save(run / "best.pt", weights())
         paused += time.perf_counter() - pause
     bar.close()
