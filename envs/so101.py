@@ -37,7 +37,10 @@ try:
 except ImportError as error:
     raise ImportError(f'SO-101 tasks need MuJoCo and MuJoCo Warp: pip install -e ".[so101]"  ({error})') from None
 
-wp.config.log_level = getattr(wp, "LOG_WARNING", 30)
+if not torch.cuda.is_available():
+    wp.config.log_level = wp.LOG_ERROR  # else Warp warns at its start that there is no NVIDIA driver
+wp.init()
+wp.config.log_level = wp.LOG_WARNING  # no line for every kernel that is loaded
 
 # --------------------------------------------------------------------------------------------------------- constants --
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
@@ -245,7 +248,11 @@ def build_model(task: Task, asset_dir: str | None = None) -> "mujoco.MjModel":
     add_contact_sensor("robot_table", objtype=subtree, objname="base", reftype=geom, refname="table")
     if task.support is not None:
         add_contact_sensor("robot_support", objtype=subtree, objname="base", reftype=body, refname="support")
-    return spec.compile()
+    model = spec.compile()
+    # The compiler notes that the bin's plates sit at their body's origin, and MuJoCo would then never read the
+    # positions that each episode gives them.
+    model.geom_sameframe[:] = 0
+    return model
 
 
 # ---------------------------------------------------------------------------------------- physics: two steppers ------
