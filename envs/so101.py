@@ -37,9 +37,6 @@ try:
 except ImportError as error:
     raise ImportError(f'SO-101 tasks need MuJoCo and MuJoCo Warp: pip install -e ".[so101]"  ({error})') from None
 
-if not torch.cuda.is_available():
-    wp.config.log_level = wp.LOG_ERROR  # else Warp warns at its start that there is no NVIDIA driver
-wp.init()
 wp.config.log_level = wp.LOG_WARNING  # no line for every kernel that is loaded
 
 # --------------------------------------------------------------------------------------------------------- constants --
