@@ -145,8 +145,8 @@ class Args:
     cudagraphs: bool = True  # replay each block of updates as one CUDA graph; needs cuda and a single process
     overlap: bool = False  # update while the simulation takes the next step; the data is one vector step older
 
-    def __post_init__(self):
-        self.cameras = tuple(self.cameras)  # a list when it comes from a file
+    def check(self):
+        """Raises ValueError at the first choice that cannot work. (In __post_init__ the parser would reword it.)"""
         least = self.learning_starts // self.num_envs  # rows stored at the first update
         cuda = self.device.startswith("cuda")
         for wrong, message in (
@@ -194,7 +194,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if given.checkpoint:  # a new run, so a new name
         saved.pop("name")
     defaults = dict(env_id=env_id, device=device) | tuned_defaults(env_id, device) | saved
-    defaults["cudagraphs"] = defaults.get("cudagraphs", True) and device.startswith("cuda")
+    defaults["cudagraphs"] = defaults.get("cudagraphs", True) and device.startswith("cuda")  # not from a GPU's file
     return tyro.cli(Args, args=argv, default=Args(**defaults), description=__doc__.split("\n\n")[0])
 
 
@@ -834,6 +834,7 @@ def train(args: Args) -> dict:
 
     Raises ValueError or FileNotFoundError for arguments that do not fit, FloatingPointError at the first NaN.
     """
+    args.check()
     device, rank, world = start_processes(args)
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
