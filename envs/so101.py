@@ -427,7 +427,8 @@ class _Scene:
                 launches()
                 return False
             if graph is False:
-                with wp.ScopedCapture(self.device, stream=wp.Stream(self.device) if stream else None) as capture:
+                side = wp.Stream(self.device) if stream else None  # CUDA's default stream cannot be captured
+                with wp.ScopedStream(side), wp.ScopedCapture(self.device, stream=side) as capture:
                     launches()
                 graph = capture.graph
             wp.capture_launch(graph, stream=stream)
