@@ -76,10 +76,10 @@ OPTIMIZERS = ("q_optimizer", "actor_optimizer", "alpha_optimizer")
 # --- Args -------------------------------------------------------------------------------------------------------------
 # (pattern of env ids, kind of device) -> defaults other than the published ones below; later rows win
 TUNED = {
-    ("*", "cpu"): dict(num_envs=8, num_updates=4, batch_size=256, buffer_size=100_000, critic_hidden=256, amp=False,
-                       compile=False, cudagraphs=False, total_timesteps=200_000, learning_starts=2_000,
+    ("*", "cpu"): dict(num_envs=8, eval_envs=8, num_updates=4, batch_size=256, buffer_size=100_000, critic_hidden=256,
+                       amp=False, compile=False, cudagraphs=False, total_timesteps=200_000, learning_starts=2_000,
                        eval_freq=10_000, log_freq=2_000),
-    ("SO101*", "cpu"): dict(num_envs=64, num_updates=16, render_size=16),
+    ("SO101*", "cpu"): dict(num_envs=64, eval_envs=64, num_updates=16, render_size=16),
 }
 
 
@@ -91,7 +91,8 @@ class Args:
     name: str = ""  # folder under runs/; empty: made from task, seed and time
     total_timesteps: int = 1_500_000  # environment transitions, over all environments and processes
     eval_freq: int = 100_000  # transitions between evaluations; each also saves checkpoint.pt, and best.pt if it is
-    eval_episodes: int = 64  # episodes of an evaluation, all at once, with the same seeds every time
+    eval_episodes: int = 64  # episodes of an evaluation, with the same seeds every time
+    eval_envs: int = 64  # of them at once; divides eval_episodes
     log_freq: int = 10_000  # transitions between rows of metrics.csv; only there does the host wait for the device
     evaluate: bool = False  # only evaluate the weights of --checkpoint
     checkpoint: str | None = None  # file to take weights from; counters, optimisers and buffer start afresh
@@ -151,6 +152,7 @@ class Args:
         cuda = self.device.startswith("cuda")
         for wrong, message in (
             (self.resume and self.checkpoint, "--resume continues a run, --checkpoint starts one: give only one"),
+            (self.eval_episodes % self.eval_envs, "--eval-episodes must be a multiple of --eval-envs"),
             (self.evaluate and not self.checkpoint, "--evaluate needs --checkpoint FILE"),
             (self.num_updates % self.policy_frequency, "--num-updates must be a multiple of --policy-frequency"),
             (self.policy_frequency % self.target_network_frequency,
@@ -202,8 +204,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
 def make_envs(args: Args, device: torch.device, rank: int = 0) -> tuple:
     """-> (training environment, {metric suffix: evaluation environment}); rank 0 alone evaluates.
 
-    Anything with reset, step, render, obs, state_dict and load_state_dict as in envs/so101.py can stand here. It begins
-    finished episodes anew by itself, and reports what they came to in info["final_obs"] and info["episode"].
+    Anything with reset, step, render, state_dict, load_state_dict and close as in envs/so101.py can stand here. It
+    starts the next episode by itself and reports on the one that ended in info["final_obs"] and info["episode"].
     """
     options = dict(render_size=args.render_size, asymmetric=args.asymmetric)
     variants, module = {"": {}}, "maniskill"
@@ -216,12 +218,12 @@ def make_envs(args: Args, device: torch.device, rank: int = 0) -> tuple:
         env = None if args.evaluate else make(args.env_id, args.num_envs, device, seed=args.seed + 1000 * rank,
                                               stagger=True, **options, **variants[""])
         return env, {} if rank else {
-            suffix: make(args.env_id, args.eval_episodes, device, seed=EVAL_SEED, stagger=False, **options, **variant)
+            suffix: make(args.env_id, args.eval_envs, device, seed=EVAL_SEED, stagger=False, **options, **variant)
             for suffix, variant in variants.items()}
-    except ImportError as error:
-        raise ValueError(f'{args.env_id}: {error}; if a package is missing: pip install -e ".[{module}]"') from error
-    except RuntimeError as error:
-        raise ValueError(f"{args.env_id}: {error}") from error
+    except ModuleNotFoundError as error:
+        raise ValueError(f'{args.env_id} needs {error.name}: run `pip install -e ".[{module}]"`') from error
+    except (ImportError, RuntimeError) as error:  # the environments' own messages
+        raise ValueError(error) from error
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
@@ -603,7 +605,9 @@ class Learner:
 
     def block(self):
         for k, v in update_block(*self.parts, self.size, self.losses).items():
-            self.totals.setdefault(k, torch.zeros_like(v)).add_(v)
+            if k not in self.totals:
+                self.totals[k] = torch.zeros_like(v)
+            self.totals[k] += v
 
     def run(self, size: int):
         """The updates owed for one vector step, on pictures of `size`. Once set up, nothing waits for the device."""
@@ -649,30 +653,31 @@ def wilson(rate: float, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def evaluate(policy, env, args: Args, jitter: bool, video: Path | None = None) -> tuple[dict, list]:
-    """One episode in each world, deterministic actions, fixed seeds. -> metrics; (obs, actions) of three moments
+    """Whole episodes, deterministic actions, fixed seeds. -> metrics; (obs, actions) of one world at three moments
 
     success_rate is success at the episode's end, ci_low and ci_high its interval; success_once is at any time.
     """
     generator = torch.Generator(env.device).manual_seed(EVAL_SEED) if jitter else None
-    obs, frames, moments, last = env.reset(seed=EVAL_SEED), [], [], env.max_episode_steps - 1
-    finished, sums = torch.zeros(env.num_envs, dtype=torch.bool, device=env.device), torch.zeros(3, device=env.device)
-    policy.reset()
-    for step in range(last + 1):
-        actions = policy.act(observe(obs, args, generator))
-        if step in (0, last // 2, last):
-            moments.append(({k: v[:1].clone() for k, v in (obs | {"rgb": policy.view}).items()}, actions[:1]))
-        if video:
-            frames.append(picture(env, policy.view))
-        obs, _, terminations, truncations, info = env.step(actions)
-        first = (terminations | truncations) & ~finished  # each world counts once
-        finished |= first
-        episode = torch.stack([info["episode"][k].float() for k in ("success_at_end", "success_once", "return")])
-        sums += torch.where(first, episode, 0.0).sum(-1)
+    frames, moments, last, sums = [], [], env.max_episode_steps - 1, torch.zeros(3, device=env.device)
+    for seed in range(EVAL_SEED, EVAL_SEED + args.eval_episodes // env.num_envs):
+        obs, finished = env.reset(seed=seed), torch.zeros(env.num_envs, dtype=torch.bool, device=env.device)
+        policy.reset()
+        for step in range(last + 1):
+            actions = policy.act(observe(obs, args, generator))
+            if seed == EVAL_SEED and step in (0, last // 2, last):
+                moments.append(({k: v[:1].clone() for k, v in (obs | {"rgb": policy.view}).items()}, actions[:1]))
+            if seed == EVAL_SEED and video:
+                frames.append(picture(env, policy.view))
+            obs, _, terminations, truncations, info = env.step(actions)
+            first = (terminations | truncations) & ~finished  # each world counts once
+            finished |= first
+            episode = torch.stack([info["episode"][k].float() for k in ("success_at_end", "success_once", "return")])
+            sums += torch.where(first, episode, 0.0).sum(-1)
     if video:
         video.parent.mkdir(parents=True, exist_ok=True)
         imageio.mimwrite(video, frames, fps=round(env.control_hz), macro_block_size=1)
-    success, once, score = (sums / env.num_envs).tolist()
-    low, high = wilson(success, env.num_envs)
+    success, once, score = (sums / args.eval_episodes).tolist()
+    low, high = wilson(success, args.eval_episodes)
     return {"eval/success_rate": success, "eval/ci_low": low, "eval/ci_high": high, "eval/success_once": once,
             "eval/return": score}, moments
 
@@ -882,13 +887,16 @@ def train(args: Args) -> dict:
     if args.evaluate:
         results = evaluate_all("evaluate", args.plot_critic)
         print(json.dumps(results))
+        for eval_env in eval_envs.values():
+            eval_env.close()
         return results | {"run": str(run)}
 
     # every use of chance has a generator of its own: neither --overlap nor an evaluation disturbs the others
     random = {use: torch.Generator(device).manual_seed(1_000_003 * args.seed + 10 * rank + i + now["global_step"])
               for i, use in enumerate(("act", "jitter", "learn"))}
     draw = random["jitter"] if jitter else None
-    obs = observe(env.obs, args, draw)
+    still = torch.zeros((args.num_envs, shapes["action"]), device=device)
+    obs = observe(env.step(still)[0], args, draw)  # not reset(), which would undo the staggering
     if args.resume and rank == 0:
         env.load_state_dict(torch.load(io.BytesIO(checkpoint["env"].numpy().tobytes()), weights_only=False))
         obs = {k: v.to(device) for k, v in checkpoint["obs"].items()}
@@ -994,7 +1002,8 @@ def train(args: Args) -> dict:
             if better:
                 save(run / "best.pt", weights())
         paused += time.perf_counter() - pause
-    bar.close()
+    for part in (bar, env, *eval_envs.values()):
+        part.close()
     pool.shutdown()
     return results | {k: now[k] for k in ("global_step", "wall_time", "train_time")} | {"run": str(run)}
 

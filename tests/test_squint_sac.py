@@ -37,7 +37,8 @@ def arguments(**changes) -> sq.Args:
     """A small run on the CPU, for FakeEnv."""
     values = dict(env_id="Fake", device="cpu", amp=False, compile=False, cudagraphs=False, num_envs=4, render_size=16,
                   num_updates=4, batch_size=16, buffer_size=400, learning_starts=40, total_timesteps=120, eval_freq=60,
-                  log_freq=20, eval_episodes=8, actor_hidden=16, critic_hidden=16, num_atoms=11, capture_video=False)
+                  log_freq=20, eval_episodes=8, eval_envs=4, actor_hidden=16, critic_hidden=16, num_atoms=11,
+                  capture_video=False)
     return sq.Args(**values | changes)
 
 
@@ -48,7 +49,7 @@ def generator(seed=0) -> torch.Generator:
 def make_fakes(args, device, rank=0):
     size = dict(size=args.render_size, asymmetric=args.asymmetric, cameras=len(args.cameras))
     env = None if args.evaluate else FakeEnv(args.num_envs, seed=args.seed + 1000 * rank, **size)
-    evals = {key: FakeEnv(args.eval_episodes, seed=1, stagger=False, **size) for key in ("", "_nodr")}
+    evals = {key: FakeEnv(args.eval_envs, seed=1, stagger=False, **size) for key in ("", "_nodr")}
     return env, {} if rank else evals
 
 
