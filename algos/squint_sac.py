@@ -76,10 +76,11 @@ OPTIMIZERS = ("q_optimizer", "actor_optimizer", "alpha_optimizer")
 # --- Args -------------------------------------------------------------------------------------------------------------
 # (pattern of env ids, kind of device) -> defaults other than the published ones below; later rows win
 TUNED = {
-    ("*", "cpu"): dict(num_envs=8, eval_envs=8, num_updates=4, batch_size=256, buffer_size=100_000, critic_hidden=256,
-                       amp=False, compile=False, cudagraphs=False, total_timesteps=200_000, learning_starts=2_000,
-                       eval_freq=10_000, log_freq=2_000),
-    ("SO101*", "cpu"): dict(num_envs=64, eval_envs=64, num_updates=16, render_size=16),
+    ("*", "cpu"): dict(num_envs=8, eval_envs=8, num_updates=4, batch_size=128, buffer_size=100_000, critic_hidden=256,
+                       policy_lr=1e-3, q_lr=1e-3, alpha_lr=1e-3, alpha=0.05, amp=False, compile=False, cudagraphs=False,
+                       total_timesteps=300_000, learning_starts=2_000, eval_freq=20_000, log_freq=2_000),
+    ("SO101*", "cpu"): dict(num_envs=64, eval_envs=64, num_updates=8, render_size=16),
+    ("SO101Reach*", "cpu"): dict(total_timesteps=80_000, eval_freq=10_000),
 }
 
 
