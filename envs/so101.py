@@ -395,8 +395,8 @@ class _Scene:
         self.per_axis = math.isqrt(samples)
         if self.per_axis**2 != samples or samples < 1:
             raise ValueError(f"--samples-per-pixel must be a square (1, 4, 9, 16, ...), not {samples}")
-        # The renderer's own samples_per_pixel fixes the rays once for all worlds, which rules out a field of view per
-        # world; a larger picture averaged over per_axis x per_axis blocks casts the same rays and costs the same.
+        # The renderer's own samples_per_pixel is quicker (see benchmarks/throughput.py), but it fixes the rays once for
+        # all worlds, which rules out a field of view per world. So: a finer picture, averaged over blocks.
         fine = size * self.per_axis
         with wp.ScopedDevice(device):
             self.m = mjw.put_model(mjm, batch_sizes={name: n for name in fields})
@@ -449,10 +449,10 @@ class _Scene:
     def draw(self) -> torch.Tensor:
         """Pictures of the present poses: uint8 (n, size, size, 3 * cameras)."""
         self.graphs["r"] = self.run(self._render, self.graphs.get("r"))
-        rgb, k = self.pixels[..., [2, 1, 0]], self.per_axis
-        if k > 1:
-            blocks = rgb.view(self.n, len(self.cameras), self.size, k, self.size, k, 3)
-            rgb = (blocks.sum((3, 5), dtype=torch.int32) + k * k // 2).div(k * k, rounding_mode="floor").to(torch.uint8)
+        rgb, k = self.pixels[..., :3].flip(-1), self.per_axis  # stored as b, g, r
+        if k > 1:  # the mean of k x k pixels, rounded; adding slices is several times faster than a reduction
+            parts = [rgb[:, :, i::k, j::k].to(torch.int32) for i in range(k) for j in range(k)]
+            rgb = ((sum(parts) + k * k // 2) // (k * k)).to(torch.uint8)
         return rgb.permute(0, 2, 3, 1, 4).reshape(self.n, self.size, self.size, -1).contiguous()
 
 
