@@ -1,4 +1,4 @@
-"""The documented CPU run, whole: `python -m pytest -m slow tests/test_squint_sac_learns.py` (minutes to half an hour)."""
+"""The documented CPU run, whole (minutes): `python -m pytest -m slow tests/test_squint_sac_learns.py`."""
 
 import csv
 import os
