@@ -8,13 +8,13 @@ arXiv 2602.21203. It builds on SAC (Haarnoja et al., arXiv 1812.05905) and C51 (
     actor    E[alpha log pi(a|s) - mean over the heads of E[Z(s, a)]]               (SAC, eq. 7)
     alpha    E[-alpha (log pi(a|s) + H)], H = -A, at every critic update            (SAC, eq. 18)
 
-Differences from the authors' code; (1) to (4) change the numbers slightly, the others what is computed around them:
+Differences from the authors' code; (1) to (4) change the numbers slightly:
  1. The area mean rounds to the nearest of 256 levels; theirs truncates, which darkens by half a level.
  2. Colour jitter is drawn for each sample and camera, in a fixed order, with hue as a rotation about the grey axis.
     Theirs draws once for the whole batch, in a random order, and shifts hue in HSV.
  3. Episode clocks are staggered at the start; theirs run in lockstep.
- 4. The tanh's share of log pi is exact; theirs adds 1e-6. An atom's two neighbours always share its whole mass, also
-    when it falls exactly on one of them; theirs can lose or double it there.
+ 4. The tanh's share of log pi is exact (theirs adds 1e-6), and projection always keeps the mass at 1 (theirs can lose
+    or double that of an atom that falls exactly on another).
  5. The replay buffer holds each picture once and finds the next one by index; sampling is part of the update.
  6. Ours, not the paper's: `--squint linear | adaptive`, `--utd-mode turnover`, `--n-step`, `--frame-stack`,
     `--asymmetric`, `--overlap`, several GPUs. On a CPU the sizes are smaller: TUNED, below.
@@ -38,26 +38,24 @@ import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+VENV = Path(__file__).resolve().parent.parent / ".venv"
 if __name__ == "__main__" and importlib.util.find_spec("envs") is None:
     # `make` installs the project in .venv; going on in there lets `python algos/squint_sac.py` work as typed.
-    python = ROOT / ".venv/bin/python"
-    if not python.exists() or Path(sys.prefix).resolve() == ROOT / ".venv":
+    if Path(sys.prefix).resolve() == VENV or not (VENV / "bin/python").exists():
         sys.exit(f"cleanrobot is not installed for {sys.executable}: run `make setup` (or `pip install -e .`) first")
-    os.execv(python, [str(python), *sys.argv])
+    os.execv(VENV / "bin/python", [VENV / "bin/python", *sys.argv])
 
 # --- Imports ----------------------------------------------------------------------------------------------------------
-import argparse
 import copy
 import csv
-import io
 import json
 import math
+import pickle
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
-from types import SimpleNamespace
 from typing import Literal
 
 import imageio.v2 as imageio
@@ -71,6 +69,8 @@ from tqdm import tqdm
 
 START = time.time()  # `wall_time` counts from here
 EVAL_SEED = 10_000
+EPISODE = ("return", "success_at_end", "success_once")  # what is logged of an episode that ended
+CLOCK = ("global_step", "wall_time", "train_time")  # the first columns of metrics.csv and eval.csv
 OPTIMIZERS = ("q_optimizer", "actor_optimizer", "alpha_optimizer")
 
 # --- Args -------------------------------------------------------------------------------------------------------------
@@ -149,25 +149,24 @@ class Args:
 
     def check(self):
         """Raises ValueError at the first choice that cannot work. (In __post_init__ the parser would reword it.)"""
-        least = self.learning_starts // self.num_envs  # rows stored at the first update
-        cuda = self.device.startswith("cuda")
-        for wrong, message in (
-            (self.resume and self.checkpoint, "--resume continues a run, --checkpoint starts one: give only one"),
-            (self.eval_episodes % self.eval_envs, "--eval-episodes must be a multiple of --eval-envs"),
-            (self.evaluate and not self.checkpoint, "--evaluate needs --checkpoint FILE"),
-            (self.num_updates % self.policy_frequency, "--num-updates must be a multiple of --policy-frequency"),
-            (self.policy_frequency % self.target_network_frequency,
-             "--target-network-frequency must divide --policy-frequency"),
-            (self.image_size > self.store_size, "--image-size-max must not be below --image-size"),
-            (self.store_size > self.render_size, "--render-size must not be below the image size"),
-            (self.image_size < 10, "--image-size must be at least 10, the least that the convolutions take"),
-            (self.v_min >= self.v_max or self.num_atoms < 2, "--v-min must be below --v-max, with 2 atoms or more"),
-            (least < self.n_step + self.frame_stack - 1,
-             "--learning-starts must cover --n-step + --frame-stack vector steps: raise it or lower --num-envs"),
-            (self.buffer_size // self.num_envs < least + 2, "--buffer-size must exceed --learning-starts: raise it"),
-            (self.cudagraphs and not cuda, "--cudagraphs needs --device cuda"),
-            (cuda and not torch.cuda.is_available(), "there is no CUDA device here: use --device cpu"),
-        ):
+        least, cuda = self.learning_starts // self.num_envs, self.device.startswith("cuda")  # rows at the first update
+        for message, wrong in {
+            "--resume continues a run, --checkpoint starts one: give only one": self.resume and self.checkpoint,
+            "--eval-episodes must be a multiple of --eval-envs": self.eval_episodes % self.eval_envs,
+            "--evaluate needs --checkpoint FILE": self.evaluate and not self.checkpoint,
+            "--num-updates must be a multiple of --policy-frequency": self.num_updates % self.policy_frequency,
+            "--target-network-frequency must divide --policy-frequency":
+                self.policy_frequency % self.target_network_frequency,
+            "--image-size-max must not be below --image-size": self.image_size > self.store_size,
+            "--render-size must not be below the image size": self.store_size > self.render_size,
+            "--image-size must be at least 10, the least that the convolutions take": self.image_size < 10,
+            "--v-min must be below --v-max, with 2 atoms or more": self.v_min >= self.v_max or self.num_atoms < 2,
+            "--learning-starts must cover --n-step + --frame-stack vector steps: raise it or lower --num-envs":
+                least < self.n_step + self.frame_stack - 1,
+            "--buffer-size must exceed --learning-starts: raise it": self.buffer_size // self.num_envs < least + 2,
+            "--cudagraphs needs --device cuda": self.cudagraphs and not cuda,
+            "there is no CUDA device here: use --device cpu": cuda and not torch.cuda.is_available(),
+        }.items():
             if wrong:
                 raise ValueError(message)
 
@@ -185,19 +184,15 @@ def tuned_defaults(env_id: str, device: str) -> dict:
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line -> Args. The defaults, and so --help, are those of the task, device or checkpoint given."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for option in ("env-id", "device", "resume", "checkpoint"):
-        first.add_argument(f"--{option}", f"--{option.replace('-', '_')}")
-    given, _ = first.parse_known_args(argv)
-    device = given.device or Args.device
+    words = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("-h", "--help")]
+    given = tyro.cli(Args, args=words, default=Args(env_id=""))  # a first look: which task, device and file
     source = Path(given.resume) / "checkpoint.pt" if given.resume else given.checkpoint
     saved = load_file(source)["args"] if source else {}
     env_id = given.env_id or saved.get("env_id", Args.env_id)
-    saved = {k: v for k, v in saved.items() if k not in ("device", "evaluate", "checkpoint", "resume")}
-    if given.checkpoint:  # a new run, so a new name
-        saved.pop("name")
-    defaults = dict(env_id=env_id, device=device) | tuned_defaults(env_id, device) | saved
-    defaults["cudagraphs"] = defaults.get("cudagraphs", True) and device.startswith("cuda")  # not from a GPU's file
+    for key in ("device", "evaluate", "checkpoint", "resume", *["name"] * bool(given.checkpoint)):  # of that run alone
+        saved.pop(key, None)
+    defaults = dict(env_id=env_id, device=given.device) | tuned_defaults(env_id, given.device) | saved
+    defaults["cudagraphs"] = defaults.get("cudagraphs", True) and given.device.startswith("cuda")  # not a GPU's file's
     return tyro.cli(Args, args=argv, default=Args(**defaults), description=__doc__.split("\n\n")[0])
 
 
@@ -208,12 +203,10 @@ def make_envs(args: Args, device: torch.device, rank: int = 0) -> tuple:
     Anything with reset, step, render, state_dict, load_state_dict and close as in envs/so101.py can stand here. It
     starts the next episode by itself and reports on the one that ended in info["final_obs"] and info["episode"].
     """
-    options = dict(render_size=args.render_size, asymmetric=args.asymmetric)
-    variants, module = {"": {}}, "maniskill"
+    module, options, variants = "maniskill", dict(render_size=args.render_size, asymmetric=args.asymmetric), {"": {}}
     if args.env_id.startswith("SO101"):
-        options |= dict(samples_per_pixel=args.samples_per_pixel, cameras=args.cameras)
+        module, options = "so101", options | dict(samples_per_pixel=args.samples_per_pixel, cameras=args.cameras)
         variants = {"": dict(domain_randomization=args.domain_randomization), "_nodr": dict(domain_randomization=False)}
-        module = "so101"
     try:
         make = importlib.import_module(f"envs.{module}").make
         env = None if args.evaluate else make(args.env_id, args.num_envs, device, seed=args.seed + 1000 * rank,
@@ -262,13 +255,11 @@ def init_orthogonal(module: nn.Module):
 class Encoder(nn.Module):
     """uint8 (B, h, w, C) -> (B, 1024). Shared by actor and critic, trained by the critic alone, without a target."""
 
-    # size: (width, kernel, stride) of each layer
-    CONVS = {32: ((32, 4, 2), (64, 4, 2), (64, 3, 1)), 64: ((32, 8, 4), (64, 4, 2), (64, 3, 1))}
-
     def __init__(self, channels: int, size: int):
         super().__init__()
+        convs = {32: ((32, 4, 2), (64, 4, 2), (64, 3, 1)), 64: ((32, 8, 4), (64, 4, 2), (64, 3, 1))}
         layers = []
-        for width, kernel, stride in self.CONVS.get(size, ((32, 4, 2), (64, 4, 1))):
+        for width, kernel, stride in convs.get(size, ((32, 4, 2), (64, 4, 1))):
             layers += [nn.Conv2d(channels, width, kernel, stride), nn.ReLU()]
             channels = width
         self.convs = nn.Sequential(*layers)
@@ -298,10 +289,10 @@ class Actor(nn.Module):
 
     def __init__(self, state_dim: int, action_dim: int, hidden: int):
         super().__init__()
-        layers = [Projection(state_dim)]
+        self.projection, layers = Projection(state_dim), []
         for inputs in (306, hidden, hidden):
             layers += [nn.Linear(inputs, hidden), nn.LayerNorm(hidden), nn.ReLU()]
-        self.projection, self.trunk = layers[0], nn.Sequential(*layers[1:])
+        self.trunk = nn.Sequential(*layers)
         self.mean, self.log_std = nn.Linear(hidden, action_dim), nn.Linear(hidden, action_dim)
         init_orthogonal(self)
 
@@ -380,13 +371,13 @@ class Replay:
     def __init__(self, obs: dict, action_dim: int, episode_steps: int, args: Args):
         self.args, self.rows, n, device = args, args.buffer_size // args.num_envs, args.num_envs, obs["rgb"].device
         self.slots = self.rows // episode_steps + 4  # ends among T rows: T / length, both edges, the open slot, a spare
-        row = {"actions": ((action_dim,), torch.float32), "rewards": ((), torch.float32), "dones": ((), torch.bool),
-               "terminations": ((), torch.bool), "age": ((), torch.int64), "end": ((), torch.int64)}
-        row |= {k: (v.shape[1:], v.dtype) for k, v in obs.items()}
+        zeros = torch.zeros(n, device=device)
+        row = obs | dict(actions=torch.zeros((n, action_dim), device=device), rewards=zeros, dones=zeros.bool(),
+                         terminations=zeros.bool(), age=zeros.long(), end=zeros.long())
         # age: stored steps of this episode so far; end: ended episodes of this world so far, which finds the final slot
-        self.data = {k: torch.zeros((self.rows, n, *shape), dtype=d, device=device) for k, (shape, d) in row.items()}
-        self.final = {k: torch.zeros((self.slots, *v.shape), dtype=v.dtype, device=device) for k, v in obs.items()}
-        self.ends, self.worlds = torch.zeros(n, dtype=torch.int64, device=device), torch.arange(n, device=device)
+        self.data = {k: v.new_zeros((self.rows, *v.shape)) for k, v in row.items()}
+        self.final = {k: v.new_zeros((self.slots, *v.shape)) for k, v in obs.items()}
+        self.ends, self.worlds = zeros.long(), torch.arange(n, device=device)
         self.head = self.size = 0  # size: rows that hold a whole transition
         self.cursor = torch.zeros(2, dtype=torch.int64, device=device)  # head and size again, for the device
         for k in obs:
@@ -395,9 +386,9 @@ class Replay:
     def add(self, actions, rewards, terminations, dones, final_obs: dict, next_obs: dict):
         """Complete the present row and open the next one; all (N, ...). Nothing waits for the device."""
         row, after = self.head, (self.head + 1) % self.rows
-        for k, v in dict(actions=actions, rewards=rewards, terminations=terminations, dones=dones).items():
+        known = dict(actions=actions, rewards=rewards, terminations=terminations, dones=dones, end=self.ends)
+        for k, v in known.items():
             self.data[k][row] = v
-        self.data["end"][row] = self.ends
         for k in self.final:  # every world writes its open slot; only an end closes it
             self.final[k][self.ends % self.slots, self.worlds] = final_obs[k]
             self.data[k][after] = next_obs[k]
@@ -412,12 +403,10 @@ class Replay:
         past = [(row - age.clamp(max=j)) % self.rows for j in range(self.args.frame_stack - 1, 0, -1)]
         return squint(torch.cat([*(self.data["rgb"][rows, world] for rows in past), newest], -1), size)
 
-    def present(self, size: int | None) -> dict:
-        """The observation to act on, (N, ...), pictures stacked and squinted; with None, just as it was stored."""
-        obs = {k: self.data[k][self.head].clone() for k in self.final}
-        if size:
-            obs["rgb"] = self._stacked(obs["rgb"], self.head, self.data["age"][self.head], self.worlds, size)
-        return obs
+    def present(self, size: int) -> dict:
+        """The observation to act on, (N, ...), pictures stacked and squinted."""
+        obs = {k: self.data[k][self.head] for k in self.final}
+        return obs | {"rgb": self._stacked(obs["rgb"], self.head, self.data["age"][self.head], self.worlds, size)}
 
     def sample(self, batch_size: int, size: int, generator: torch.Generator) -> dict:
         """B transitions, uniform over those whose n steps and stacked pictures are all stored.
@@ -434,11 +423,10 @@ class Replay:
         last, rewards, discounts = row, torch.zeros_like(draw[0]), torch.ones_like(draw[0])
         running = torch.ones_like(row, dtype=torch.bool)
         for j in range(n):  # stops at an episode's end
-            last = torch.where(running, row + j, last)
-            rewards = rewards + running * discounts * data["rewards"][last % self.rows, world]
+            last = torch.where(running, (row + j) % self.rows, last)
+            rewards = rewards + running * discounts * data["rewards"][last, world]
             discounts = torch.where(running, discounts * args.gamma, discounts)
-            running = running & ~data["dones"][last % self.rows, world]
-        last = last % self.rows
+            running = running & ~data["dones"][last, world]
         ended, end, age = (data[k][last, world] for k in ("dones", "end", "age"))
         if args.bootstrap_at_done != "always":
             stop = ended if args.bootstrap_at_done == "never" else data["terminations"][last, world]
@@ -446,24 +434,19 @@ class Replay:
 
         obs, next_obs = {k: data[k][row, world] for k in self.final}, {}
         for k, final in self.final.items():
-            following = data[k][(last + 1) % self.rows, world]
-            choose = ended.view(-1, *[1] * (following.ndim - 1))
-            next_obs[k] = torch.where(choose, final[end % self.slots, world], following)
+            choose = ended.view(-1, *[1] * (final.ndim - 2))
+            next_obs[k] = torch.where(choose, final[end % self.slots, world], data[k][(last + 1) % self.rows, world])
         obs["rgb"] = self._stacked(obs["rgb"], row, data["age"][row, world], world, size)
         next_obs["rgb"] = self._stacked(next_obs["rgb"], last + 1, age + 1, world, size)
         return dict(obs=obs, next_obs=next_obs, actions=data["actions"][row, world], rewards=rewards,
                     discounts=discounts, live=(~ended | (self.ends[world] - end < self.slots)).float())
 
     def state_dict(self) -> dict:
-        return dict(data=self.data, final=self.final, ends=self.ends, cursor=self.cursor)
+        return self.data | {f"final_{k}": v for k, v in self.final.items()} | dict(ends=self.ends, cursor=self.cursor)
 
     def load_state_dict(self, state: dict):
-        for k in self.data:
-            self.data[k].copy_(state["data"][k])
-        for k in self.final:
-            self.final[k].copy_(state["final"][k])
-        self.ends.copy_(state["ends"])
-        self.cursor.copy_(state["cursor"])
+        for k, tensor in self.state_dict().items():
+            tensor.copy_(state[k])
         self.head, self.size = self.cursor.tolist()
 
 
@@ -556,59 +539,49 @@ def actor_update(agent: Agent, obs: dict, features, noise, args: Args, loss_func
 
 
 @torch.no_grad()
-def act(agent: Agent, obs: dict, noise) -> torch.Tensor:
-    """Actions to explore with, (N, A)."""
-    return sample_actions(agent.actor, agent.encoder(obs["rgb"]), obs, noise)[0]
-
-
-@torch.no_grad()
 def target_update(agent: Agent, tau: float):
     """Polyak: target <- (1 - tau) target + tau critic, the critic's projection included; the encoder has no target."""
     torch._foreach_lerp_(list(agent.target.parameters()), list(agent.critic.parameters()), tau)
-
-
-def update_block(agent: Agent, replay: Replay, args: Args, generator, size: int, losses=(critic_loss, actor_loss)):
-    """`policy_frequency` critic updates, then one of the actor, sampling included. -> mean metrics, on the device"""
-    totals, shape = {}, (args.batch_size, replay.data["actions"].shape[-1])
-    for i in range(args.policy_frequency):
-        batch = replay.sample(args.batch_size, size, generator)
-        noise = torch.randn((2 * shape[0], shape[1]), generator=generator, device=generator.device)
-        features, metrics = critic_update(agent, batch, noise, args, losses[0])
-        if (i + 1) % args.target_network_frequency == 0:
-            target_update(agent, args.tau)
-        totals = {k: totals.get(k, 0) + v / args.policy_frequency for k, v in metrics.items()}
-    noise = torch.randn(shape, generator=generator, device=generator.device)
-    return totals | actor_update(agent, batch["obs"], features, noise, args, losses[1])
-
-
-def capture(function, warm_up: int, generator: torch.Generator) -> torch.cuda.CUDAGraph:
-    """Call `function` `warm_up` times, then record it as a CUDA graph; a replay draws new numbers from `generator`."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # a warm-up must not run on the stream that others wait for
-        for _ in range(warm_up):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
-        function()
-    return graph
 
 
 class Learner:
     """Runs blocks of updates by one of three routes to the same numbers: plain, compiled losses, one CUDA graph."""
 
     def __init__(self, agent: Agent, replay: Replay, args: Args, generator: torch.Generator, owed: float = 0.0):
-        self.parts, self.replay, self.args = (agent, replay, args, generator), replay, args
+        self.agent, self.replay, self.args, self.generator = agent, replay, args, generator
         self.losses = [torch.compile(f) if args.compile else f for f in (critic_loss, actor_loss)]
-        self.owed, self.count, self.totals = owed, 0, {}  # blocks to do; blocks done since `read`, their metrics
-        self.size, self.graph, self.setup_seconds = 0, None, 0.0
+        self.owed, self.count = owed, 0  # blocks to do, blocks done since `read`
+        self.totals = defaultdict(lambda: torch.zeros((), device=generator.device))  # sums of metrics since `read`
+        self.size, self.setup_seconds = 0, 0.0
 
     def block(self):
-        for k, v in update_block(*self.parts, self.size, self.losses).items():
-            if k not in self.totals:
-                self.totals[k] = torch.zeros_like(v)
+        """`policy_frequency` critic updates, then one of the actor, sampling included. Adds its metrics to `totals`."""
+        args, agent, generator, means = self.args, self.agent, self.generator, {}
+        for i in range(args.policy_frequency):
+            batch = self.replay.sample(args.batch_size, self.size, generator)
+            b, a = batch["actions"].shape
+            noise = torch.randn((2 * b, a), generator=generator, device=generator.device)
+            features, metrics = critic_update(agent, batch, noise, args, self.losses[0])
+            if (i + 1) % args.target_network_frequency == 0:
+                target_update(agent, args.tau)
+            means = {k: means.get(k, 0) + v / args.policy_frequency for k, v in metrics.items()}
+        noise = torch.randn((b, a), generator=generator, device=generator.device)
+        means |= actor_update(agent, batch["obs"], features, noise, args, self.losses[1])
+        for k, v in means.items():
             self.totals[k] += v
+
+    def capture(self, warm_up: int) -> torch.cuda.CUDAGraph:
+        """`warm_up` ordinary blocks, then one recorded as a CUDA graph; every replay draws new numbers."""
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # a warm-up must not run on the stream that others wait for
+            for _ in range(warm_up):
+                self.block()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph.register_generator_state(self.generator)
+        with torch.cuda.graph(graph):
+            self.block()
+        return graph
 
     def run(self, size: int):
         """The updates owed for one vector step, on pictures of `size`. Once set up, nothing waits for the device."""
@@ -617,79 +590,69 @@ class Learner:
         blocks = int(self.owed)
         self.owed, self.count = self.owed - blocks, self.count + blocks
         if blocks and size != self.size:  # set up for this size; the first blocks are ordinary updates all the same
-            begin, warm_up, self.size = time.perf_counter(), min(blocks, 3 if self.args.cudagraphs else 1), size
+            begin, warm_up, self.size, self.step = time.perf_counter(), 1, size, self.block
             if self.args.cudagraphs:
-                self.graph = capture(self.block, warm_up, self.parts[-1])
+                warm_up = min(blocks, 3)
+                self.step = self.capture(warm_up).replay
             else:
                 self.block()
             blocks, self.setup_seconds = blocks - warm_up, self.setup_seconds + time.perf_counter() - begin
         for _ in range(blocks):
-            if self.graph:
-                self.graph.replay()
-            else:
-                self.block()
+            self.step()
 
     def read(self) -> dict[str, float]:
         """Mean metrics since the last reading; waits for the device. Empty before the first update."""
         if not self.count:
             return {}
         values = (torch.stack(list(self.totals.values())) / self.count).tolist()
-        for total in self.totals.values():
-            total.zero_()
         self.count = 0
+        torch._foreach_zero_(list(self.totals.values()))
         return dict(zip(self.totals, values, strict=True))
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------
-def observe(obs: dict, args, generator: torch.Generator | None) -> dict:
+def observe(obs: dict, args: Args, generator: torch.Generator | None) -> dict:
     """What is stored of an observation: pictures at the stored size, with jitter where there is a generator."""
     rgb = squint(obs["rgb"], args.store_size)
     return obs | {"rgb": color_jitter(rgb, generator) if generator else rgb}
 
 
-def wilson(rate: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95% confidence interval of a success rate from n episodes (Wilson 1927, eq. 1)."""
-    middle, half = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-
-
-def evaluate(policy, env, args: Args, jitter: bool, video: Path | None = None) -> tuple[dict, list]:
-    """Whole episodes, deterministic actions, fixed seeds. -> metrics; (obs, actions) of one world at three moments
+def evaluate(policy, env, args: Args, jitter: bool, video: Path | None) -> tuple[dict, list]:
+    """Whole episodes, deterministic actions, fixed seeds. -> metrics; (obs, actions) of one world at every step
 
     success_rate is success at the episode's end, ci_low and ci_high its interval; success_once is at any time.
     """
     generator = torch.Generator(env.device).manual_seed(EVAL_SEED) if jitter else None
-    frames, moments, last, sums = [], [], env.max_episode_steps - 1, torch.zeros(3, device=env.device)
-    for seed in range(EVAL_SEED, EVAL_SEED + args.eval_episodes // env.num_envs):
-        obs, finished = env.reset(seed=seed), torch.zeros(env.num_envs, dtype=torch.bool, device=env.device)
+    frames, moments, sums, n = [], [], torch.zeros(3, device=env.device), args.eval_episodes
+    for seed in range(EVAL_SEED, EVAL_SEED + n // env.num_envs):
+        obs, running = env.reset(seed=seed), torch.ones(env.num_envs, dtype=torch.bool, device=env.device)
         policy.reset()
-        for step in range(last + 1):
+        for _ in range(env.max_episode_steps):
             actions = policy.act(observe(obs, args, generator))
-            if seed == EVAL_SEED and step in (0, last // 2, last):
+            if seed == EVAL_SEED:
                 moments.append(({k: v[:1].clone() for k, v in (obs | {"rgb": policy.view}).items()}, actions[:1]))
-            if seed == EVAL_SEED and video:
-                frames.append(picture(env, policy.view))
+                frames += [picture(env, policy.view)] if video else []
             obs, _, terminations, truncations, info = env.step(actions)
-            first = (terminations | truncations) & ~finished  # each world counts once
-            finished |= first
-            episode = torch.stack([info["episode"][k].float() for k in ("success_at_end", "success_once", "return")])
-            sums += torch.where(first, episode, 0.0).sum(-1)
+            ended = (terminations | truncations) & running  # each world counts once
+            sums += torch.where(ended, torch.stack([info["episode"][k] for k in EPISODE]), 0.0).sum(-1)
+            running &= ~ended
     if video:
         video.parent.mkdir(parents=True, exist_ok=True)
         imageio.mimwrite(video, frames, fps=round(env.control_hz), macro_block_size=1)
-    success, once, score = (sums / args.eval_episodes).tolist()
-    low, high = wilson(success, args.eval_episodes)
+    score, success, once = (sums / n).tolist()
+    z = 1.96  # 95% confidence interval (Wilson 1927, eq. 1)
+    middle, half = success + z * z / (2 * n), z * math.sqrt(success * (1 - success) / n + z * z / (4 * n * n))
+    low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
     return {"eval/success_rate": success, "eval/ci_low": low, "eval/ci_high": high, "eval/success_once": once,
             "eval/return": score}, moments
 
 
 def picture(env, view: torch.Tensor) -> np.ndarray:
     """Four worlds, one below the other: seen from the side, then by each camera as the policy sees it."""
-    worlds, side = tuple(range(min(4, env.num_envs))), 160
-    seen = view[: len(worlds), ..., -env.image_shape[2]:].unflatten(-1, (-1, 3)).permute(0, 4, 1, 3, 2).flatten(3)
-    seen = F.interpolate(seen.float(), (side, side * env.image_shape[2] // 3)).byte().permute(0, 2, 3, 1).cpu().numpy()
-    return np.concatenate([env.render(worlds=worlds, size=side, camera="third"), seen], axis=2).reshape(
-        len(worlds) * side, -1, 3)
+    worlds, side, channels = tuple(range(min(4, env.num_envs))), 160, env.image_shape[2]
+    seen = view[: len(worlds), ..., -channels:].unflatten(-1, (-1, 3)).permute(0, 4, 1, 3, 2).flatten(3)
+    seen = F.interpolate(seen.float(), (side, side * channels // 3)).byte().permute(0, 2, 3, 1).cpu().numpy()
+    return np.concatenate([env.render(worlds, side, "third"), seen], 2).reshape(len(worlds) * side, -1, 3)
 
 
 @torch.no_grad()
@@ -697,7 +660,8 @@ def plot_critic(agent: Agent, moments: list, path: Path):
     """Each head's distribution of the return, with its mean, at the start, the middle and the end of an episode."""
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
     figure, atoms = Figure((12, 3), layout="tight"), agent.support.cpu()
-    for axis, (obs, actions), name in zip(figure.subplots(1, 3), moments, ("start", "middle", "end"), strict=True):
+    for axis, at, name in zip(figure.subplots(1, 3), (0, 0.5, 1), ("start", "middle", "end"), strict=True):
+        obs, actions = moments[int(at * (len(moments) - 1))]
         for head, probs in enumerate(agent.critic(agent.encoder(obs["rgb"]), obs, actions).softmax(-1)[:, 0].cpu()):
             mean = float(probs @ atoms)
             axis.plot(atoms, probs, color=f"C{head}", label=f"head {head}, mean {mean:.2f}")
@@ -737,24 +701,23 @@ def check_fits(checkpoint: dict, args: Args, shapes: dict):
 
 
 # --- Policy -----------------------------------------------------------------------------------------------------------
-class Policy:
+class Policy(nn.Module):
     """Observation in, action out, from one checkpoint (file or its content) and no simulator.
 
     `spec` describes the robot: joint order and limits, control rate, action scale, cameras, layout of the state.
     """
 
     def __init__(self, source: str | Path | dict, device: str | torch.device = "cpu"):
+        super().__init__()
         checkpoint = source if isinstance(source, dict) else load_file(source)
-        self.args, self.spec = SimpleNamespace(**checkpoint["args"]), checkpoint["spec"]
+        self.args, self.spec = Args(**checkpoint["args"]), checkpoint["spec"]
         self.store_size, self.size = checkpoint["store_size"], checkpoint["now"]["size"]  # of frame and network input
-        self.device = torch.device(device)
         with torch.device("meta"):  # shapes only: no random number is drawn
-            networks = policy_networks(self.args, checkpoint["shapes"])
-        for network, prefix in zip(networks, ("encoder.", "actor."), strict=True):
-            weights = {k.removeprefix(prefix): v for k, v in checkpoint["agent"].items() if k.startswith(prefix)}
-            network.load_state_dict(weights, assign=True)
-        self.encoder, self.actor = (network.to(device) for network in networks)
-        self.reset()
+            self.encoder, self.actor = policy_networks(self.args, checkpoint["shapes"])
+        weights = {k: v for k, v in checkpoint["agent"].items() if k.startswith(("encoder.", "actor."))}
+        self.load_state_dict(weights, assign=True)
+        self.device, self.stack = torch.device(device), None
+        self.to(self.device)
 
     def reset(self):
         """Forget the earlier pictures; call at the start of every episode."""
@@ -764,8 +727,8 @@ class Policy:
         """A camera's picture, uint8 (H, W, 3) of any size -> its middle square, area mean: uint8 (1, h, h, 3)."""
         side = min(frame.shape[:2])
         top, left = (frame.shape[0] - side) // 2, (frame.shape[1] - side) // 2
-        square = torch.from_numpy(frame[top:top + side, left:left + side].copy())
-        return squint(square[None].to(self.device), self.store_size)
+        square = torch.from_numpy(frame[None, top:top + side, left:left + side].copy())
+        return squint(square.to(self.device), self.store_size)
 
     @torch.no_grad()
     def act(self, obs: dict) -> torch.Tensor:
@@ -806,8 +769,7 @@ def next_size(args: Args, size: int, global_step: int, history: list[float]) -> 
 def start_step(env, actions, overlap: bool, pool: ThreadPoolExecutor, stream):
     """Begin env.step. -> a function that returns its result; with overlap, the caller may compute in between."""
     if not overlap:
-        result = env.step(actions)
-        return lambda: result
+        return lambda: env.step(actions)
     if stream is None:  # on a CPU: physics lets go of Python's lock while it computes
         return pool.submit(env.step, actions).result
     learner_stream = torch.cuda.current_stream()
@@ -819,20 +781,22 @@ def start_step(env, actions, overlap: bool, pool: ThreadPoolExecutor, stream):
 
 def check_finite(agent: Agent, metrics: dict, global_step: int, checkpoint: Path):
     """Raises FloatingPointError that names the first tensor or metric that is not finite."""
-    weights = agent.state_dict()
-    finite = torch.stack([tensor.isfinite().all() for tensor in weights.values()]).tolist()
-    bad = [name for name, fine in zip(weights, finite, strict=True) if not fine]
-    bad += [name for name, value in metrics.items() if not math.isfinite(value)]
-    if bad:
+    values = agent.state_dict() | {k: torch.tensor(v, device=agent.support.device) for k, v in metrics.items()}
+    finite = torch.stack([value.isfinite().all() for value in values.values()]).tolist()
+    if not all(finite):
         good = checkpoint if checkpoint.exists() else "none yet"
-        raise FloatingPointError(f"{bad[0]} is not finite at step {global_step}; last good checkpoint: {good}")
+        name = list(values)[finite.index(False)]
+        raise FloatingPointError(f"{name} is not finite at step {global_step}; last good checkpoint: {good}")
 
 
-def write_row(path: Path, row: dict):
-    """Append to a CSV file, whose first row names the columns."""
+def write_row(path: Path, row: dict, track: bool, video: Path | None = None):
+    """Append to a CSV file, whose first row names the columns; with `track` it goes to Weights & Biases too."""
     rows = [row.values()] if path.exists() else [row.keys(), row.values()]
     with path.open("a", newline="") as file:
         csv.writer(file).writerows(rows)
+    if track:
+        import wandb
+        wandb.log(row | ({"eval/video": wandb.Video(str(video))} if video else {}), step=row["global_step"])
 
 
 def train(args: Args) -> dict:
@@ -848,8 +812,8 @@ def train(args: Args) -> dict:
     run = Path(args.resume or Path("runs") / name)
     if not args.resume and (run / "args.json").exists():
         raise ValueError(f"{run} exists: continue it with --resume {run}, or choose another --name")
-    checkpoint = load_file(run / "checkpoint.pt" if args.resume else args.checkpoint) \
-        if args.resume or args.checkpoint else None
+    source = run / "checkpoint.pt" if args.resume else args.checkpoint
+    checkpoint = load_file(source) if source else None
 
     env, eval_envs = make_envs(args, device, rank)
     like = env or eval_envs[""]
@@ -861,19 +825,21 @@ def train(args: Args) -> dict:
         check_fits(checkpoint, args, shapes)
         agent.load_state_dict(checkpoint["agent"])
         now |= checkpoint["now"] if args.resume else {"size": checkpoint["now"]["size"]}
+    for use in OPTIMIZERS if args.resume else ():
+        getattr(agent, use).load_state_dict(checkpoint[use])
     for tensor in agent.state_dict().values() if world > 1 else ():
         dist.broadcast(tensor, 0)
-    about = dict(algo="squint_sac", args=asdict(args), shapes=shapes, spec=json.loads(json.dumps(like.spec)),
-                 store_size=args.store_size, versions=dict(torch=str(torch.__version__), numpy=np.__version__))
     if rank == 0:
         run.mkdir(parents=True, exist_ok=True)
         (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
-        print(f"{run}: {args.env_id}; defaults for {device.type}: "
-              f"{tuned_defaults(args.env_id, device.type) or 'as published'}")
+        tuned = tuned_defaults(args.env_id, device.type) or "as published"
+        print(f"{run}: {args.env_id}; defaults for {device.type}: {tuned}")
     jitter = args.jitter and args.domain_randomization
 
     def weights() -> dict:  # all that Policy and --checkpoint need
-        return about | dict(agent=agent.state_dict(), now=dict(now))
+        return dict(algo="squint_sac", args=asdict(args), shapes=shapes, spec=json.loads(json.dumps(like.spec)),
+                    store_size=args.store_size, versions=dict(torch=str(torch.__version__), numpy=np.__version__),
+                    agent=agent.state_dict(), now=dict(now))
 
     def evaluate_all(label: str, plot: bool) -> dict:
         policy, results = Policy(weights(), device), {}
@@ -898,13 +864,11 @@ def train(args: Args) -> dict:
     draw = random["jitter"] if jitter else None
     still = torch.zeros((args.num_envs, shapes["action"]), device=device)
     obs = observe(env.step(still)[0], args, draw)  # not reset(), which would undo the staggering
-    if args.resume and rank == 0:
-        env.load_state_dict(torch.load(io.BytesIO(checkpoint["env"].numpy().tobytes()), weights_only=False))
+    if args.resume and rank == 0:  # the other processes begin new episodes
+        env.load_state_dict(pickle.loads(checkpoint["env"]))
         obs = {k: v.to(device) for k, v in checkpoint["obs"].items()}
         for use, generator in random.items():
             generator.set_state(checkpoint["random"][use])
-        for use in OPTIMIZERS:
-            getattr(agent, use).load_state_dict(checkpoint[use])
     replay = Replay(obs, shapes["action"], env.max_episode_steps, args)
     if args.resume and rank == 0 and checkpoint["replay"]:
         replay.load_state_dict(checkpoint["replay"])
@@ -915,20 +879,21 @@ def train(args: Args) -> dict:
     if args.track and rank == 0:
         import wandb
         wandb.init(project=os.environ.get("WANDB_PROJECT", "cleanrobot"), name=run.name, config=asdict(args))
-    episodes, results = torch.zeros(4, device=device), {}  # since the last log: ended, return, success at end, once
-    begin, paused, before = time.perf_counter(), 0.0, dict(now)
+    episodes, results = torch.zeros(4, device=device), {}  # since the last log: ended, and the sums of EPISODE
     random_until = 0 if args.checkpoint else args.learning_starts
+    first, born, begin = dict(now), START - now["wall_time"], time.perf_counter() - now["train_time"]
     bar = tqdm(total=args.total_timesteps, initial=now["global_step"], unit="step", disable=rank > 0, mininterval=1)
 
     while now["global_step"] < args.total_timesteps:
         # act
-        if args.squint == "linear":
-            now["size"] = next_size(args, now["size"], now["global_step"], [])
-        noise = torch.randn((args.num_envs, shapes["action"]), generator=random["act"], device=device)
+        now["size"] = next_size(args, now["size"], now["global_step"], [])
+        noise = torch.randn(still.shape, generator=random["act"], device=device)
         if now["global_step"] < random_until:
-            actions = torch.rand(noise.shape, generator=random["act"], device=device) * 2 - 1
+            actions = torch.rand(still.shape, generator=random["act"], device=device) * 2 - 1
         else:
-            actions = act(agent, replay.present(now["size"]), noise)
+            present = replay.present(now["size"])
+            with torch.no_grad():
+                actions, _ = sample_actions(agent.actor, agent.encoder(present["rgb"]), present, noise)
 
         # step, and with --overlap update meanwhile on what is stored
         finish = start_step(env, actions, args.overlap, pool, stream)
@@ -938,50 +903,45 @@ def train(args: Args) -> dict:
 
         # store
         dones = terminations | truncations
-        final_obs, next_obs = observe(info["final_obs"], args, draw), observe(next_obs, args, draw)
-        replay.add(actions, rewards, terminations, dones, final_obs, next_obs)
-        ended = torch.stack([dones, *(info["episode"][k] for k in ("return", "success_at_end", "success_once"))])
+        final_obs, obs = observe(info["final_obs"], args, draw), observe(next_obs, args, draw)
+        replay.add(actions, rewards, terminations, dones, final_obs, obs)
+        ended = torch.stack([dones, *(info["episode"][k] for k in EPISODE)])
         episodes += torch.where(dones, ended, 0.0).sum(-1)
 
         # update
         if not args.overlap and replay.size * args.num_envs * world >= args.learning_starts:
             learner.run(now["size"])
-        step, now["global_step"] = now["global_step"], now["global_step"] + args.num_envs * world
+        before, now["global_step"] = now["global_step"], now["global_step"] + args.num_envs * world
         bar.update(args.num_envs * world)
-        last = now["global_step"] >= args.total_timesteps
-        eval_due = last or step // args.eval_freq != now["global_step"] // args.eval_freq
 
         # log
-        if eval_due or step // args.log_freq != now["global_step"] // args.log_freq:
-            count, *sums = episodes.tolist()
-            episodes.zero_()
-            metrics = {f"train/{k}": v / max(count, 1.0) for k, v in zip(
-                ("return", "success_at_end", "success_once"), sums, strict=True)} | learner.read()
-            check_finite(agent, metrics, now["global_step"], run / "checkpoint.pt")
-            now["owed"], now["wall_time"] = learner.owed, before["wall_time"] + time.time() - START
-            now["train_time"] = before["train_time"] + time.perf_counter() - begin - paused - learner.setup_seconds
-            clock = {k: now[k] for k in ("global_step", "wall_time", "train_time")}
-            metrics |= {"train/episodes": count, "train/nan_resets": int(env.nan_resets), "train/size": now["size"],
-                        "time/sps": (now["global_step"] - before["global_step"]) / (
-                            now["train_time"] - before["train_time"])}
-            bar.set_postfix_str(f"return {metrics['train/return']:.2f}, success {metrics['train/success_at_end']:.0%}")
-            if rank == 0 and "loss/qf" in metrics:  # the first row names the columns, so it waits for an update
-                write_row(run / "metrics.csv", clock | metrics)
-            if rank == 0 and args.track:
-                wandb.log(metrics, step=now["global_step"])
+        last = now["global_step"] >= args.total_timesteps
+        eval_due = last or before // args.eval_freq != now["global_step"] // args.eval_freq
+        if not eval_due and before // args.log_freq == now["global_step"] // args.log_freq:
+            continue
+        count, *sums = episodes.tolist()
+        episodes.zero_()
+        metrics = {f"train/{k}": v / max(count, 1.0) for k, v in zip(EPISODE, sums, strict=True)} | learner.read()
+        check_finite(agent, metrics, now["global_step"], run / "checkpoint.pt")
+        now |= dict(owed=learner.owed, wall_time=time.time() - born,
+                    train_time=time.perf_counter() - begin - learner.setup_seconds)
+        speed = (now["global_step"] - first["global_step"]) / (now["train_time"] - first["train_time"])
+        metrics |= {"train/episodes": count, "train/nan_resets": int(env.nan_resets), "train/size": now["size"],
+                    "time/sps": speed}
+        clock = {k: now[k] for k in CLOCK}
+        bar.set_postfix_str(f"return {metrics['train/return']:.2f}, success {metrics['train/success_at_end']:.0%}")
+        if rank == 0 and "loss/qf" in metrics:  # the first row names the columns, so it waits for an update
+            write_row(run / "metrics.csv", clock | metrics, args.track)
 
         # evaluate
         pause = time.perf_counter()
         if eval_due and rank == 0:
             label = f"step_{now['global_step']:09d}"
             results = evaluate_all(label, args.plot_critic and last)
-            write_row(run / "eval.csv", clock | results)
+            write_row(run / "eval.csv", clock | results, args.track, args.capture_video and run / f"videos/{label}.mp4")
             bar.write(f"{now['global_step']} steps: " + ", ".join(f"{k[5:]} {v:.3f}" for k, v in results.items()))
-            now["history"] = [*now["history"], results["eval/success_rate"]]
-            if args.track:
-                video = run / f"videos/{label}.mp4"
-                shown = {"eval/video": wandb.Video(str(video))} if args.capture_video else {}
-                wandb.log(results | shown, step=now["global_step"])
+            now["history"].append(results["eval/success_rate"])
+            now["best"] = max(now["best"], results["eval/success_rate"])
         if eval_due and args.squint == "adaptive":
             size = torch.tensor(next_size(args, now["size"], 0, now["history"]), device=device)
             if world > 1:  # only rank 0 has evaluated
@@ -991,22 +951,18 @@ def train(args: Args) -> dict:
 
         # save
         if eval_due and rank == 0:
-            better = results["eval/success_rate"] >= now["best"]
-            now["best"] = max(now["best"], results["eval/success_rate"])
-            packed = io.BytesIO()  # bytes of any content: the file itself stays loadable without running code
-            torch.save(env.state_dict(), packed)
             optimizers = {use: getattr(agent, use).state_dict() for use in OPTIMIZERS}
             save(run / "checkpoint.pt", weights() | optimizers | dict(
-                env=torch.frombuffer(bytearray(packed.getvalue()), dtype=torch.uint8), obs=replay.present(None),
-                random={use: generator.get_state() for use, generator in random.items()},
+                env=pickle.dumps(env.state_dict()),  # as bytes: the file itself can be read without running code
+                obs=obs, random={use: generator.get_state() for use, generator in random.items()},
                 replay=replay.state_dict() if args.save_buffer else None))
-            if better:
+            if results["eval/success_rate"] == now["best"]:
                 save(run / "best.pt", weights())
-        paused += time.perf_counter() - pause
+        begin += time.perf_counter() - pause
     for part in (bar, env, *eval_envs.values()):
         part.close()
     pool.shutdown()
-    return results | {k: now[k] for k in ("global_step", "wall_time", "train_time")} | {"run": str(run)}
+    return results | {k: now[k] for k in CLOCK} | {"run": str(run)}
 
 
 if __name__ == "__main__":

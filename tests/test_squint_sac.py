@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -357,7 +358,7 @@ def test_who_learns_from_which_loss():
 
 def test_fixed_alpha_stays():
     agent, replay, args = learning_parts(autotune=False, alpha=0.2)
-    sq.update_block(agent, replay, args, generator(), 16)
+    sq.Learner(agent, replay, args, generator()).run(16)
     assert agent.log_alpha.exp().item() == pytest.approx(0.2)
 
 
@@ -391,7 +392,7 @@ def test_an_overwritten_row_has_no_weight():
 def test_block_equals_its_steps_written_out():
     agent, replay, args = learning_parts()
     other, random = copy.deepcopy(agent), generator(5)
-    sq.update_block(agent, replay, args, generator(5), 16)
+    sq.Learner(agent, replay, args, generator(5)).run(16)
     adam = {"q": [*other.critic.parameters(), *other.encoder.parameters()], "pi": other.actor.parameters(),
             "alpha": [other.log_alpha]}
     adam = {k: torch.optim.Adam(v, 3e-4) for k, v in adam.items()}
@@ -560,10 +561,15 @@ def test_evaluation_repeats_and_leaves_training_alone(fake):
     assert float(last["eval/return"]) == results[0]["eval/return"]
 
 
-def test_wilson_interval():
-    low, high = sq.wilson(0.5, 100)
-    assert (low, high) == (pytest.approx(0.4038, abs=1e-3), pytest.approx(0.5962, abs=1e-3))
-    assert sq.wilson(0.0, 64)[0] == pytest.approx(0, abs=1e-9) and sq.wilson(1.0, 64)[1] == pytest.approx(1)
+def test_interval_is_wilsons():
+    """Its ends are the rates p at which the measured one lies 1.96 standard deviations, sqrt(p (1 - p) / n), away."""
+    args, view = arguments(eval_episodes=200, eval_envs=100), torch.zeros(100, 16, 16, 3, dtype=torch.uint8)
+    still = SimpleNamespace(reset=lambda: None, act=lambda obs: torch.zeros(100, 2), view=view)
+    metrics, _ = sq.evaluate(still, FakeEnv(100, stagger=False), args, False, None)
+    rate = metrics["eval/success_rate"]
+    assert 0 < metrics["eval/ci_low"] < rate < metrics["eval/ci_high"] < 1
+    for end in (metrics["eval/ci_low"], metrics["eval/ci_high"]):
+        assert abs(end - rate) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / 200))
 
 
 @pytest.mark.parametrize("frame_stack", [1, 2])
@@ -648,10 +654,12 @@ def in_process(rank, folder, port):
 
     def run(self, size):
         keep(self, size)
-        torch.save(self.parts[0].state_dict(), f"trained{rank}.pt")
+        torch.save(self.agent.state_dict(), f"trained{rank}.pt")
 
     sq.Learner.run = run
     sq.train(args)
+    sq.dist.barrier()  # the other process is still saving
+    sq.train(replace(args, resume="runs/two", total_timesteps=240))
     sq.dist.destroy_process_group()
 
 
@@ -670,7 +678,7 @@ def test_two_processes_learn_as_one(tmp_path):
     assert not differences(*updates) and not differences(*trained)
     for k, v in agent.state_dict().items():
         torch.testing.assert_close(updates[0][k], v, atol=2e-6, rtol=1e-5)
-    assert sq.load_file(tmp_path / "runs/two/checkpoint.pt")["now"]["global_step"] == 160
+    assert sq.load_file(tmp_path / "runs/two/checkpoint.pt")["now"]["global_step"] == 240
 
 
 # --- Command line -----------------------------------------------------------------------------------------------------
