@@ -1,21 +1,23 @@
 """Scripted controllers for the eight SO-101 tasks: proof that each task can be solved, and a source of demonstrations.
 
-`Expert(env).act()` returns actions (N, 6) for all worlds of an `envs.so101` environment. It reads the true state (poses,
-sizes, contacts), never pictures, and acts through the same interface as a policy: changes of the joint targets in [-1, 1].
+`Expert(env).act()` returns actions (N, 6) for all worlds of an `envs.so101` environment. It reads the true state
+(poses, sizes, contacts), never pictures, and acts through the same interface as a policy: changes of the joint
+targets in [-1, 1].
 
-How it works: an episode is a fixed row of phases (hover, descend, close, ...; `PHASES` below), each world at its own. A
-phase names a point of the gripper (the "tool"), the place in the world where it belongs, and an opening of the jaw.
-Inverse kinematics turns place and tool into arm joints, the joints are approached along a straight line in joint space,
-and the next phase begins when the tool is there or the phase's time is up. Two choices are made once an episode:
-  tilt: how far the gripper leans outwards, 0 = pointing straight down; the least with which every place is in reach,
-    kept through the episode so that an item held stays level.
-  roll: which faces of the item are grasped: aligned with a cube's sides, and away from a support nearby.
+How it works: an episode is a fixed row of phases (hover, descend, close, ...; `PHASES` below), each world at its own.
+A phase names a point of the gripper (the "tool"), the place in the world where it belongs, and what the jaw does.
+Inverse kinematics turns place and tool into arm joints, which are approached along a straight line in joint space;
+the next phase begins when the tool is there or the phase's time is up. Two choices are made once an episode:
+  heading: which sides of the item the fingers meet: a cube's faces, and not where a support stands in the way;
+  tilts: how far the gripper leans outwards, 0 = pointing straight down, when it picks and when it puts: every place in
+    reach, the way through them short enough for the episode, and no more change than that needs, since an item turns
+    with the gripper that holds it.
 With tilt and roll given, the joints pan, lift, elbow and wrist have one solution for a place (x, y, z), found by damped
-Newton steps on the arm's forward kinematics; lift + elbow + wrist = pi/2 - tilt since the three axes are parallel.
+Newton steps on the arm's forward kinematics; lift + elbow + wrist = pi/2 - tilt, since the three axes are parallel.
 
 Success rates of all tasks:     python -m envs.so101_experts --episodes 100
 Videos, one of each task:       python -m envs.so101_experts --video videos
-N: worlds, P: phases of a task. Angles are radians, lengths metres.
+N: worlds, P: phases of a task, K: tilts tried. Angles are radians, lengths metres.
 """
 
 import math
@@ -27,14 +29,18 @@ import torch
 
 from envs import so101
 
-FIXED_FACE = -0.002  # x of the fixed finger's inner face in the gripper's frame; the jaw opens towards +x
-FINGERTIPS, TIP_END = -0.094, -0.105  # z of the fingers' gripping middle and of their lowest end in the gripper's frame
-FINGER_HALF_WIDTH = 0.0105
-TABLE_GAP = 0.0
-JAW = 0.024
+# The fingers, in the gripper's frame: fingers point along -z, the jaw opens towards +x.
+FIXED_FACE = -0.002  # x of the fixed finger's inner face
+FINGERTIPS, TIP_END = -0.094, -0.105  # z of the middle of the fingers' gripping ends, and of their lowest point
+FINGER_HALF_WIDTH, FINGER_THICKNESS = 0.0105, 0.008
+# Beyond the item and the clearance, seen along the opening direction: the fixed finger, its root, the open jaw.
+FINGER_REACH, ROOT_REACH, JAW_REACH = 0.012, 0.020, 0.024
 CLEARANCE = 0.006  # between the fixed finger and the item, before the jaw closes and after it opens
-TILTS = tuple(0.05 * k for k in range(22))
 HOLD = 0.1  # radians by which the gripper's target lies inside the item: enough for all of the servo's torque
+RELEASE = 0.15  # radians by which the jaw opens less to let go than to grasp: inside a bin there is little room
+
+TILTS = tuple(0.05 * k for k in range(22))
+BUDGET = 36.0  # control steps of motion, without waiting and grasping, that leave time to finish an episode
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Phase:
     """One leg of an episode: where the tool belongs (a name of `Expert._places`), what the jaw does, when to go on."""
 
     place: str
-    jaw: Literal["open", "close", "hold", "shut"]
+    jaw: Literal["open", "close", "hold", "release", "shut"]
     steps: int  # control steps after which the next phase begins in any case
     until: Literal["there", "grasped", "time"] = "there"
     tolerance: float = 0.006  # distance of the tool from its place that counts as "there", metres
@@ -58,8 +64,8 @@ PUT = (
     Phase("raised", "hold", 6, tolerance=0.025),
     Phase("above_goal", "hold", 16, tolerance=0.015, put=True),
     Phase("at_goal", "hold", 7, tolerance=0.004, put=True),
-    Phase("beside_goal", "open", 3, "time", put=True),
-    Phase("retreat", "open", so101.HORIZON, "time", put=True),
+    Phase("beside_goal", "release", 3, "time", put=True),
+    Phase("retreat", "release", so101.HORIZON, "time", put=True),
 )
 PHASES = {
     "reach": (Phase("over_item", "shut", so101.HORIZON, "time"),),
@@ -100,9 +106,9 @@ class Arm:
         return origins[:, 4] + torch.einsum("nij,nj->ni", rotations[:, 4], tool)
 
     def inverse(self, place, tool, tilt, roll, start, iterations: int = 12):
-        """Joints (N, 5) that bring `tool` (N, 3) to `place` (N, 3) with the given tilt and roll (N,), from `start` (N, 5).
+        """Joints (N, 5) that bring `tool` (N, 3) to `place` (N, 3) with the given tilt and roll (N,).
 
-        Returns the joints, within their limits, and the distance (N,) that remains, metres.
+        Searches from `start` (N, 5). Returns joints within their limits and the distance (N,) that remains, metres.
         """
         q = torch.cat((start[:, :4], roll[:, None]), 1)
         damping = 1e-5 * torch.eye(4, device=q.device)
@@ -110,7 +116,8 @@ class Arm:
         for _ in range(iterations):
             origins, rotations = self.forward(q)
             reached = origins[:, 4] + torch.einsum("nij,nj->ni", rotations[:, 4], tool)
-            jacobian = torch.linalg.cross(rotations[:, :4, :, 2], reached[:, None] - origins[:, :4], dim=-1)  # (N, 4, 3)
+            arms = reached[:, None] - origins[:, :4]
+            jacobian = torch.linalg.cross(rotations[:, :4, :, 2], arms, dim=-1)  # (N, 4 joints, 3)
             lean = 0.1 * (math.pi / 2 - tilt - q[:, 1:4].sum(1))  # 0.1 m: an angle's weight against a distance
             rows = torch.cat((jacobian.transpose(1, 2), pitch), 1)  # (N, 4 equations, 4 joints)
             error = torch.cat((place - reached, lean[:, None]), 1)[..., None]
@@ -121,7 +128,7 @@ class Arm:
         return q, (self.place_of(q, tool) - place).norm(dim=1)
 
 
-# --------------------------------------------------------------------------------------------------------- controller --
+# -------------------------------------------------------------------------------------------------------- controller --
 class Expert:
     """Solves the task of an `envs.so101` environment; see the module's docstring.
 
@@ -145,13 +152,14 @@ class Expert:
     def reset(self, worlds: torch.Tensor | None = None) -> None:
         """Begins new episodes in `worlds`, a mask (N,) (None: in all): first phase, new choice of tilt and roll."""
         mask = torch.ones_like(self.phase, dtype=torch.bool) if worlds is None else worlds
-        if not mask.any():
+        rows = mask.nonzero().squeeze(1)
+        if len(rows) == 0:
             return
-        self.phase.masked_fill_(mask, 0), self.clock.masked_fill_(mask, 0)
+        self.phase[rows] = self.clock[rows] = 0
         self.origin = torch.where(mask[:, None], self.env.pose("item")[0], self.origin)
         self.heading = torch.where(mask, self._choose_heading(), self.heading)
         self.held = torch.where(mask[:, None], self._grip(torch.zeros_like(self.heading)), self.held)
-        self.tilts = torch.where(mask, self._choose_tilts(), self.tilts)
+        self.tilts[:, rows] = self._choose_tilts(rows)
         self.roll = self._roll(self.tilts[0])
 
     def act(self) -> torch.Tensor:
@@ -164,7 +172,10 @@ class Expert:
 
         # Go on?
         place, tool = self._now()
-        there = (self.arm.place_of(env.qpos[:, :5], tool) - place).norm(dim=1) < self.tolerance[self.phase]
+        lean = math.pi / 2 - self._tilt() - env.qpos[:, 1:4].sum(1)
+        turned = torch.maximum(lean.abs(), (self.roll - env.qpos[:, 4]).abs()) < 0.15
+        near = (self.arm.place_of(env.qpos[:, :5], tool) - place).norm(dim=1) < self.tolerance[self.phase]
+        there = near & turned
         done = (self._is("until", "there") & there) | (self._is("until", "grasped") & env.facts()["grasped"])
         done |= self.clock >= self.steps[self.phase]
         done &= self.phase < len(self.phases) - 1
@@ -173,19 +184,23 @@ class Expert:
 
         # Arm: straight towards the goal in joint space, as fast as the slowest joint allows.
         place, tool = self._now()
-        put = self._is("put", True)
-        joints, _ = self.arm.inverse(place, tool, torch.where(put, *self.tilts.flip(0)), self.roll, env.target[:, :5])
+        joints, _ = self.arm.inverse(place, tool, self._tilt(), self.roll, env.target[:, :5])
         joints = torch.where(self._is("place", "home")[:, None], env.start_pose[:5], joints)
         change = (joints - env.target[:, :5]) / env.action_scale[:5]
         arm = change / change.abs().amax(1, keepdim=True).clamp_min(1.0)
 
-        # Jaw.
+        # Jaw: open wide enough for the item, unless the phase says else.
         angle = (2 * env.item_half[:, 0] + 2 * CLEARANCE + 0.002) / 0.075  # the jaw's tip moves 75 mm a radian
+        angle = torch.where(self._is("jaw", "release"), angle - RELEASE, angle)
         angle = torch.where(self._is("jaw", "close"), env.joint_low[5], angle)
         angle = torch.where(self._is("jaw", "hold"), env.qpos[:, 5] - HOLD, angle)
         angle = torch.where(self._is("jaw", "shut"), 0.0, angle)
         jaw = ((angle - env.target[:, 5]) / env.action_scale[5]).clamp(-1.0, 1.0)
         return torch.cat((arm, jaw[:, None]), 1)
+
+    def _tilt(self) -> torch.Tensor:
+        """Tilt (N,) of each world's present phase."""
+        return torch.where(self._is("put", True), self.tilts[1], self.tilts[0])
 
     def _is(self, field: str, *values: str | bool) -> torch.Tensor:
         """Mask (N,) of the worlds whose present phase has one of `values` in `field`."""
@@ -196,18 +211,18 @@ class Expert:
         """The point (N, 3) of the gripper's frame where the middle of the item belongs before the jaw closes.
 
         As deep between the fingers as the table allows with `tilt` (N,) (None: the chosen one), at most at the tips'
-        middle; tall items are held near their upper end, since the jaw opens in a wedge, too narrow for them further up.
+        middle. Tall items are held near their upper end: the jaw opens in a wedge, too narrow for them further up.
         """
         env = self.env
         tilt = self.tilts[0] if tilt is None else tilt
         half = env.item_half
         x = FIXED_FACE + CLEARANCE + half[:, 0]
-        # The lowest corner of each finger must stay 2 mm above the table. Downwards, in the gripper's frame:
+        # The lowest corner of each finger must stay above the table. Downwards, in the gripper's frame:
         # (-sin tilt sin heading, +-sin tilt cos heading, -cos tilt).
-        lean = tilt.sin() * self.heading.sin()
+        lean = tilt.sin() * self.heading.sin()  # one finger is lower than the other
         side = FINGER_HALF_WIDTH * (tilt.sin() * self.heading.cos()).abs()
-        lower = torch.maximum((x - FIXED_FACE + 0.008) * lean, -(half[:, 0] + CLEARANCE + 0.008) * lean)
-        z = TIP_END + (half[:, 2] - TABLE_GAP - side - lower) / tilt.cos()
+        lower = lean.abs() * (half[:, 0] + CLEARANCE + FINGER_THICKNESS)
+        z = TIP_END + (half[:, 2] - side - lower) / tilt.cos()
         return torch.stack((x, torch.zeros_like(x), z.clamp_max(FINGERTIPS) - (half[:, 2] - 0.014).clamp_min(0.0)), 1)
 
     def _places(self, grip: torch.Tensor | None = None) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -219,7 +234,7 @@ class Expert:
         closed = item.new_tensor((0.004, 0.0, -0.096)).expand_as(item)  # middle of the tips with the jaw shut
         places = {
             "over_item": (item + (half + 0.02) * up, closed),
-            "above_item": (item, grip - (half + 0.030) * up),  # backwards along the fingers
+            "above_item": (item, grip - (half + 0.03) * up),  # backwards along the fingers, which needs less reach
             "at_item": (item, grip),
             "home": (item, grip),
         }
@@ -233,10 +248,10 @@ class Expert:
             above = goal + ((env.support_half[:, 2:] if in_bin else 0.0) + 0.025) * up
             rise = (above - self.origin)[:, 2:].clamp_min(0.04)
             beside = self.held + item.new_tensor((CLEARANCE, 0.0, 0.0))
-            if env.task.support == "can":  # come from above it
+            if env.task.support == "can":  # cans are tall: come from above them
                 places["above_item"] = (item, grip - (half + 0.06) * up)
             places |= {
-                "raised": (self.origin, self.held - rise * up),  # as well
+                "raised": (self.origin, self.held - rise * up),  # backwards as well
                 "above_goal": (above, self.held),
                 "at_goal": (goal + drop * up, self.held),
                 "beside_goal": (goal + drop * up, beside),
@@ -268,15 +283,18 @@ class Expert:
         roll = self.across + heading
         cost = heading.abs() + 100.0 * ((roll < env.joint_low[4]) | (roll > env.joint_high[4]))
         if env.task.support:
+            # Seen from above, the open fingers sweep a rectangle about the item; how far is the support outside it?
             angle = right[:, None] + heading
             opening = torch.stack((angle.cos(), angle.sin()), -1)  # (N, candidates, 2)
-            half, away = env.item_half[:, :1, None], (env.pose("support")[0] - item)[:, None, :2]
+            away = (env.pose("support")[0] - item)[:, None, :2]
+            along, across = (away * opening).sum(-1), away[..., 0] * opening[..., 1] - away[..., 1] * opening[..., 0]
+            reach = env.item_half[:, :1] + CLEARANCE
+            # The fixed finger on the one side (beside a tall can its thicker root counts), the open jaw on the other.
+            fixed = ROOT_REACH if env.task.support == "can" else FINGER_REACH
+            beyond = torch.maximum(along - reach - JAW_REACH, -along - reach - fixed).clamp_min(0.0)
             outer = env.support_half[:, 0] if env.task.support == "can" else env.support_half[:, :2].norm(dim=1)
-            # Outer sides of the fixed finger (of its thicker root, beside a tall can) and of the open jaw.
-            thick = 0.020 if env.task.support == "can" else 0.012
-            fingers = (-opening * (half + CLEARANCE + thick), opening * (half + CLEARANCE + JAW))
-            gap = torch.stack([(away - finger).norm(dim=-1) for finger in fingers]).amin(0) - outer[:, None]
-            cost = cost + 100.0 * (0.008 - gap).clamp_min(0.0)
+            gap = torch.hypot(beyond, (across.abs() - 0.012).clamp_min(0.0)) - outer[:, None]
+            cost = cost + 600.0 * (0.004 - gap).clamp_min(0.0)
         return heading.gather(1, cost.argmin(1, keepdim=True)).squeeze(1)
 
     def _roll(self, tilt: torch.Tensor) -> torch.Tensor:
@@ -286,38 +304,40 @@ class Expert:
         """
         return self.across + torch.atan2(tilt.cos() * self.heading.sin(), self.heading.cos())
 
-    def _choose_tilts(self) -> torch.Tensor:
-        """The tilts (2, N) for picking and for putting: every place in reach, and the way through them short."""
-        env, n, k = self.env, self.env.num_envs, len(TILTS)
-        start, ways = env.start_pose[:5].repeat(n, 1), []
-        for put in (False, True):  # joints (N, K, legs, 5) and whether all of them reach (N, K), for each tilt
+    def _choose_tilts(self, rows: torch.Tensor) -> torch.Tensor:
+        """Tilts (2, M) for picking and for putting in the worlds `rows` (M,): all in reach, and the way there short."""
+        env, m, k = self.env, len(rows), len(TILTS)
+        start, ways = env.start_pose[:5].repeat(m, 1), []
+        for put in (False, True):  # joints (M, K, places, 5) and what it costs to go through them (M, K)
             names = dict.fromkeys(p.place for p in self.phases if p.put == put and p.place != "home")
             joints, missed = [], []
             for tilt in TILTS:
-                tilt = start.new_full((n,), tilt)
-                places = self._places(self._grip(tilt))
+                tilt = torch.full_like(self.heading, tilt)
+                places, roll = self._places(self._grip(tilt)), self._roll(tilt)[rows]
                 for name in names:
-                    place, tool = places[name]
+                    place, tool = (x[rows] for x in places[name])
                     start[:, 0] = -torch.atan2(place[:, 1], place[:, 0])
-                    found, miss = self.arm.inverse(place, tool, tilt, self._roll(tilt), start, iterations=25)
+                    found, miss = self.arm.inverse(place, tool, tilt[rows], roll, start)
                     joints.append(found), missed.append(miss)
             if names:
-                joints = torch.stack(joints, 1).view(n, k, len(names), 5)
-                missed = torch.stack(missed, 1).view(n, k, len(names)).amax(2)
+                joints = torch.stack(joints, 1).view(m, k, len(names), 5)
+                missed = torch.stack(missed, 1).view(m, k, len(names)).amax(2)
                 inner = self._steps(joints[:, :, 1:], joints[:, :, :-1]).sum(2) + 1e4 * (missed - 0.002).clamp_min(0.0)
                 ways.append((joints, inner))
-        tilts = start.new_tensor(TILTS)
+        tilts = self.heading.new_tensor(TILTS)
         joints, steps = ways[0]
-        steps = steps + self._steps(joints[:, :, 0], env.qpos[:, None, :5]) + 5.0 * tilts
+        steps = steps + self._steps(joints[:, :, 0], env.qpos[rows, None, :5])
+        # Leaning fingers grip with the corners of their tips, and in a bin they meet its walls: little tilt is better.
         if len(ways) == 1:
-            return tilts[steps.argmin(1)].expand(2, n)
-        # Of each pair of tilts (N, K to pick, K to put): late arrival costs most, then a change of tilt with the item held.
+            return tilts[(steps + 50.0 * tilts).argmin(1)].expand(2, m)
+        # Each pair of tilts (M, K to pick, K to put): coming too late costs most, then, where the item must stay level,
+        # a change of tilt.
         between = self._steps(joints[:, :, None, -1], ways[1][0][:, None, :, 0])
         total = steps[:, :, None] + between + ways[1][1][:, None]
         change = (tilts[:, None] - tilts).abs()
-        level, lean = {"bin": (5.0, 10.0)}.get(env.task.support, (100.0, 0.0))
-        cost = 5.0 * (total - 34.0).clamp_min(0.0) + 0.2 * total + level * change + lean * tilts + 20.0 * tilts[:, None]
-        best = cost.flatten(1).argmin(1)
+        level, lean = (5.0, 10.0) if env.task.support == "bin" else (100.0, 0.0)
+        late = 5.0 * (total - BUDGET).clamp_min(0.0)
+        best = (late + 0.2 * total + level * change + 20.0 * tilts[:, None] + lean * tilts).flatten(1).argmin(1)
         return torch.stack((tilts[best // k], tilts[best % k]))
 
     def _steps(self, joints: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -330,7 +350,7 @@ class Expert:
 def run(env: so101.SO101Env, frames: list | None = None) -> torch.Tensor:
     """One episode in every world, from a fresh `env.reset`; returns success at the end (N,).
 
-    With a list as `frames`, appends pictures for people of world 0, before and after each step.
+    With a list as `frames`, appends a picture for people of world 0 before each step.
     """
     expert = Expert(env)
     for _ in range(env.max_episode_steps):
