@@ -79,7 +79,7 @@ TUNED = {
     ("*", "cpu"): dict(num_envs=8, eval_envs=8, num_updates=4, batch_size=128, buffer_size=100_000, critic_hidden=256,
                        policy_lr=1e-3, q_lr=1e-3, alpha_lr=1e-3, alpha=0.05, amp=False, compile=False, cudagraphs=False,
                        total_timesteps=300_000, learning_starts=2_000, eval_freq=20_000, log_freq=2_000),
-    ("SO101*", "cpu"): dict(num_envs=64, eval_envs=64, num_updates=8, render_size=16),
+    ("SO101*", "cpu"): dict(num_envs=64, eval_envs=64, num_updates=8, render_size=16, samples_per_pixel=4),
     ("SO101Reach*", "cpu"): dict(total_timesteps=80_000, eval_freq=10_000),
 }
 
@@ -106,8 +106,9 @@ class Args:
     # environment
     num_envs: int = 1024  # parallel environments (of each process)
     render_size: int = 128  # pixels a side of the rendered picture
-    samples_per_pixel: int = 4  # rays per rendered pixel (SO101); rendering at 16 with 4 stands in for the area mean
+    samples_per_pixel: int = 1  # rays per rendered pixel (SO101); rendering at 16 with 4 stands in for the area mean
     cameras: tuple[str, ...] = ("wrist",)  # stacked on channels: wrist, third (SO101); ManiSkill tasks bring their own
+    asset_dir: str | None = None  # SO-ARM100's folder Simulation/SO101, to draw the arm's own meshes (SO101)
     domain_randomization: bool = True  # vary light, colour, camera, friction, mass ... (SO101); off: no jitter either
     jitter: bool = True  # vary brightness, contrast, saturation by 0.3 and hue by 0.05, anew for each picture
     squint: Literal["fixed", "linear", "adaptive"] = "fixed"  # size seen: constant (the paper), or rising to the max
@@ -205,7 +206,8 @@ def make_envs(args: Args, device: torch.device, rank: int = 0) -> tuple:
     """
     module, options, variants = "maniskill", dict(render_size=args.render_size, asymmetric=args.asymmetric), {"": {}}
     if args.env_id.startswith("SO101"):
-        module, options = "so101", options | dict(samples_per_pixel=args.samples_per_pixel, cameras=args.cameras)
+        module, options = "so101", options | dict(samples_per_pixel=args.samples_per_pixel, cameras=args.cameras,
+                                                  asset_dir=args.asset_dir)
         variants = {"": dict(domain_randomization=args.domain_randomization), "_nodr": dict(domain_randomization=False)}
     try:
         make = importlib.import_module(f"envs.{module}").make
@@ -942,6 +944,8 @@ def train(args: Args) -> dict:
             bar.write(f"{now['global_step']} steps: " + ", ".join(f"{k[5:]} {v:.3f}" for k, v in results.items()))
             now["history"].append(results["eval/success_rate"])
             now["best"] = max(now["best"], results["eval/success_rate"])
+            if results["eval/success_rate"] == now["best"]:
+                save(run / "best.pt", weights())
         if eval_due and args.squint == "adaptive":
             size = torch.tensor(next_size(args, now["size"], 0, now["history"]), device=device)
             if world > 1:  # only rank 0 has evaluated
@@ -956,8 +960,6 @@ def train(args: Args) -> dict:
                 env=pickle.dumps(env.state_dict()),  # as bytes: the file itself can be read without running code
                 obs=obs, random={use: generator.get_state() for use, generator in random.items()},
                 replay=replay.state_dict() if args.save_buffer else None))
-            if results["eval/success_rate"] == now["best"]:
-                save(run / "best.pt", weights())
         begin += time.perf_counter() - pause
     for part in (bar, env, *eval_envs.values()):
         part.close()

@@ -151,9 +151,25 @@ def test_there_is_an_algorithm():
     assert ALGOS
 
 
+# Lines of code an algorithm may have, without docstrings, comments and blank lines. squint_sac carries two simulators'
+# options, three routes through the update, several processes, exact resume and the plots; do not add to it.
+LIMITS = {"squint_sac": 710}
+
+
+def code_lines(path: Path) -> int:
+    """Lines that hold code: not blank, not only a comment, not part of a docstring."""
+    text = path.read_text()
+    strings = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            strings.update(range(node.lineno, node.end_lineno + 1))
+    lines = enumerate(text.splitlines(), 1)
+    return sum(bool(line.strip()) and not line.strip().startswith("#") and n not in strings for n, line in lines)
+
+
 @each_algo
 def test_file_is_short_documented_and_tested(path: Path):
-    assert len(path.read_text().splitlines()) <= 650, "past 650 lines, look for what does not belong"
+    assert code_lines(path) <= LIMITS.get(path.stem, 500), "too long: look for what does not belong"
     assert (ROOT / "docs/algos" / f"{path.stem}.md").exists(), "the algorithm has no page in docs/algos"
     assert (ROOT / "tests" / f"test_{path.stem}.py").exists(), "the algorithm has no test"
     docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
