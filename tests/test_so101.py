@@ -139,19 +139,19 @@ def test_inertia_of_the_bin_by_quadrature():
 
 @pytest.mark.parametrize("env_id", ["SO101LiftCube-v1", "SO101PlaceCan-v1", "SO101StackCube-v1", "SO101StackCan-v1"])
 def test_objects_rest_where_they_spawn(env_id):
-    env = make(env_id, 32, pictures=False)
+    env = make(env_id, 300, pictures=False)
     before, first_tcp = {name: env.pose(name)[0].clone() for name in env._q}, env.tcp.clone()
-    away = torch.zeros(32, 6)
+    away = torch.zeros(300, 6)
     away[:, 1] = -1.0  # the arm lifts off, so that it cannot touch them
     for _ in range(15):
         env.step(away)
-    clear = torch.ones(32, dtype=torch.bool)  # tall cans can stand where the gripper starts
+    clear = torch.ones(300, dtype=torch.bool)  # tall cans can stand where the gripper starts
     for name in before:
         clear &= (before[name] - first_tcp)[:, :2].norm(dim=1) > 0.11
     for name, place in before.items():
         assert (env.pose(name)[0] - place)[clear].norm(dim=1).max() < 1e-3, name
     facts = env.facts()
-    assert clear.sum() > 4 and not facts["touching"][clear].any() and not facts["lifted"][clear].any()
+    assert clear.sum() > 10 and not facts["touching"][clear].any() and not facts["lifted"][clear].any()
 
 
 @pytest.mark.parametrize("env_id", ["SO101PlaceCube-v1", "SO101PlaceCan-v1", "SO101StackCube-v1", "SO101StackCan-v1"])
