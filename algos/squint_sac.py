@@ -26,7 +26,9 @@ Commands, from the repository's root:
     resume         python algos/squint_sac.py --resume runs/NAME    (exactly, if the run was given --save-buffer)
     several GPUs   torchrun --nproc-per-node 4 algos/squint_sac.py --env-id SO101LiftCube-v1
 
-Expected result: not yet measured; docs/algos/squint_sac.md will hold scores, times and curves.
+Expected result, two CPU cores, last evaluation of three seeds: SO101ReachCube-v1 99.5 +- 0.9 % after 80,000
+transitions and 12.5 +- 3.2 minutes; SO101LiftCube-v1 84 +- 12 % after 180,000 transitions and 21 minutes. Curves and
+commands: docs/algos/squint_sac.md. Not yet measured on a GPU.
 
 Shapes: N environments, T rows of the buffer, B batch, K critic heads, Z atoms, A action dimensions, S state dimensions,
 H x W picture, C channels (3 x cameras, x frame stack inside the networks), M cameras.
