@@ -20,6 +20,7 @@ randomisation follow Squint (arXiv 2602.21203), with these changes, each for a d
 Angles are radians, lengths metres, forces newtons; the world frame is the robot's base, x forward, y left, z up.
 """
 
+import copy
 import dataclasses
 import math
 import os
@@ -177,7 +178,7 @@ def _add_upstream_meshes(spec: "mujoco.MjSpec", asset_dir: str) -> None:
     """
     path = Path(asset_dir).expanduser() / "so101_new_calib.xml"
     if not path.is_file():
-        raise FileNotFoundError(f"--asset-dir: {path} does not exist; give SO-ARM100's folder Simulation/SO101")
+        raise FileNotFoundError(f"asset_dir: {path} does not exist; give SO-ARM100's folder Simulation/SO101")
     upstream = mujoco.MjSpec.from_file(str(path))
     mesh_dir = path.parent / (upstream.meshdir or "")
     colours = {m.name: m.rgba for m in upstream.materials}
@@ -335,8 +336,6 @@ class _CStepper:
 
 
 def _copy_model(mjm: "mujoco.MjModel") -> "mujoco.MjModel":
-    import copy
-
     model = copy.copy(mjm)
     # The body tree of the mid-phase is not rebuilt when sizes change; these scenes are too small to need it.
     model.opt.disableflags |= int(mujoco.mjtDisableBit.mjDSBL_MIDPHASE)
