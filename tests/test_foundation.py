@@ -80,8 +80,8 @@ def test_commands_of_the_readme_are_targets_of_the_makefile():
 def test_make_installs_first_and_only_when_something_changed(tmp_path):
     """Dry runs: a missing environment is built, one whose stamp is newer than pyproject.toml is taken as it is."""
     fresh = run("make", "--dry-run", "test", f"VENV={tmp_path / 'none'}").stdout
-    assert "-m venv" in fresh and 'pip install --editable ".[so101,test]"' in fresh and "-m pytest" in fresh
-    (tmp_path / ".installed-so101-test").touch()
+    assert "-m venv" in fresh and 'pip install --editable ".[so101,dmc,hardware,export,test]"' in fresh and "-m pytest" in fresh
+    (tmp_path / ".installed-so101-dmc-hardware-export-test").touch()
     built = run("make", "--dry-run", "train", f"VENV={tmp_path}", "ARGS=--seed 3").stdout
     assert built.strip() == f"{tmp_path}/bin/python algos/squint_sac.py --env-id SO101ReachCube-v1 --seed 3"
 
