@@ -22,9 +22,21 @@ As a process behind a pseudo-terminal, faults as JSON lines on its input (`serve
     python -m hardware.emulator --link /tmp/so101
 """
 
+import argparse
+import contextlib
+import heapq
+import itertools
+import json
+import math
+import os
+import select
+import struct
+import subprocess
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from hardware import feetech as ft
 from hardware.feetech import REGISTERS, BusError
@@ -45,7 +57,11 @@ FACTORY = dict(firmware=9 << 8 | 3, model=777, return_delay=250, response_level=
                d=32, min_start_force=16, dead_zone_up=1, dead_zone_down=1, protection_current=500,
                angular_resolution=1, protective_torque=20, protection_time=200, overload_torque=80,
                over_current_time=200)  # fmt: skip
-TORQUE, GOAL = REGISTERS["torque_enable"][0], REGISTERS["goal_position"][0]
+OBEYED = ("torque_enable", "mode", "torque_limit", "unload_mask", "protective_torque", "goal_position", "goal_speed",
+          "acceleration", "max_acceleration", "dead_zone_up", "dead_zone_down", "p", "d", "homing_offset", "phase",
+          "min_position", "max_position", "min_voltage", "max_voltage", "max_temperature", "protection_current",
+          "over_current_time", "overload_torque", "protection_time")  # fmt: skip
+TORQUE, GOAL, OFFSET = (REGISTERS[name][0] for name in ("torque_enable", "goal_position", "homing_offset"))
 
 
 class VirtualClock:
@@ -53,14 +69,25 @@ class VirtualClock:
 
     def __init__(self, start: float = 0.0):
         self.time = start
+        self._events: list[tuple[float, int, Callable[[], object]]] = []
+        self._number = itertools.count()
 
     def now(self) -> float:
         return self.time
 
     __call__ = now
 
+    def at(self, when: float, call: Callable[[], object]) -> None:
+        """Calls when `sleep` gets there: a fault in the middle of something."""
+        heapq.heappush(self._events, (when, next(self._number), call))
+
     def sleep(self, seconds: float) -> None:
-        self.time += max(seconds, 0.0)
+        end = self.time + max(seconds, 0.0)
+        while self._events and self._events[0][0] <= end:
+            when, _, call = heapq.heappop(self._events)
+            self.time = max(self.time, when)
+            call()
+        self.time = max(self.time, end)
 
 
 class RealClock:
@@ -71,6 +98,12 @@ class RealClock:
     @staticmethod
     def sleep(seconds: float) -> None:
         time.sleep(max(seconds, 0.0))
+
+
+def signed(value: int, bit: int) -> int:
+    """Sign and magnitude as a register holds them; a magnitude that is too large stops at the largest."""
+    top = (1 << bit) - 1
+    return ft.encode_sign_magnitude(max(-top, min(top, value)), bit)
 
 
 # --- Servo ------------------------------------------------------------------------------------------------------------
@@ -85,7 +118,8 @@ class Servo:
     def __init__(self, id: int, position: float, options: "EmulatedBus"):
         self.options = options
         self.eeprom = bytearray(ft.EEPROM_END)
-        self.registers = bytearray(128)
+        self._seen: object = None
+        self._goal = 0  # as limited
         self.eeprom_writes: Counter[int] = Counter()  # address -> how often its cell was written
         self.encoder, self.velocity = float(position), 0.0
         self.load: float | Callable[[Servo], float] = 0.0
@@ -125,12 +159,13 @@ class Servo:
     @property
     def position(self) -> float:
         """What present_position would read without rounding: within a turn, unless phase asks for several."""
-        position = self.encoder - self.get("homing_offset")
-        return position if self.get("phase") & 0x10 else position % ft.STEPS
+        s = self._settings()
+        position = self.encoder - s["homing_offset"]
+        return position if s["phase"] & 0x10 else position % ft.STEPS
 
     @position.setter
     def position(self, value: float) -> None:
-        self.encoder, self.velocity = value + self.get("homing_offset"), 0.0
+        self.encoder, self.velocity, self.setpoint = value + self.get("homing_offset"), 0.0, None
         self._refresh()
 
     @property
@@ -145,46 +180,41 @@ class Servo:
                 continue
             if at == TORQUE and value == 128:
                 # "Here is the middle": the offset takes the present angle to 2048.
-                offset = (round(self.encoder) - 2048 + 2048) % ft.STEPS - 2048
-                self.write(REGISTERS["homing_offset"][0], ft.encode("homing_offset", max(-2047, min(2047, offset))))
+                offset = max(-2047, round(self.encoder) % ft.STEPS - 2048)
+                self.write(REGISTERS["homing_offset"][0], ft.encode("homing_offset", offset))
                 continue
             self.registers[at] = value
             if at < ft.EEPROM_END and not self.get("lock"):
                 self.eeprom[at] = value
                 self.eeprom_writes[at] += 1
+        if address <= OFFSET + 1 and OFFSET < address + len(data):
+            self.setpoint = None
         if address <= GOAL + 1 and GOAL < address + len(data):
-            goal = self.limited(self.get("goal_position"))
-            self._goal = goal
+            self._goal = self.limited(self.get("goal_position"))
             if self.options.goal_reads_back_limited:
-                self._set("goal_position", goal)
+                self._set("goal_position", self._goal)
             self.registers[TORQUE] = 1  # also after a torque-off
         self._refresh()
 
     def limited(self, goal: int) -> int:
         """The goal, or the nearer edge of [min_position, max_position], also counted over the turn's end."""
-        low, high = self.get("min_position"), self.get("max_position")
+        low, high = self._settings()["min_position"], self._settings()["max_position"]
         if low == high == 0 or low <= goal <= high:
             return goal
         return low if (low - goal) % ft.STEPS <= (goal - high) % ft.STEPS else high
 
     def _refresh(self) -> None:
         """Writes what is measured into the registers."""
-        position = round(self.position)
-        position = max(-32767, min(32767, position)) if self.get("phase") & 0x10 else position % ft.STEPS
-        current = round(abs(self.current) / ft.CURRENT_UNIT)
-        if self.options.signed_current and self.current < 0:
-            current = -current
-        for name, value in (
-            ("present_position", position),
-            ("present_speed", round(self.velocity)),
-            ("present_load", round(1000 * self.duty)),
-            ("present_voltage", max(0, min(255, round(10 * self.options.voltage_now)))),
-            ("present_temperature", max(0, min(255, round(self.temperature)))),
-            ("present_current", current),
-            ("moving", int(abs(self.velocity) > 1 or abs(self.setpoint_velocity) > 0)),
-            ("status", self.error),
-        ):
-            self._set(name, value)
+        position, current = round(self.position), round(self.current / ft.CURRENT_UNIT)
+        position = signed(position, 15) if self._settings()["phase"] & 0x10 else position % ft.STEPS
+        current = signed(current, 15) if self.options.signed_current else abs(current)
+        moving = abs(self.velocity) > 1 or self.setpoint_velocity != 0
+        struct.pack_into(
+            "<HHHBBBBB", self.registers, 56, position, signed(round(self.velocity), 15),
+            signed(round(1000 * self.duty), 10), max(0, min(255, round(10 * self.options.voltage_now))),
+            max(0, min(255, round(self.temperature))), self.held is not None, self.error, moving,
+        )  # fmt: skip
+        struct.pack_into("<H", self.registers, 69, current)
 
     @property
     def error(self) -> int:
@@ -195,103 +225,100 @@ class Servo:
     @property
     def at_rest(self) -> bool:
         """Nothing but cooling will happen until the next write."""
-        return not (self.torque or self.velocity or callable(self.load) or abs(self.load) > FRICTION)
+        still = not self.velocity and not self.duty and not callable(self.load) and abs(self.load) <= FRICTION
+        return still and (not self.torque or self.setpoint == self._goal and not self.error)
+
+    def _settings(self) -> dict[str, int]:
+        """The registers that the motor obeys, decoded anew when one has changed."""
+        seen = bytes(self.registers[:56]), self.registers[85]
+        if seen != self._seen:
+            self._seen, self._decoded = seen, {name: self.get(name) for name in OBEYED}
+        return self._decoded
 
     def step(self, dt: float) -> None:
         """Moves the motor by dt (one tick, or more if at rest)."""
-        volts = self.options.voltage_now / self.options.nominal_voltage
-        driven = self.torque and self.get("mode") == 0
+        s, volts = self._settings(), self.options.voltage_now / self.options.nominal_voltage
+        driven = s["torque_enable"] == 1 and s["mode"] == 0
         if not driven:
             self.setpoint, self.setpoint_velocity, wanted = None, 0.0, 0.0
         else:
-            wanted = self._wanted_duty(dt)
-        mask = self.get("unload_mask")
-        limit = min(self.get("torque_limit"), 1000) / 1000
-        if self.error & mask & OVERLOAD:
-            limit = min(limit, self.get("protective_torque") / 100)
-        if self.error & mask & ~OVERLOAD:
+            wanted = self._wanted_duty(s, dt)
+        limit, unload = min(s["torque_limit"], 1000) / 1000, self.error & s["unload_mask"]
+        if unload & OVERLOAD:
+            limit = min(limit, s["protective_torque"] / 100)
+        if unload & ~OVERLOAD:
             driven, limit = False, 0.0
         self.duty = max(-limit, min(limit, wanted))
         self._turn(dt, volts, driven)
-        self._protect(dt, wanted)
+        self._protect(s, dt, wanted)
 
-    def _wanted_duty(self, dt: float) -> float:
+    def _wanted_duty(self, s: dict[str, int], dt: float) -> float:
         """Position loop: the setpoint runs to the goal within speed and acceleration, P and D follow it."""
         present = self.position
         if self.setpoint is None:  # torque has just come on
             self.setpoint, self.setpoint_velocity = present, 0.0
-            self._goal = self.limited(self.get("goal_position"))
-        top, acceleration = abs(self.get("goal_speed")), min(self.get("acceleration"), self.get("max_acceleration"))
-        distance = self._goal - self.setpoint
+            self._goal = self.limited(s["goal_position"])
+        distance, top = self._goal - self.setpoint, abs(s["goal_speed"])
+        acceleration = 100 * min(s["acceleration"], s["max_acceleration"])
         if not top:
             self.setpoint, self.setpoint_velocity = float(self._goal), 0.0
         else:
-            rate = min(top, (2 * 100 * acceleration * abs(distance)) ** 0.5) if acceleration else top
-            aim = rate if distance > 0 else -rate
-            change = aim - self.setpoint_velocity
+            if acceleration:  # no faster than it can brake until the goal
+                top = min(top, math.sqrt(2 * acceleration * abs(distance)))
+            change = math.copysign(top, distance) - self.setpoint_velocity
             if acceleration:
-                change = max(-100 * acceleration * dt, min(100 * acceleration * dt, change))
+                change = max(-acceleration * dt, min(acceleration * dt, change))
             self.setpoint_velocity += change
-            if abs(distance) <= max(abs(self.setpoint_velocity) * dt, 1e-9):
+            if abs(distance) <= max(self.setpoint_velocity * math.copysign(dt, distance), 1e-9):
                 self.setpoint, self.setpoint_velocity = float(self._goal), 0.0
             else:
                 self.setpoint += self.setpoint_velocity * dt
         error = self.setpoint - present
-        zone = self.get("dead_zone_up") if error > 0 else self.get("dead_zone_down")
-        if abs(error) <= zone and not self.setpoint_velocity:
+        if abs(error) <= s["dead_zone_up" if error > 0 else "dead_zone_down"] and not self.setpoint_velocity:
             error = 0.0
-        damping = DAMPING * self.get("d") * (self.setpoint_velocity - self.velocity) / NO_LOAD_SPEED
-        return error * self.get("p") * DUTY_PER_STEP + damping
+        damping = DAMPING * s["d"] * (self.setpoint_velocity - self.velocity) / NO_LOAD_SPEED
+        return error * s["p"] * DUTY_PER_STEP + damping
 
     def _turn(self, dt: float, volts: float, driven: bool) -> None:
         """DC motor: torque, as a share of the stall torque, is duty x volts - speed / no-load speed - what resists."""
-        load = self.load(self) if callable(self.load) else self.load
-        if self.blocked:
+        push = self.duty * volts + (self.load(self) if callable(self.load) else self.load)
+        if self.blocked or not self.velocity and abs(push) <= FRICTION:
             self.velocity = 0.0
         else:
-            push = self.duty * volts + load
-            friction = max(-FRICTION, min(FRICTION, push)) if not self.velocity else FRICTION
-            if self.velocity:
-                friction = friction if self.velocity > 0 else -friction
-            gain = NO_LOAD_SPEED * dt / RISE_TIME
-            # Implicit in the speed, so that any dt is stable. A motor that is off brakes a little: gears.
-            brake = 1.0 if driven else 0.2
-            velocity = (self.velocity + gain * (push - friction)) / (1 + gain * brake / NO_LOAD_SPEED)
-            if self.velocity and velocity * self.velocity <= 0 and abs(push) <= FRICTION:
-                velocity = 0.0
-            self.velocity = velocity if abs(velocity) > 1e-3 else 0.0
+            # Implicit in the speed, so that any dt is stable. The gears brake a motor that is off, but less.
+            before, gain, brake = self.velocity, NO_LOAD_SPEED * dt / RISE_TIME, 1.0 if driven else 0.2
+            free = before + gain * (push - math.copysign(FRICTION, before or push))
+            self.velocity = free / (1 + gain * brake / NO_LOAD_SPEED)
+            if before * self.velocity < 0 and abs(push) <= FRICTION or abs(self.velocity) < 1e-3:
+                self.velocity = 0.0  # friction stops it, but does not turn it round
             self.encoder += self.velocity * dt
         self.current = STALL_CURRENT * (self.duty * volts - self.velocity / NO_LOAD_SPEED) if driven else 0.0
 
-    def _protect(self, dt: float, wanted: float) -> None:
-        """Temperature and the four protections."""
-        ambient = self.options.ambient
-        heat = HEATING * (self.current / STALL_CURRENT) ** 2
-        rest = ambient + heat * COOLING_TIME  # where it would end
-        self.temperature = rest + (self.temperature - rest) * 2.718281828459045 ** (-dt / COOLING_TIME)
-        voltage = 10 * self.options.voltage_now
-        now = 0
-        if not self.get("min_voltage") <= round(voltage) <= self.get("max_voltage"):
-            now |= VOLTAGE
-        if self.temperature > self.get("max_temperature"):
-            now |= HEAT
-        above = abs(self.current) > self.get("protection_current") * ft.CURRENT_UNIT
+    def _protect(self, s: dict[str, int], dt: float, wanted: float) -> None:
+        """Temperature, and the four protections: bits of `errors`."""
+        final = self.options.ambient + COOLING_TIME * HEATING * (self.current / STALL_CURRENT) ** 2
+        self.temperature = final + (self.temperature - final) * math.exp(-dt / COOLING_TIME)
+        lasting = self.options.errors_latch
+        bits = self.errors if lasting else self.errors & (CURRENT | OVERLOAD)
+        if not s["min_voltage"] <= round(10 * self.options.voltage_now) <= s["max_voltage"]:
+            bits |= VOLTAGE
+        if self.temperature > s["max_temperature"]:
+            bits |= HEAT
+        above = abs(self.current) > s["protection_current"] * ft.CURRENT_UNIT
         self.over_current = self.over_current + dt if above else 0.0
-        if self.over_current > self.get("over_current_time") / 100 > 0:
-            self.errors |= CURRENT
-        tripped = self.errors & OVERLOAD
-        share = self.get("protective_torque" if tripped else "overload_torque") / 100
-        above = abs(wanted if tripped else self.duty) > share
-        self.overloaded = self.overloaded + dt if above else 0.0
-        if tripped and not above and not self.options.errors_latch:
-            self.errors &= ~OVERLOAD  # what is asked for no longer exceeds what is given
-        elif self.overloaded > self.get("protection_time") / 100 > 0:
-            self.errors |= OVERLOAD
-        if self.errors & CURRENT and not self.torque and not self.options.errors_latch:
-            self.errors &= ~CURRENT
-        if not self.options.errors_latch:
-            self.errors &= ~(VOLTAGE | HEAT)
-        self.errors |= now
+        if self.over_current > s["over_current_time"] / 100:
+            bits |= CURRENT
+        elif not lasting and not self.torque:
+            bits &= ~CURRENT
+        if bits & OVERLOAD:
+            # Weakened until no more is asked for than is given.
+            if not lasting and abs(wanted) <= s["protective_torque"] / 100:
+                bits &= ~OVERLOAD
+        else:
+            self.overloaded = self.overloaded + dt if abs(self.duty) > s["overload_torque"] / 100 else 0.0
+            if self.overloaded > s["protection_time"] / 100:
+                bits, self.overloaded = bits | OVERLOAD, 0.0
+        self.errors = bits
 
 
 # --- Bus --------------------------------------------------------------------------------------------------------------
@@ -375,8 +402,7 @@ class EmulatedBus:
         """Sets the temperature; it goes on from there."""
         self.advance()
         self.servos[id].temperature = celsius
-        self.servos[id]._protect(0.0, 0.0)
-        self.servos[id]._refresh()
+        self.servos[id]._protect(self.servos[id]._settings(), 0.0, 0.0)
 
     def error(self, id: int, bits: int) -> None:
         """These error bits are set until error(id, 0)."""
@@ -397,7 +423,7 @@ class EmulatedBus:
     def wrong_baud(self, baud: int | None = 500_000, id: int | None = None) -> None:
         """One servo, or all, now talk at another rate than the host."""
         for servo in [self.servos[id]] if id is not None else self.servos.values():
-            servo.registers[6] = ft.BAUD_RATES.index(baud)
+            servo.registers[6] = servo.eeprom[6] = ft.BAUD_RATES.index(baud)
 
     def duplicate(self, id: int, position: float | None = None, skew: float = 0.0) -> "Servo":
         """A second servo with this id, whose replies begin `skew` seconds after the first one's."""
@@ -511,8 +537,6 @@ class EmulatedBus:
             return
         id, instruction, parameters = body[0], body[2], body[3:]
         broadcast = id == ft.BROADCAST
-        for servo in self._all():
-            servo._refresh()
         self._talked = when  # end of the last reply
         if instruction == ft.PING:
             for one in sorted({servo.id for servo, _ in self._hear(id)}):
@@ -528,7 +552,7 @@ class EmulatedBus:
                 if instruction == ft.WRITE:
                     servo.write(address, data)
                 else:
-                    servo.held, servo.registers[64] = (address, data), 1
+                    servo.held = address, data
             if not broadcast and heard:
                 self._reply(heard[0][0].id, lambda servo: b"", read=False)
         elif instruction == ft.ACTION:
@@ -536,7 +560,7 @@ class EmulatedBus:
                 if servo.held:
                     self.writes.append((when, servo.id, *servo.held))
                     servo.write(*servo.held)
-                    servo.held, servo.registers[64] = None, 0
+                    servo.held = None
             if not broadcast:
                 self._reply(id, lambda servo: b"", read=False)
         elif instruction == ft.SYNC_READ and len(parameters) >= 2 and broadcast:
@@ -564,6 +588,7 @@ class EmulatedBus:
         first = self._talked + (voices[0][0].get("return_delay") * 2e-6 if self.wire_time else 0.0)
         message, begin = b"", first
         for servo, skew in voices:
+            servo._refresh()
             one = ft.packet(servo.id, servo.error, data(servo))
             message = collide(message, one, round(skew * self.baud / 10)) if message else one
         self._talked = first + len(message) * self._byte_time
@@ -631,3 +656,179 @@ class EmulatedTransport:
 
     def close(self) -> None:
         pass
+
+
+# --- Behind a pseudo-terminal -----------------------------------------------------------------------------------------
+FAULTS = ("corrupt", "drop", "lose", "delay", "noise", "mute", "disconnect", "heat", "error", "block", "unplug",
+          "wrong_baud", "duplicate", "power_cycle")  # fmt: skip
+
+
+class Pty:
+    """The master's side of a pseudo-terminal whose slave is the port that a driver opens."""
+
+    def __init__(self, link: str | None):
+        import tty
+
+        self.link = link
+        # The slave stays open here too: without any client a read of the master would fail.
+        self.master, self.slave = os.openpty()
+        tty.setraw(self.slave)
+        os.set_blocking(self.master, False)
+        self.name = os.ttyname(self.slave)
+        if link:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(link)
+            os.symlink(self.name, link)
+
+    def baud(self) -> int:
+        """The rate that the client has set, which a pseudo-terminal itself does not care about."""
+        import fcntl
+
+        try:  # TCGETS2, Linux: also rates that termios has no name for
+            return struct.unpack_from("I", fcntl.ioctl(self.slave, 0x802C542A, bytes(44)), 40)[0]
+        except OSError:
+            return 1_000_000
+
+    def close(self) -> None:
+        os.close(self.master)
+        os.close(self.slave)
+        if self.link:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.link)
+
+
+def serve(bus: EmulatedBus, link: str | None = None, commands: int = 0, replies: int = 1) -> None:
+    """Serves `bus`, which has a RealClock, behind a pseudo-terminal until `commands` ends.
+
+    Prints {"port": name}. Then one JSON object a line on the descriptor `commands`, and one on `replies` for each:
+        {"do": "mute", "args": [3]}   a fault, by the name of the method
+        {"get": "state"}              id -> position, torque, goal, error and whether anything moves
+        {"get": "written", "args": ["goal_position"]}   writes to a register: [time, id, address, hexadecimal data]
+        {"set": "load", "id": 3, "value": 0.2}          an attribute of a servo, or without id of the bus
+    """
+    port, pending = Pty(link), b""
+
+    def answer(line: bytes) -> dict:
+        nonlocal port
+        command = json.loads(line)
+        arguments = command.get("args", [])
+        if command.get("get") == "state":
+            bus.advance()
+            return {id: dict(position=servo.position, torque=servo.registers[TORQUE], goal=servo.get("goal_position"),
+                             torque_limit=servo.get("torque_limit"), error=servo.error, velocity=servo.velocity)
+                    for id, servo in bus.servos.items()}  # fmt: skip
+        if command.get("get") == "written":
+            return dict(writes=[[*write[:3], write[3].hex()] for write in bus.written(*arguments)])
+        if "set" in command:
+            setattr(bus.servos[command["id"]] if "id" in command else bus, command["set"], command["value"])
+            return dict(ok=True)
+        if command["do"] not in FAULTS:
+            raise ValueError(f"faults are {', '.join(FAULTS)}")
+        getattr(bus, command["do"])(*(bytes.fromhex(a) if isinstance(a, str) else a for a in arguments))
+        if bus.plugged and not port:
+            port = Pty(link)
+        elif not bus.plugged and port:
+            port.close()
+            port = None
+        return dict(ok=True, port=link or port and port.name)
+
+    def say(what: dict) -> None:
+        os.write(replies, (json.dumps(what) + "\n").encode())
+
+    say(dict(port=link or port.name))
+    try:
+        while True:
+            ready = bus.ready_at()
+            wait = 0.05 if ready is None else max(0.0, min(0.05, ready - bus.clock()))
+            heard, _, _ = select.select([commands, *([port.master] if port else [])], [], [], wait)
+            if port and port.master in heard:
+                bus.baud = port.baud()
+                with contextlib.suppress(OSError):
+                    bus.feed(os.read(port.master, 4096))
+            bus.advance()
+            if port and (data := bus.take(4096)):
+                with contextlib.suppress(OSError):  # nobody reads: lost, as on a real line
+                    os.write(port.master, data)
+            if commands in heard:
+                if not (more := os.read(commands, 4096)):
+                    return
+                *lines, pending = (pending + more).split(b"\n")
+                for line in filter(None, lines):
+                    try:
+                        say(answer(line))
+                    except (ValueError, KeyError, TypeError, AttributeError) as error:
+                        say(dict(error=f"{type(error).__name__}: {error}"))
+    finally:
+        if port:
+            port.close()
+
+
+class PtyServer:
+    """Emulated servos in a process of their own, behind `port`: what a real driver opens.
+
+    with PtyServer(power_up_torque=True) as server:
+        bus = Bus(SerialTransport(server.port))
+        server.do("mute", 3)
+    """
+
+    def __init__(self, link: str | None = None, ids: Iterable[int] = range(1, 7), **options):
+        words = ["-m", "hardware.emulator", "--ids", *map(str, ids), "--options", json.dumps(options)]
+        self.process = subprocess.Popen(
+            [sys.executable, *words, *(["--link", link] if link else [])], cwd=Path(__file__).resolve().parent.parent,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+        )  # fmt: skip
+        self.port = self._answer()["port"]
+
+    def _answer(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the emulator's process has ended with status {self.process.wait()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        return answer
+
+    def ask(self, **command) -> dict:
+        """A command of `serve`, and its answer."""
+        self.process.stdin.write(json.dumps(command) + "\n")
+        return self._answer()
+
+    def do(self, fault: str, *arguments) -> None:
+        """A fault of `EmulatedBus` by name."""
+        self.port = self.ask(do=fault, args=[a.hex() if isinstance(a, bytes) else a for a in arguments])["port"]
+
+    def state(self) -> dict[int, dict]:
+        """What `serve` says of each servo."""
+        return {int(id): facts for id, facts in self.ask(get="state").items()}
+
+    def close(self) -> None:
+        """Ends the process."""
+        self.process.stdin.close()
+        self.process.wait(10)
+        self.process.stdout.close()
+
+    def __enter__(self) -> "PtyServer":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def main() -> None:
+    about = ("Emulated STS3215 servos behind a pseudo-terminal. Type faults as JSON lines: "
+             '{"do": "mute", "args": [3]}, {"get": "state"}; Ctrl-D ends it.')  # fmt: skip
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--link", help="path of a symbolic link to the port, to have a name that does not change")
+    parser.add_argument("--ids", type=int, nargs="+", default=list(range(1, 7)), help="ids of the servos")
+    parser.add_argument("--options", default="{}", help='options of EmulatedBus as JSON: {"power_up_torque": true}')
+    args = parser.parse_args()
+    try:
+        bus = EmulatedBus(args.ids, RealClock(), **json.loads(args.options))
+    except (TypeError, ValueError) as error:
+        sys.exit(f"--options {args.options}: {error}")
+    with contextlib.suppress(KeyboardInterrupt):
+        serve(bus, args.link)
+
+
+if __name__ == "__main__":
+    main()

@@ -188,7 +188,8 @@ class SerialTransport:
         return f"cannot open {self.port}: {text}"
 
     def _failed(self, error: Exception) -> BusError:
-        return BusError(f"{self.port} failed ({error}): is the adapter still plugged in and powered?")
+        text = error.args[-1] if error.args else type(error).__name__
+        return BusError(f"{self.port} failed ({text}): is the adapter still plugged in and powered?")
 
     def write(self, data: bytes) -> None:
         """Hands all bytes to the port."""
