@@ -1,0 +1,352 @@
+"""The DeepMind Control Suite from pixels: several tasks at once, in processes or in one batch, with action repeat.
+
+`make("walker_walk", num_envs, device, seed=...)` returns a batched environment with the contract of
+`envs/__init__.py`. Ids are `domain_task` of the control suite (`cup_catch` is `ball_in_cup_catch`) and the
+manipulation tasks (`reach_duplo`, seen by the camera `front_close`). What is as published with DrQ-v2: camera 0
+(quadrupeds: 2), rewards of the repeated frames summed, each times the product of the discounts before it, actions
+scaled to [-1, 1]. What is not:
+  1. A true end (`discount` 0) is a termination (published: turned into 1). Time limits are truncations.
+  2. The discount of a step is the product of those of its frames; info["discount"] hands it to the learner.
+  3. A world whose physics diverges is restarted alone.
+
+Who draws (`renderer`):
+  egl      OpenGL on the GPU, or by software where there is none (packages libegl1 and libgl1-mesa-dri)
+  osmesa   OpenGL by software (package libosmesa6)
+  warp     MuJoCo Warp's ray tracer draws all worlds in one batch on `device`; pip packages alone, a similar picture
+  auto     MUJOCO_GL if that is set, else the first of egl, osmesa and warp that works here; the choice is printed
+Physics always runs in MuJoCo's C library on the CPU (`envs/dmc_worker.py`): in this process for one environment, else
+in `workers` processes.
+"""
+
+import functools
+import os
+import signal
+import socket
+import subprocess
+import sys
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from envs import check
+
+RENDERERS = ("egl", "osmesa")
+INSTALL = {"egl": "libegl1 libgl1-mesa-dri", "osmesa": "libosmesa6"}
+# The published sets; medium and hard need more frames, see docs/envs/dmc.md.
+EASY = (
+    "cartpole_balance", "cartpole_balance_sparse", "cartpole_swingup", "cup_catch", "finger_spin", "hopper_stand",
+    "pendulum_swingup", "walker_stand", "walker_walk",
+)  # fmt: skip
+MEDIUM = (
+    "acrobot_swingup", "cartpole_swingup_sparse", "cheetah_run", "finger_turn_easy", "finger_turn_hard", "hopper_hop",
+    "quadruped_run", "quadruped_walk", "reach_duplo", "reacher_easy", "reacher_hard", "walker_run",
+)  # fmt: skip
+HARD = ("humanoid_stand", "humanoid_walk", "humanoid_run")
+
+
+# ------------------------------------------------------------------------------------------------ choice of renderer --
+@functools.cache
+def _works(renderer: str) -> check.Result:
+    """Tries a renderer in a process of its own; a driver that crashes must not take this one along."""
+    return check.ask({"warp": "warp-renderer"}.get(renderer, renderer))
+
+
+@functools.cache
+def choose_renderer(wish: str = "auto", set_by_user: str | None = None) -> str:
+    """The renderer that `wish` and the variable MUJOCO_GL (`set_by_user`) lead to; tried before it is returned.
+
+    Raises ValueError for an unknown one, RuntimeError, with what to install, for one that does not work here.
+    """
+    if wish not in ("auto", *RENDERERS):
+        raise ValueError(f"unknown renderer {wish!r}; there are {', '.join(RENDERERS)} and auto")
+    if wish == "auto" and set_by_user in RENDERERS:
+        wish = set_by_user
+    tried = []
+    for renderer in RENDERERS if wish == "auto" else (wish,):
+        result = _works(renderer)
+        if result.works:
+            if wish == "auto":
+                print(f"renderer: {renderer} ({result.detail})" + "".join(f"; not {line}" for line in tried))
+            return renderer
+        tried.append(f"{renderer}: {result.detail}")
+    wanted = "" if wish == "warp" else f": sudo apt-get install {INSTALL.get(wish, INSTALL['egl'])}, or use warp"
+    raise RuntimeError(f"no picture can be drawn here ({'; '.join(tried)}){wanted}")
+
+
+# --------------------------------------------------------------------------------------------- where physics runs ----
+class _Here:
+    """A `Group` of dmc_worker in this process, asked as `_Process` is."""
+
+    def __init__(self, *opening):
+        from envs import dmc_worker
+
+        self.group = dmc_worker.Group(*opening)
+
+    def ask(self, name: str, *arguments) -> None:
+        self.answer = getattr(self.group, name)(*arguments)
+
+    def receive(self):
+        return self.answer
+
+    def close(self) -> None:
+        self.group = None
+
+
+class _Process:
+    """A `Group` of dmc_worker in a process of its own, which needs neither torch nor this program's main module."""
+
+    def __init__(self, env_id: str, numbers: list[int], options: dict):
+        self.name = f"the process of {env_id} number {', '.join(map(str, numbers))}"
+        ours, theirs = socket.socketpair()
+        backend = _backend(options["renderer"])
+        # One thread each: the processes themselves are the parallelism.
+        environment = {"OMP_NUM_THREADS": "1", "LP_NUM_THREADS": "1", **os.environ, "MUJOCO_GL": backend}
+        environment["PYOPENGL_PLATFORM"] = backend if backend in INSTALL else ""
+        root = str(Path(__file__).resolve().parent.parent)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        command = [sys.executable, "-m", "envs.dmc_worker", str(theirs.fileno())]
+        self.process = subprocess.Popen(
+            command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+        )  # (a session of its own: Ctrl-C is for us, who end it by closing the pipe)
+        theirs.close()
+        self.pipe = Connection(ours.detach())
+        self.ask("open", env_id, numbers, options)
+
+    def ask(self, name: str, *arguments) -> None:
+        try:
+            self.pipe.send((name, arguments))
+        except OSError:
+            self._died()
+
+    def receive(self):
+        """Raises RuntimeError where the process has died, and what it raised otherwise, in one line."""
+        try:
+            fine, *answer = self.pipe.recv()
+        except (EOFError, OSError):
+            self._died()
+        if not fine:
+            kind, line = answer
+            raise {"ValueError": ValueError, "ImportError": ImportError}.get(kind, RuntimeError)(
+                line if kind in ("ValueError", "ImportError", "RuntimeError") else f"{self.name}: {kind}: {line}"
+            )
+        return answer[0]
+
+    def _died(self):
+        try:
+            status = self.process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            status = 0
+        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+        hint = "; out of memory? use fewer --num-envs" if status == -signal.SIGKILL else ""
+        raise RuntimeError(f"{self.name} has ended ({how}){hint}; what it said last stands above") from None
+
+    def close(self) -> None:
+        self.pipe.close()
+        try:
+            self.process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def _backend(renderer: str) -> str:
+    """Value of MUJOCO_GL for a renderer."""
+    return "disabled" if renderer == "warp" else renderer
+
+
+# ------------------------------------------------------------------------------------------------------ environment --
+class DMCEnv:
+    """A batch of DeepMind Control tasks; the contract that every environment module shares (see `envs/__init__.py`).
+
+    Observations: `rgb` uint8 (N, image_size, image_size, 3 * frame_stack), newest frame last; `state` float32 (N, 0).
+    Actions: (N, A) in [-1, 1]. A step is `action_repeat` frames; `max_episode_steps` counts steps. DeepMind's tasks
+    have no notion of success (`has_success` is False): `success` is False and only there for the contract.
+    camera: number or name. camera_jitter: at each episode's start the camera is moved along each axis by up to this
+    share of the model's extent and turned by up to this many radians. colour_jitter: and each colour channel of each
+    material by up to this much of 1. fast_render: OpenGL without shadows, multisampling and mirrors, which looks
+    different. workers: processes; 0 is none, None is one for each environment, and none for a single one.
+    """
+
+    state_dim, privileged_dim, has_success = 0, 0, False
+
+    def __init__(
+        self, env_id: str, num_envs: int, device: str | torch.device = "cpu", *, seed: int = 0, stagger: bool = False,
+        image_size: int = 84, action_repeat: int = 2, frame_stack: int = 1, camera: int | str | None = None,
+        renderer: str = "auto", fast_render: bool = False, workers: int | None = None, camera_jitter: float = 0.0,
+        colour_jitter: float = 0.0,
+    ):  # fmt: skip
+        if num_envs < 1 or image_size < 4:
+            raise ValueError(f"num_envs must be at least 1, image_size at least 4; got {num_envs} and {image_size}")
+        if action_repeat < 1 or frame_stack < 1:
+            raise ValueError(f"action_repeat and frame_stack must be at least 1; got {action_repeat} and {frame_stack}")
+        if workers is not None and not 0 <= workers <= num_envs:
+            raise ValueError(f"workers must be from 0 to num_envs, {num_envs}; got {workers}")
+        if camera_jitter < 0 or not 0 <= colour_jitter <= 1:
+            raise ValueError("camera_jitter must be at least 0, colour_jitter from 0 to 1")
+        self.env_id, self.num_envs, self.device = env_id, num_envs, torch.device(device)
+        self.image_size, self.action_repeat, self.frame_stack = image_size, action_repeat, frame_stack
+        self.renderer = choose_renderer(renderer, os.environ.get("MUJOCO_GL"))
+        if fast_render and self.renderer == "warp":
+            raise ValueError("fast_render is for OpenGL; leave it out with renderer 'warp'")
+        self.image_shape = (image_size, image_size, 3 * frame_stack)
+        options = dict(
+            image_size=image_size, action_repeat=action_repeat, camera=camera, renderer=self.renderer,
+            fast_render=fast_render, camera_jitter=camera_jitter, colour_jitter=colour_jitter,
+        )  # fmt: skip
+        self.groups, self.shares = [], _shares(num_envs, self._processes(workers))
+        kind = _Here if not self._processes(workers) else _Process
+        try:
+            for share in self.shares:
+                self.groups.append(kind(env_id, list(share), options))
+            for group in self.groups:
+                if kind is _Process:
+                    group.receive()
+            self.groups[0].ask("describe")
+            facts = self.groups[0].receive()
+        except BaseException:
+            self.close()
+            raise
+        self.action_dim, self.max_episode_steps = facts["action_dim"], facts["limit"]
+        self.control_hz, self.camera = facts["control_hz"], facts["camera"]
+        self.cameras = facts["cameras"]
+        self.spec = {
+            "env_id": env_id, "action_semantics": "the actuators' range", "action_low": facts["action_low"],
+            "action_high": facts["action_high"], "control_hz": self.control_hz, "action_repeat": action_repeat,
+            "state_layout": [], "image_size": image_size, "frame_stack": frame_stack, "renderer": self.renderer,
+            "fast_render": fast_render, "camera": self.cameras[self.camera] or self.camera,
+            "max_episode_steps": self.max_episode_steps, "episode_frames": facts["frames"],
+        }  # fmt: skip
+        self.returns, self.length = np.zeros(num_envs), np.zeros(num_envs, np.int64)
+        self.nan_resets = torch.zeros((), dtype=torch.int64, device=self.device)
+        starts = [i * self.max_episode_steps // num_envs if stagger else 0 for i in range(num_envs)]
+        self.obs = self.reset(seed, _clocks=starts)
+
+    def _processes(self, workers: int | None) -> int:
+        """How many processes: none where the one OpenGL backend that a process can have is ours or not yet chosen."""
+        if workers is not None or self.num_envs > 1:
+            return self.num_envs if workers is None else workers
+        if "dm_control" not in sys.modules:
+            os.environ["MUJOCO_GL"] = _backend(self.renderer)
+        return int(os.environ.get("MUJOCO_GL") != _backend(self.renderer))
+
+    # ---- episodes ----------------------------------------------------------------------------------------------------
+    def _all(self, name: str, arguments=lambda share: ()) -> list:
+        """Asks every group at once; returns one result for each environment, in order."""
+        for group, share in zip(self.groups, self.shares, strict=True):
+            group.ask(name, *arguments(share))
+        answers = [group.receive() for group in self.groups]
+        return [one for answer in answers for one in answer or ()]
+
+    def _tensor(self, views: list[np.ndarray]) -> torch.Tensor:
+        """Views of the environments -> pictures uint8 (n, H, W, 3) on the device."""
+        return torch.from_numpy(np.stack(views)).to(self.device)
+
+    def _obs(self, rgb: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"rgb": rgb, "state": torch.zeros(len(rgb), 0, device=self.device)}
+
+    def reset(self, seed: int | None = None, _clocks: list[int] | None = None) -> dict[str, torch.Tensor]:
+        """Starts a new episode in every world, all clocks at 0. With a seed, always the same episodes."""
+        clocks = _clocks or [0] * self.num_envs
+        views = self._all("reset", lambda share: (seed, [clocks[i] for i in share]))
+        self.returns[:], self.length[:] = 0, 0
+        self.obs = self._obs(self._tensor(views).repeat(1, 1, 1, self.frame_stack))
+        return self.obs
+
+    def step(self, actions: torch.Tensor):
+        """Actions (N, A) in [-1, 1]. Returns obs, rewards, terminations, truncations, info; see `envs/__init__.py`."""
+        actions = actions.detach().to("cpu", torch.float32).clamp(-1, 1).nan_to_num(0.0).numpy()
+        results = self._all("step", lambda share: (actions[share.start : share.stop],))
+        views, outcomes, firsts = zip(*results, strict=True)
+        rewards, discounts, terminations, truncations, sane = np.array(outcomes, np.float64).T
+        rewards, discounts = rewards.astype(np.float32), discounts.astype(np.float32)
+        terminations, truncations = terminations.astype(bool), truncations.astype(bool)
+        self.nan_resets += int(self.num_envs - sane.sum())
+        self.returns, self.length = self.returns + rewards, self.length + 1
+
+        begun = [i for i, first in enumerate(firsts) if first is not None]
+        drawn = [i for i, view in enumerate(views) if view is not None]
+        # One batch of pictures: the step's own, then those of the episodes that begin.
+        frames = self._tensor([views[i] for i in drawn] + [firsts[i] for i in begun])
+        rgb, begins = frames[: len(drawn)], frames[len(drawn) :]
+        if len(drawn) < self.num_envs:  # a diverged world has no next picture: keep its last one
+            last = self.obs["rgb"][..., -3:].clone()
+            last[drawn] = rgb
+            rgb = last
+        if self.frame_stack > 1:
+            rgb = torch.cat((self.obs["rgb"][..., 3:], rgb), -1)
+        final_obs = self.obs = self._obs(rgb)
+        episode = {
+            "return": self._to_device(self.returns.astype(np.float32)), "length": self._to_device(self.length),
+            "success_once": self._no(), "success_at_end": self._no(),
+        }  # fmt: skip
+        if begun:
+            self.obs = self._obs(rgb.clone())
+            self.obs["rgb"][begun] = begins.repeat(1, 1, 1, self.frame_stack)
+            self.returns[begun], self.length[begun] = 0, 0
+        info = {"final_obs": final_obs, "success": self._no(), "episode": episode,
+                "discount": self._to_device(discounts)}  # fmt: skip
+        return self.obs, *map(self._to_device, (rewards, terminations, truncations)), info
+
+    def _to_device(self, values: np.ndarray) -> torch.Tensor:
+        return torch.tensor(values, device=self.device)  # a copy: ours go on changing
+
+    def _no(self) -> torch.Tensor:
+        return torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
+
+    # ---- for people, and for resuming --------------------------------------------------------------------------------
+    def render(self, worlds=(0,), size: int = 240, camera: int | str | None = None) -> np.ndarray:
+        """Pictures for people, uint8 (len(worlds), size, size, 3), from the policy's camera unless another is named."""
+        known = camera in self.cameras or (isinstance(camera, int) and 0 <= camera < len(self.cameras))
+        number = (self.cameras.index(camera) if camera in self.cameras else camera) if known else self.camera
+        owners = {world: group for group, share in zip(self.groups, self.shares, strict=True) for world in share}
+        views = []
+        for world in worlds:
+            owners[world].ask("picture", world, size, number)
+            views.append(owners[world].receive())
+        return np.stack(views)
+
+    def state_dict(self) -> dict:
+        """Everything that the future of every world depends on: random states and actions of the running episodes."""
+        return {
+            "setup": self._setup(), "tasks": self._all("save"), "returns": self.returns.copy(),
+            "length": self.length.copy(), "nan_resets": self.nan_resets.clone(),
+            "obs": {name: value.clone() for name, value in self.obs.items()},
+        }  # fmt: skip
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Continues where `state_dict` was taken, exactly. Raises ValueError on another set-up."""
+        for name, value in self._setup().items():
+            if saved["setup"][name] != value:
+                raise ValueError(f"saved environment has {name} {saved['setup'][name]!r}, this one has {value!r}")
+        self._all("load", lambda share: (saved["tasks"][share.start : share.stop],))
+        self.returns[:], self.length[:] = saved["returns"], saved["length"]
+        self.nan_resets = saved["nan_resets"].to(self.device)
+        self.obs = {name: value.to(self.device) for name, value in saved["obs"].items()}
+
+    def _setup(self) -> dict:
+        return {"env_id": self.env_id, "num_envs": self.num_envs, "image_size": self.image_size,
+                "frame_stack": self.frame_stack, "action_repeat": self.action_repeat}  # fmt: skip
+
+    def close(self) -> None:
+        """Ends the processes."""
+        for group in self.groups:
+            group.close()
+        self.groups = []
+
+
+def _shares(num_envs: int, processes: int) -> list[range]:
+    """Environments of each process, in order, as evenly as they go."""
+    n = max(processes, 1)
+    cuts = [k * num_envs // n for k in range(n + 1)]
+    return [range(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+
+
+def make(env_id: str, num_envs: int, device: str | torch.device = "cpu", **options) -> DMCEnv:
+    """The DeepMind Control environment `env_id` with `num_envs` worlds on `device`; options as in `DMCEnv`.
+
+    Raises ValueError for an unknown id or an impossible option, ImportError or RuntimeError for what is missing on
+    this machine, in one line that says what would do.
+    """
+    return DMCEnv(env_id, num_envs, device, **options)
