@@ -9,7 +9,7 @@ Tasks: Reach, Lift, Place and Stack, each with a cube or a can; sizes, spawn reg
 randomisation follow Squint (arXiv 2602.21203), with these changes, each for a defect of the published set:
   1. Place: the item must be inside the bin's *rotated* footprint and rest on its floor (published: an axis-aligned test
      that ignores height), and success is worth one point more than anything before it (published: the same 9 points).
-  2. Controller targets are clamped to the joint limits (published: they wind up beyond them).
+  2. Controller targets keep inside the joint limits and near the joints (published: they wind up beyond them).
   3. The first frame of an episode is drawn from the new episode's camera pose (published: from the old one's).
   4. The servos have the torque of real ones, 3 N m (published: 100 N m), 1.5 N m at the gripper; see `so101.xml`.
   5. Randomisation is drawn per world and per episode (published: sizes, friction, lights and field of view once per
@@ -45,6 +45,11 @@ JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_ro
 START_POSE = (0.0, 0.0, 0.0, math.pi / 2, -math.pi / 2, math.pi / 3)
 ACTION_SCALE = (0.1, 0.1, 0.1, 0.1, 0.1, 0.2)  # radians per control step at |action| = 1
 CONTROL_HZ, SUBSTEPS, HORIZON = 10.0, 10, 50
+# What a robot keeps its targets to; `step` does the same, so that a policy sees in training what it will see there.
+VELOCITY_LIMIT = (1.0, 1.0, 1.0, 1.0, 1.0, 2.0)  # rad/s, of a target: what |action| = 1 asks for
+ACCELERATION_LIMIT = (10.0, 10.0, 10.0, 10.0, 10.0, 20.0)  # rad/s^2: full speed after one control step; stops are free
+TRACKING_ERROR = (0.35, 0.35, 0.35, 0.35, 0.35, 0.6)  # radians from target to joint: stays near a blocked arm
+JOINT_MARGIN = 0.02  # radians that targets keep from the joint limits
 SPAWN_CENTRE, SPAWN_HALF = (0.30, 0.0), 0.10
 DENSITY = 200.0  # kg/m^3
 BIN_THICKNESS = 0.005
@@ -547,6 +552,11 @@ class SO101Env:
         self.joint_high = torch.tensor(m.jnt_range[:6, 1], dtype=torch.float32, device=dev)
         self.action_scale = torch.tensor(ACTION_SCALE, device=dev)
         self.start_pose = torch.tensor(START_POSE, device=dev)
+        self.target_low, self.target_high = self.joint_low + JOINT_MARGIN, self.joint_high - JOINT_MARGIN
+        self.tracking_error = torch.tensor(TRACKING_ERROR, device=dev)
+        period = 1 / CONTROL_HZ
+        self.most_move = torch.tensor([v * period for v in VELOCITY_LIMIT], device=dev)  # radians a control step
+        self.most_gain = torch.tensor([a * period**2 for a in ACCELERATION_LIMIT], device=dev)  # more than the last one
         n = num_envs
         self.generator = torch.Generator(device=dev)
         self.target, self.old_target = (torch.zeros(n, 6, device=dev) for _ in range(2))
@@ -580,7 +590,9 @@ class SO101Env:
             "env_id": self.env_id, "robot": "so101", "joint_names": list(JOINTS),
             "joint_low": self.mjm.jnt_range[:6, 0].tolist(), "joint_high": self.mjm.jnt_range[:6, 1].tolist(),
             "start_pose": list(START_POSE), "action_scale": list(ACTION_SCALE),
-            "action_semantics": "target += action * action_scale, clamped to the joint limits",
+            "action_semantics": "target += action * action_scale, within the limits",
+            "velocity_limit": list(VELOCITY_LIMIT), "acceleration_limit": list(ACCELERATION_LIMIT),
+            "tracking_error": list(TRACKING_ERROR), "joint_margin": JOINT_MARGIN,
             "control_hz": CONTROL_HZ, "state_layout": ["joint_position"] * 6 + ["joint_target"] * 6,
             "cameras": cams, "background": "black", "render_size": self.render_size,
             "max_episode_steps": HORIZON,
@@ -745,8 +757,9 @@ class SO101Env:
     def step(self, actions: torch.Tensor):
         """Actions (N, 6) in [-1, 1]. Returns obs, rewards, terminations, truncations, info; see `envs/__init__.py`."""
         actions = actions.to(self.device, torch.float32).clamp(-1.0, 1.0).nan_to_num(0.0)
+        following = self._next_target(actions)
         self.old_target.copy_(self.target)
-        torch.clamp(self.target + actions * self.action_scale, self.joint_low, self.joint_high, out=self.target)
+        self.target.copy_(following)
         self.qpos, self.qvel, self.contact, sane = self.physics.step(self.old_target, self.target, self.delay)
         bad = ~sane
         self._restart_diverged(bad)
@@ -774,6 +787,16 @@ class SO101Env:
         info = {"final_obs": final_obs, "success": success, "episode": episode}
         return self.obs, rewards, torch.zeros_like(truncations), truncations, info
 
+    def _next_target(self, actions: torch.Tensor) -> torch.Tensor:
+        """Targets (N, 6) after `actions`, by the rules that `hardware/governor.py` applies on the robot."""
+        joints, last = self.qpos[:, :6], self.target - self.old_target
+        goal = self.target + actions * self.action_scale
+        goal = torch.clamp(goal, joints - self.tracking_error, joints + self.tracking_error)
+        goal = torch.clamp(goal, self.target_low, self.target_high)
+        down = torch.maximum(last.clamp(max=0) - self.most_gain, -self.most_move)
+        up = torch.minimum(last.clamp(min=0) + self.most_gain, self.most_move)
+        return torch.clamp(goal, self.target + down, self.target + up)
+
     def _restart_diverged(self, bad: torch.Tensor) -> None:
         """Puts worlds whose physics is no longer finite back to their episode's first pose; counts them."""
         if self.device.type == "cpu" and not bad.any():
@@ -782,7 +805,8 @@ class SO101Env:
         mask = bad[:, None]
         self.qpos, self.qvel = torch.where(mask, self.first_qpos, self.qpos), self.qvel.masked_fill(mask, 0.0)
         self.contact = self.contact.masked_fill(mask, 0.0)
-        self.target.copy_(torch.where(mask, self.first_qpos[:, :6], self.target))
+        for target in (self.target, self.old_target):
+            target.copy_(torch.where(mask, self.first_qpos[:, :6], target))
         self.physics.set_state(slice(None), self.qpos, self.qvel)
 
     def _restart(self, worlds: list[int], obs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

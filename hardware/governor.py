@@ -100,11 +100,12 @@ def limit_targets(action, target, velocity, present, dt: float, limits: Limits, 
     following = np.where(calm == step, inside, target + calm)  # exactly the limit where it is reached
     following = np.where(felt, following, target)
     with np.errstate(invalid="ignore"):  # where present is not finite
-        fired = {
-            "finite": ~known, "present": ~felt, "action": clipped != asked,
-            "tracking": np.abs(near - wish) > ROUNDING, "joint": np.abs(inside - near) > ROUNDING,
-            "velocity": np.abs(slow - step) > ROUNDING, "acceleration": np.abs(calm - slow) > ROUNDING,
+        changed = {
+            "action": clipped != asked, "tracking": np.abs(near - wish) > ROUNDING,
+            "joint": np.abs(inside - near) > ROUNDING, "velocity": np.abs(slow - step) > ROUNDING,
+            "acceleration": np.abs(calm - slow) > ROUNDING,
         }  # fmt: skip
+    fired = {"finite": ~known, "present": ~felt} | {rule: mask & felt for rule, mask in changed.items()}
     return following, (following - target) / dt, {rule: np.broadcast_to(mask, shape) for rule, mask in fired.items()}
 
 

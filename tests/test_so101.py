@@ -96,12 +96,26 @@ def test_servos_have_the_torque_of_real_ones():
 
 def test_targets_do_not_wind_up_beyond_the_limits():
     env = make(n=2, pictures=False)
+    up = torch.tensor([1.0, -1.0, -1.0, -1.0, 1.0, 1.0])  # away from the table
     for _ in range(48):
-        env.step(torch.ones(2, 6))
-    assert torch.allclose(env.target, env.joint_high.expand(2, 6))
+        env.step(up.expand(2, 6))
+    most = torch.where(up > 0, env.joint_high - so101.JOINT_MARGIN, env.joint_low + so101.JOINT_MARGIN)
+    assert torch.allclose(env.target, most.expand(2, 6), atol=1e-6)
     before = env.target.clone()
-    env.step(-torch.ones(2, 6))
-    assert torch.allclose(env.target, before - env.action_scale)
+    env.step(-up.expand(2, 6))
+    assert torch.allclose(env.target, before - up * env.action_scale, atol=1e-6)
+
+
+def test_targets_do_not_wind_up_in_front_of_an_obstacle():
+    env = make(n=4, pictures=False, domain_randomization=False)
+    down = torch.zeros(4, 6)
+    down[:, 1] = 1.0
+    for _ in range(14):
+        env.step(down)
+    assert env.facts()["table"].all()  # the arm stands on it
+    ahead = env.target[:, 1] - env.qpos[:, 1]
+    free = 14 * env.action_scale[1] - (env.qpos[:, 1] - env.first_qpos[:, 1])
+    assert (free > 0.5).all() and (ahead < so101.TRACKING_ERROR[1] + 0.05).all() and (ahead > 0.25).all()
 
 
 @pytest.mark.parametrize("env_id", ["SO101PlaceCan-v1", "SO101StackCube-v1"])
