@@ -12,7 +12,8 @@ What a caller may rely on:
     it needs, and a write, whose answer has no length to vary, follows such a read. This relies on adapters keeping
     bytes in order, and on a reply being at most `LATE` requests late.
  4. The error bits of every reply are in its `Status`, in the same call.
- 5. A call takes at most (1 + retries) * timeout, plus what the port needs to write. `ping` listens for one more.
+ 5. A call asks 1 + retries times and waits `timeout` for each; twice that where a write follows a lost answer. `ping`
+    listens for one more.
 
     bus = Bus(SerialTransport("/dev/ttyACM0"))
     status = bus.sync_read(range(1, 7), *REGISTERS["present_position"])
@@ -386,7 +387,6 @@ class Bus:
 
     def _no_answer(self, id: int, garbled: bool) -> BusError:
         if garbled:
-            return BusError(f"servo {id}: what came back is garbled ({1 + self.retries} times asked): a bad cable, "
-                            "or two servos with this id?", [id], "corrupt")  # fmt: skip
-        return BusError(f"servo {id} does not answer ({1 + self.retries} times asked): power, cable, id and baud rate?",
-                        [id], "timeout")  # fmt: skip
+            text = f"servo {id}: what comes back is garbled: a bad cable, or two servos with this id?"
+            return BusError(text, [id], "corrupt")
+        return BusError(f"servo {id} does not answer: check power, cable, id and baud rate", [id], "timeout")
