@@ -85,6 +85,7 @@ class Task:
     rough: bool = False
     stand: bool = False  # the command is (height, roll, pitch), not (forward, sideways, turning) velocity
     height: float = 0.278  # of the trunk at an episode's start
+    speed: float = 0.5  # largest component of the trunk's velocity (m/s, rad/s) there
     tilt: float = 0.0  # largest roll and pitch there
     joints: float = 0.0  # largest deviation of a joint from the default pose there
     episode_length: int = 1000
@@ -93,9 +94,9 @@ class Task:
 TASKS = {
     "Go1JoystickFlat": Task(VELOCITY_REWARDS),
     "Go1JoystickRough": Task(VELOCITY_REWARDS, rough=True, height=0.35),
-    "Go1Stand": Task(STAND_REWARDS, stand=True, height=0.35, tilt=0.3, joints=0.2, episode_length=200),
+    "Go1Stand": Task(STAND_REWARDS, stand=True, height=0.3, speed=0.2, tilt=0.1, joints=0.2, episode_length=200),
 }
-STAND_COMMAND = np.array([[0.18, -0.2, -0.25], [0.30, 0.2, 0.25]], np.float32)  # low and high of height, roll, pitch
+STAND_COMMAND = np.array([[0.20, -0.2, -0.25], [0.30, 0.2, 0.25]], np.float32)  # low and high of height, roll, pitch
 
 
 @dataclass(frozen=True)
@@ -590,7 +591,7 @@ class Go1Env:
     def _begin(self, draw, dr) -> tuple[dict, dict]:
         """What an episode starts from: the carried fields, and what the sensors read (in closed form)."""
         t, c = self.task, self.config
-        xy, velocity, yaw = draw(-0.5, 0.5, 2), draw(-0.5, 0.5, 6), draw(-math.pi, math.pi)
+        xy, velocity, yaw = draw(-0.5, 0.5, 2), draw(-t.speed, t.speed, 6), draw(-math.pi, math.pi)
         roll, pitch = draw(-t.tilt, t.tilt, 2)
         joints = DEFAULT_POSE + draw(-t.joints, t.joints, 12)
         qpos = jnp.concatenate([xy, jnp.full(1, t.height), quaternion(roll, pitch, yaw), joints])
