@@ -32,7 +32,7 @@ import torch
 
 from envs import check
 
-RENDERERS = ("egl", "osmesa")
+RENDERERS = ("egl", "osmesa", "warp")
 INSTALL = {"egl": "libegl1 libgl1-mesa-dri", "osmesa": "libosmesa6"}
 # The published sets; medium and hard need more frames, see docs/envs/dmc.md.
 EASY = (
@@ -166,7 +166,8 @@ class DMCEnv:
     camera: number or name. camera_jitter: at each episode's start the camera is moved along each axis by up to this
     share of the model's extent and turned by up to this many radians. colour_jitter: and each colour channel of each
     material by up to this much of 1. fast_render: OpenGL without shadows, multisampling and mirrors, which looks
-    different. workers: processes; 0 is none, None is one for each environment, and none for a single one.
+    different. samples_per_pixel: rays of the renderer "warp". workers: processes; 0 is none, None is one for each
+    environment, and none for a single one.
     """
 
     state_dim, privileged_dim, has_success = 0, 0, False
@@ -174,8 +175,8 @@ class DMCEnv:
     def __init__(
         self, env_id: str, num_envs: int, device: str | torch.device = "cpu", *, seed: int = 0, stagger: bool = False,
         image_size: int = 84, action_repeat: int = 2, frame_stack: int = 1, camera: int | str | None = None,
-        renderer: str = "auto", fast_render: bool = False, workers: int | None = None, camera_jitter: float = 0.0,
-        colour_jitter: float = 0.0,
+        renderer: str = "auto", fast_render: bool = False, samples_per_pixel: int = 4, workers: int | None = None,
+        camera_jitter: float = 0.0, colour_jitter: float = 0.0,
     ):  # fmt: skip
         if num_envs < 1 or image_size < 4:
             raise ValueError(f"num_envs must be at least 1, image_size at least 4; got {num_envs} and {image_size}")
@@ -210,7 +211,8 @@ class DMCEnv:
             raise
         self.action_dim, self.max_episode_steps = facts["action_dim"], facts["limit"]
         self.control_hz, self.camera = facts["control_hz"], facts["camera"]
-        self.cameras = facts["cameras"]
+        self.cameras, self.samples = facts["cameras"], samples_per_pixel
+        self.drawn, self.scenes = facts["drawn"], {}
         self.spec = {
             "env_id": env_id, "action_semantics": "the actuators' range", "action_low": facts["action_low"],
             "action_high": facts["action_high"], "control_hz": self.control_hz, "action_repeat": action_repeat,
@@ -224,12 +226,12 @@ class DMCEnv:
         self.obs = self.reset(seed, _clocks=starts)
 
     def _processes(self, workers: int | None) -> int:
-        """How many processes: none where the one OpenGL backend that a process can have is ours or not yet chosen."""
-        if workers is not None or self.num_envs > 1:
-            return self.num_envs if workers is None else workers
+        """How many processes. One where this process already has another OpenGL backend: it can have a single one."""
+        if workers or (workers is None and self.num_envs > 1):
+            return workers or self.num_envs
         if "dm_control" not in sys.modules:
             os.environ["MUJOCO_GL"] = _backend(self.renderer)
-        return int(os.environ.get("MUJOCO_GL") != _backend(self.renderer))
+        return int(self.renderer != "warp" and os.environ.get("MUJOCO_GL") != self.renderer)
 
     # ---- episodes ----------------------------------------------------------------------------------------------------
     def _all(self, name: str, arguments=lambda share: ()) -> list:
@@ -241,7 +243,19 @@ class DMCEnv:
 
     def _tensor(self, views: list[np.ndarray]) -> torch.Tensor:
         """Views of the environments -> pictures uint8 (n, H, W, 3) on the device."""
-        return torch.from_numpy(np.stack(views)).to(self.device)
+        views = np.stack(views)
+        if self.renderer == "warp":
+            return self._scene(self.num_envs, self.image_size, self.camera).draw(views)
+        return torch.from_numpy(views).to(self.device)
+
+    def _scene(self, n: int, size: int, camera: int):
+        """What draws `n` worlds at a time with MuJoCo Warp; made when it is first needed."""
+        from envs import dmc_warp
+
+        key = (n, size, camera)
+        if key not in self.scenes:
+            self.scenes[key] = dmc_warp.Scene(*self.drawn, camera, n, self.device, size, self.samples)
+        return self.scenes[key]
 
     def _obs(self, rgb: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"rgb": rgb, "state": torch.zeros(len(rgb), 0, device=self.device)}
@@ -305,6 +319,8 @@ class DMCEnv:
         for world in worlds:
             owners[world].ask("picture", world, size, number)
             views.append(owners[world].receive())
+        if self.renderer == "warp":
+            return self._scene(1, size, number).draw(np.stack(views)).cpu().numpy()
         return np.stack(views)
 
     def state_dict(self) -> dict:

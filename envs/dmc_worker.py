@@ -122,7 +122,7 @@ class Task:
             "cameras": [model.camera(i).name for i in range(model.ncam)],
             "action_low": self.low.tolist(), "action_high": self.high.tolist(),
             "control_hz": 1 / (self.env.control_timestep() * self.repeat),
-            "model": model if self.renderer == "warp" else None,
+            "drawn": (model, slots(model)) if self.renderer == "warp" else None,
         }  # fmt: skip
 
     # ---- episodes ----------------------------------------------------------------------------------------------------
