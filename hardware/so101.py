@@ -1,0 +1,572 @@
+"""The SO-101 arm in radians: calibration, a start that does not move it, one read and one write a tick, a stop.
+
+    arm = SO101(Bus(SerialTransport("/dev/ttyACM0")), Calibration.from_json("arm.json"), Limits.from_spec(policy.spec))
+    with arm:                      # whatever happens inside, leaving stops the arm
+        arm.start()                # idle -> hold: torque on, where the arm stands
+        state = arm.read()         # joints, currents, temperatures ...; raises ArmFault for what must not go on
+        arm.write(target)          # six joint angles; hardware/governor.py makes them
+
+What it promises, each with a test in tests/test_hardware_so101.py:
+ 1. `start` does not move the arm, whatever torque and goals the servos power up with: torque off, read back; ids,
+    models and settings compared; goals set to where the joints are, read back; weak torque on, read back; joints
+    compared once more; only then full torque. Where anything is not as it should be, torque is off again.
+ 2. Registers that are kept without power, and wear out, are written only where they differ.
+ 3. A tick costs one sync read of 15 bytes a joint, and one sync write of 7, in which acceleration and speed limits of
+    the servo itself stand beside each goal: a second wall behind the governor's.
+ 4. `stop` lets go of every motor and reads it back, also where some are silent, faulty or gone. It never raises, and
+    from then on not one byte goes to a goal register, because a goal switches torque on again.
+ 5. Error bits, heat, a stalled joint, a jump of a reading, an angle next to the encoder's end, and readings that stay
+    away raise ArmFault with a sentence. A fault latches: `write` refuses from then on.
+
+Angles in radians, except where a name says raw: steps of the encoder, 4096 a turn. Not yet tried on a real servo: the
+thresholds below are starting points.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import struct
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hardware import feetech as ft
+from hardware.feetech import REGISTERS, STEPS, Bus, BusError, decode, encode
+from hardware.governor import Limits
+
+JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
+GRIPPER = JOINTS.index("gripper")
+# The jaw's lever is not 1 : 1: degrees of the servo, from the middle of its range, and degrees of the simulated joint.
+GRIPPER_SERVO, GRIPPER_JOINT = (-62.5, 64.62), (-10.0, 120.0)
+WRAP = 114  # raw; 10 degrees: goals keep this distance from the encoder's ends, where a reading jumps by a whole turn
+
+# Kept without power; equal to lerobot's, so that using both programs wears out nothing. A function: of the old value
+SETTINGS: dict[str, int | Callable[[int], int]] = {
+    "return_delay": 0, "response_level": 1, "mode": 0, "p": 16, "i": 0, "d": 32,
+    "phase": lambda old: old & ~0x10,  # positions within one turn
+    "unload_mask": lambda old: old | 0x2C,  # the servo's own protections: heat, current, overload
+}  # fmt: skip
+GRIPPER_SETTINGS = {"max_torque": 500, "protection_current": 250, "overload_torque": 25}
+CALIBRATED = ("homing_offset", "min_position", "max_position")
+
+# Shares of the stall torque. RUN is below the servo's own overload threshold (80 %, of the gripper 25 %, after 2 s),
+# which would let go on its own: a stalled joint stops us first, and a gripper that holds something is weakened to GRIP.
+START_TORQUE, LOW_TORQUE, GRIP_TORQUE = 0.4, 0.2, 0.24
+RUN_TORQUE = (0.7, 0.7, 0.7, 0.7, 0.7, 0.5)
+WALL_SPEED, WALL_ACCELERATION = 1.5, 4.0  # times the governor's limits: what the servo itself does not exceed
+HOT_START, WARM, HOT = 50.0, 60.0, 65.0  # degrees Celsius: no start; a warning; a fault. At 70 the servo gives up
+STALL_CURRENT, STALL_ERROR, STALL_TIME = 1.0, 0.1, 0.3  # A, rad and s that all have to be exceeded
+JAW_STILL = 0.2  # rad/s below which a jaw that is away from its goal is blocked
+JUMP_FACTOR, JUMP_SLACK = 4.0, 0.05  # a reading may move by so many times the speed limit, plus so many radians
+MISSES, MISS_SHARE, MISS_WINDOW = 3, 0.05, 5.0  # incomplete reads: in a row, or a share of some seconds'
+STILL, MOVED = 0.05, 0.05  # rad/s and rad: what counts as not moving during the start
+OUTSIDE = 12  # raw; 1 degree: how far outside its recorded range a joint may stand at the start
+
+FIRST, COUNT = REGISTERS["present_position"][0], 15  # position, speed, load, voltage, temperature, ..., current
+MEASURED = ("position", "speed", "load", "current", "temperature", "voltage")
+
+
+class ArmFault(Exception):
+    """The arm must stop; one sentence. kind: start, bus, error, heat, stall, jump, wrap, stopped. joints: whose."""
+
+    def __init__(self, message: str, kind: str, joints: Iterable[str] = ()):
+        super().__init__(message)
+        self.kind, self.joints = kind, tuple(joints)
+
+
+# --- Calibration ------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class JointCalibration:
+    """One joint, in lerobot's words. present = encoder - homing_offset; the ranges are of present positions."""
+
+    id: int
+    drive_mode: int
+    homing_offset: int
+    range_min: int
+    range_max: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Where the joints' angles are zero, and how far they go. Raises ValueError where that cannot be.
+
+    As in lerobot's degrees, an angle is zero in the middle of the range that was recorded, and a turn has 4095 steps:
+    angle = (raw - (range_min + range_max) / 2) 360 / 4095 degrees. That is the zero of the simulated joints as well,
+    but for the gripper, whose two scales meet at GRIPPER_SERVO and GRIPPER_JOINT.
+    """
+
+    joints: dict[str, JointCalibration]
+
+    def __post_init__(self):
+        if tuple(self.joints) != JOINTS:
+            raise ValueError(f"calibration: the joints must be {', '.join(JOINTS)}, not {', '.join(self.joints)}")
+        ids = [joint.id for joint in self.joints.values()]
+        for name, joint in self.joints.items():
+            values = asdict(joint)
+            if any(type(value) is not int for value in values.values()):
+                raise ValueError(f"calibration: {name} must have whole numbers, not {values}")
+            if not 0 <= joint.id <= 253 or ids.count(joint.id) > 1:
+                raise ValueError(f"calibration: {name} has id {joint.id}; ids are 0 to 253, each once")
+            if joint.drive_mode:
+                raise ValueError(f"calibration: {name} has drive_mode {joint.drive_mode}; an SO-101 has only 0")
+            if abs(joint.homing_offset) > 2047 or not 0 <= joint.range_min < joint.range_max < STEPS:
+                raise ValueError(f"calibration: {name} is out of range ({values}): calibrate again")
+        half = np.array([joint.range_min + joint.range_max for joint in self.joints.values()]) / 2
+        slope = np.full(len(JOINTS), math.radians(360 / (STEPS - 1)))  # radians a step
+        (first, last), (closed, open_) = GRIPPER_SERVO, GRIPPER_JOINT
+        half[GRIPPER] += (first - closed * (last - first) / (open_ - closed)) * (STEPS - 1) / 360
+        slope[GRIPPER] *= (open_ - closed) / (last - first)
+        low = np.array([max(joint.range_min, WRAP) for joint in self.joints.values()])
+        high = np.array([min(joint.range_max, STEPS - 1 - WRAP) for joint in self.joints.values()])
+        for key, value in dict(ids=tuple(ids), zero=half, slope=slope, low=low, high=high).items():
+            object.__setattr__(self, key, value)  # zero, low and high are raw, (6,)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Mapping[str, int]]) -> "Calibration":
+        """From {joint: {"id": ..., "drive_mode": ..., ...}}, in any order of the joints."""
+        fields = set(JointCalibration.__dataclass_fields__)
+        if set(content) != set(JOINTS):
+            raise ValueError(f"calibration: the joints must be {', '.join(JOINTS)}, not {', '.join(map(str, content))}")
+        for name, joint in content.items():
+            if not isinstance(joint, Mapping) or set(joint) != fields:
+                raise ValueError(f"calibration: {name} must have exactly {', '.join(sorted(fields))}")
+        return cls({name: JointCalibration(**content[name]) for name in JOINTS})
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "Calibration":
+        """Reads lerobot's file. Raises ValueError or FileNotFoundError in one line."""
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no calibration {path}: make one with hardware/calibrate.py")
+        try:
+            content = json.loads(path.read_text())
+        except (ValueError, OSError):
+            raise ValueError(f"{path} is no calibration: it is not JSON") from None
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} is no calibration: it has no joints")
+        try:
+            return cls.from_dict(content)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def to_json(self, path: str | Path) -> None:
+        """Writes lerobot's file, at once or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps({name: asdict(joint) for name, joint in self.joints.items()}, indent=4))
+        os.replace(temporary, path)
+
+    @property
+    def hash(self) -> str:
+        """Tells one calibration from another: 16 hexadecimal digits."""
+        content = json.dumps({name: asdict(joint) for name, joint in self.joints.items()}, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def eeprom(self) -> dict[int, dict[str, int]]:
+        """id -> register -> value, as the motors have to hold it."""
+        return {joint.id: dict(homing_offset=joint.homing_offset, min_position=joint.range_min,
+                               max_position=joint.range_max) for joint in self.joints.values()}  # fmt: skip
+
+    def to_radians(self, joint: str, raw):
+        """Angle of a joint whose present_position reads `raw` (a number or an array)."""
+        at = JOINTS.index(joint)
+        return (np.asarray(raw, float) - self.zero[at]) * self.slope[at]
+
+    def to_raw(self, joint: str, radians):
+        """The nearest present_position of an angle, limited to nothing. (lerobot rounds towards zero instead.)"""
+        at = JOINTS.index(joint)
+        return np.rint(self.zero[at] + np.asarray(radians, float) / self.slope[at]).astype(int)
+
+    def angles(self, raw) -> np.ndarray:
+        """All joints: raw (..., 6) -> radians (..., 6)."""
+        return (np.asarray(raw, float) - self.zero) * self.slope
+
+    def goals(self, radians) -> np.ndarray:
+        """All joints: radians (..., 6) -> raw (..., 6) within the recorded ranges and clear of the encoder's ends."""
+        raw = np.rint(self.zero + np.asarray(radians, float) / self.slope)
+        return np.clip(raw, self.low, self.high).astype(int)
+
+
+# --- Registers that are kept ------------------------------------------------------------------------------------------
+def read_eeprom(bus: Bus, ids: Iterable[int]) -> dict[int, dict[str, int]]:
+    """id -> register -> value of everything that a servo keeps without power. Raises BusError."""
+    kept = [name for name, (address, _) in REGISTERS.items() if address < ft.EEPROM_END]
+    blocks = {id: bus.read(id, 0, ft.EEPROM_END).data for id in ids}
+    return {id: {name: decode(name, data, 0) for name in kept} for id, data in blocks.items()}
+
+
+def differences(have: Mapping[int, Mapping], wanted: Mapping[int, Mapping]) -> list[tuple[int, str, int, int]]:
+    """(id, register, value there, value wanted) wherever they are not the same."""
+    found = []
+    for id, registers in wanted.items():
+        for name, value in registers.items():
+            value = value(have[id][name]) if callable(value) else value
+            found += [(id, name, have[id][name], value)] * (have[id][name] != value)
+    return found
+
+
+def write_eeprom(bus: Bus, wanted: Mapping[int, Mapping], sleep: Callable[[float], None] = time.sleep) -> list:
+    """Writes what differs, and only that; returns the differences there were. Torque must be off.
+
+    Nobody confirms these writes (a servo may be set not to), so they are read back. Raises BusError if one has failed.
+    """
+    changes = differences(read_eeprom(bus, wanted), wanted)
+    for id in dict.fromkeys(id for id, *_ in changes):
+        bus.sync_write(REGISTERS["lock"][0], {id: b"\x00"})
+        try:
+            for _, name, _, value in (change for change in changes if change[0] == id):
+                bus.sync_write(REGISTERS[name][0], {id: encode(name, value)})
+                sleep(0.01)  # the servo is busy while it burns them in
+        finally:
+            bus.sync_write(REGISTERS["lock"][0], {id: b"\x01"})
+            sleep(0.01)
+    if changes and (left := differences(read_eeprom(bus, wanted), wanted)):
+        id, name, have, value = left[0]
+        raise BusError(f"servo {id} does not keep {name} = {value}: it still has {have}", [id], "status")
+    return changes
+
+
+# --- The arm ----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class State:
+    """What one read tells, (6,) each. A joint that did not answer has its last values, and their age in seconds."""
+
+    position: np.ndarray  # rad
+    velocity: np.ndarray  # rad/s
+    load: np.ndarray  # share of the stall torque, by duty
+    current: np.ndarray  # A
+    temperature: np.ndarray  # degrees Celsius
+    voltage: np.ndarray  # V
+    errors: np.ndarray  # bits of feetech.ERROR_BITS
+    time: float  # of the clock: no value is older, but those with an age
+    raw: np.ndarray  # present_position as read
+    age: np.ndarray  # s; 0: this read's own
+
+
+class SO101:
+    """See the docstring of the module. state: "idle", "hold" (started), or "stopped", which is final."""
+
+    def __init__(
+        self, bus: Bus, calibration: Calibration, limits: Limits, clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ):  # fmt: skip
+        self.bus, self.calibration, self.limits, self.clock, self.sleep = bus, calibration, limits, clock, sleep
+        if tuple(limits.joint_names) != JOINTS:
+            raise ValueError(f"the limits are for {', '.join(limits.joint_names)}; the arm has {', '.join(JOINTS)}")
+        self.ids, self.state = calibration.ids, "idle"
+        self.fault: ArmFault | None = None
+        self.warnings: list[str] = []  # what a person should know but nothing stops for; each once
+        self.changed: list[tuple[int, str, int, int]] = []  # settings that `start` had to write
+        self.firmware: dict[str, str] = {}
+        self.last: State | None = None
+        self.goal: np.ndarray | None = None  # rad, as sent
+        self.torque = dict.fromkeys(JOINTS, "unknown")  # what `stop` has found: "off", "on" or "silent"
+        self.stalled = np.full(len(JOINTS), np.inf)  # since when a joint draws current far from its goal
+        self.blocked = math.inf  # since when the jaw stands far from its goal
+        self.gripping = False  # the jaw's torque is lowered, because it holds something
+        self._reads: deque[tuple[float, bool]] = deque()  # (time, whether a joint was missing)
+        self._misses = 0
+        # The second wall, in the servo's units. 0 would mean none: at least 1
+        speed = WALL_SPEED * limits.velocity / calibration.slope
+        acceleration = WALL_ACCELERATION * limits.acceleration / calibration.slope / 100
+        self.wall_speed = np.clip(np.ceil(speed), 1, 32767).astype(int)
+        self.wall_acceleration = np.clip(np.ceil(acceleration), 1, 254).astype(int)
+
+    def __enter__(self) -> "SO101":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+    @contextlib.contextmanager
+    def _latching(self):
+        """Whatever the bus raises becomes an ArmFault, and the first fault is remembered: no goal is sent after it."""
+        try:
+            yield
+        except (BusError, ArmFault) as error:
+            if isinstance(error, BusError):
+                joints = [name for name, id in zip(JOINTS, self.ids, strict=True) if id in error.ids]
+                error = ArmFault(str(error), "stopped" if error.kind == "stopped" else "bus", joints)
+            self.fault = self.fault or error
+            raise error from None
+
+    # Starting
+    def start(self) -> State:
+        """idle -> hold. Raises ArmFault, torque off, if anything is not as it should be: then make a new SO101."""
+        if self.state != "idle":
+            raise ArmFault(f"the arm cannot start: it is {self.state}; make a new SO101", "start")
+        try:
+            with self._latching():
+                if on := [name for name, torque in self._torque_off().items() if torque == "on"]:
+                    raise ArmFault(f"torque of {', '.join(on)} does not go off: switch the power off", "start", on)
+                self.identify()
+                gripper = self.ids[GRIPPER]
+                wanted = {id: SETTINGS | (GRIPPER_SETTINGS if id == gripper else {}) for id in self.ids}
+                self.changed = write_eeprom(self.bus, wanted, self.sleep)
+                return self._take_hold()
+        except BaseException:
+            self.stop()
+            raise
+
+    def identify(self) -> None:
+        """Compares ids, models and calibration with what the motors hold. Reads only. Raises ArmFault."""
+        with self._latching():
+            absent = []
+            for name, id in zip(JOINTS, self.ids, strict=True):
+                try:
+                    self.bus.ping(id)
+                except BusError as error:
+                    if error.kind != "timeout":
+                        raise
+                    absent.append(f"{name} (id {id})")
+            if absent:
+                raise ArmFault(f"no answer from {', '.join(absent)}: check power, cable and ids", "start")
+            eeprom = read_eeprom(self.bus, self.ids)
+            for name, id in zip(JOINTS, self.ids, strict=True):
+                if (model := eeprom[id]["model"]) not in ft.MODELS:
+                    known = ", ".join(f"{text} ({number})" for number, text in ft.MODELS.items())
+                    text = f"{name} (id {id}) is a servo of model {model}; this driver knows {known}"
+                    raise ArmFault(text, "start", [name])
+                self.firmware[name] = "{}.{}".format(*eeprom[id]["firmware"].to_bytes(2, "little"))
+            if len(set(self.firmware.values())) > 1:
+                self._warn(f"the motors differ in firmware: {self.firmware}")
+            if other := differences(eeprom, self.calibration.eeprom()):
+                id, register, have, wanted = other[0]
+                name = JOINTS[self.ids.index(id)]
+                text = f"{name} holds {register} = {have}, the calibration says {wanted} ({len(other)} values differ)"
+                raise ArmFault(f"{text}: another arm's file? hardware/calibrate.py --write puts a file into the motors",
+                               "start", [name])  # fmt: skip
+            ends = self.calibration.angles([self.calibration.low, self.calibration.high])
+            missing = np.maximum(ends[0] - self.limits.low, self.limits.high - ends[1]) - self.limits.margin
+            for at in np.flatnonzero(missing > math.radians(5)):
+                self._warn(f"{JOINTS[at]}: the policy may go {math.degrees(missing[at]):.0f} degrees farther than the "
+                           "range that was recorded; such goals are cut off")  # fmt: skip
+
+    def _take_hold(self) -> State:
+        self._torque_limits([START_TORQUE] * len(JOINTS))
+        state = self.read()
+        self._all_answer(state)
+        low, high = self.calibration.low, self.calibration.high
+        for at, name in enumerate(JOINTS):
+            if not low[at] - OUTSIDE <= state.raw[at] <= high[at] + OUTSIDE:
+                text = f"{name} stands at {state.raw[at]}, outside of {low[at]} to {high[at]}, where goals may be"
+                raise ArmFault(f"{text}: move it inside by hand, or calibrate again", "start", [name])
+            if state.temperature[at] >= HOT_START:
+                text = f"{name} has {state.temperature[at]:.0f} degrees: let it cool below {HOT_START:.0f}"
+                raise ArmFault(text, "heat", [name])
+            if abs(state.velocity[at]) > STILL:
+                raise ArmFault(f"{name} is moving: hold the arm still until it has taken hold", "start", [name])
+        # A goal switches torque on, so from here on the arm holds, weakly, where it is.
+        raw = np.clip(state.raw, low, high)
+        self._send(raw)
+        self._compare("goal_position", raw, "its goal")
+        for id in self.ids:
+            self.bus.write(id, REGISTERS["torque_enable"][0], b"\x01")
+        self.sleep(0.1)
+        self._compare("torque_enable", np.ones(len(JOINTS), int), "torque")
+        self.state = "hold"
+        after = self.read()
+        self._all_answer(after)
+        moved = np.abs(after.position - state.position)
+        if (most := moved.max()) > MOVED:
+            name = JOINTS[int(moved.argmax())]
+            text = f"{name} moved by {math.degrees(most):.1f} degrees when torque came on"
+            raise ArmFault(f"{text}: support the arm, and check its load and calibration", "start", [name])
+        self._torque_limits(RUN_TORQUE)
+        return after
+
+    def _compare(self, register: str, wanted: np.ndarray, what: str) -> None:
+        """Raises ArmFault unless all servos answer that `register` has the value wanted."""
+        answers = self.bus.sync_read(self.ids, *REGISTERS[register])
+        for name, id, value in zip(JOINTS, self.ids, wanted, strict=True):
+            if id not in answers:
+                raise ArmFault(f"{name} (id {id}) does not answer during the start", "bus", [name])
+            if (have := decode(register, answers[id].data)) != value:
+                text = f"{name} (id {id}) has not taken {what}: {register} reads {have}, not {value}"
+                raise ArmFault(text, "start", [name])
+
+    def _all_answer(self, state: State) -> None:
+        if absent := [name for name, age in zip(JOINTS, state.age, strict=True) if age > 0]:
+            raise ArmFault(f"no answer from {', '.join(absent)} during the start", "bus", absent)
+
+    # One tick
+    def read(self, budget: float | None = None) -> State:
+        """One sync read. Raises ArmFault for what must not go on. budget: see Bus.sync_read."""
+        with self._latching():
+            answers = self.bus.sync_read(self.ids, FIRST, COUNT, budget)
+            before, now = self.last, min((status.time for status in answers.values()), default=self.clock())
+            rows, age = np.zeros((len(MEASURED) + 1, len(JOINTS))), np.zeros(len(JOINTS))
+            for at, id in enumerate(self.ids):
+                if id in answers:
+                    values = [decode(f"present_{name}", answers[id].data, FIRST) for name in MEASURED]
+                    rows[:, at] = [*values, answers[id].error]
+            columns = [rows[0], self.calibration.angles(rows[0]), rows[1] * self.calibration.slope, rows[2] / 1000,
+                       rows[3] * ft.CURRENT_UNIT, rows[4], rows[5] / 10, rows[6]]  # fmt: skip
+            absent = np.array([id not in answers for id in self.ids])
+            self._count_miss(now, absent)
+            if absent.any():
+                if before is None:
+                    names = [name for name, missing in zip(JOINTS, absent, strict=True) if missing]
+                    raise ArmFault(f"no answer from {', '.join(names)}: check power and cable", "bus", names)
+                old = (before.raw, before.position, before.velocity, before.load, before.current, before.temperature,
+                       before.voltage, before.errors)  # fmt: skip
+                columns = [np.where(absent, there, here) for there, here in zip(old, columns, strict=True)]
+                age = np.where(absent, before.age + now - before.time, 0.0)
+            raw, *columns, errors = columns
+            state = self.last = State(*columns, errors.astype(int), now, raw.astype(int), age)
+            self._check(state, before)
+            return state
+
+    def write(self, target) -> None:
+        """Sends six goals, radians, with the servos' own speed and acceleration limits. Raises ArmFault."""
+        if self.fault is not None:
+            raise self.fault
+        if self.state != "hold":
+            raise ArmFault(f"no goal can be sent: the arm is {self.state}", "stopped")
+        with self._latching():
+            target = np.asarray(target, np.float64)
+            if target.shape != (len(JOINTS),) or not np.isfinite(target).all():
+                raise ArmFault(f"a goal must be six finite angles, not {target.tolist()}", "stopped")
+            self._send(self.calibration.goals(target))
+            self._grip()
+
+    def _send(self, raw: np.ndarray, only: Iterable[int] | None = None) -> None:
+        """Acceleration, goal, time 0 and speed: 7 bytes a joint. The only place that addresses goals."""
+        if self.state == "stopped":
+            raise ArmFault("no goal can be sent: the arm is stopped", "stopped")
+        rows = zip(self.ids, self.wall_acceleration, raw, self.wall_speed, strict=True)
+        wanted = set(self.ids if only is None else only)
+        values = {id: struct.pack("<BHHH", a, goal, 0, speed) for id, a, goal, speed in rows if id in wanted}
+        if values:
+            self.bus.sync_write(REGISTERS["acceleration"][0], values)
+            goal = self.calibration.angles(raw)
+            known = np.array([id in values for id in self.ids])
+            self.goal = goal if self.goal is None else np.where(known, goal, self.goal)
+
+    # Watching
+    def _check(self, state: State, before: State | None) -> None:
+        for at, name in enumerate(JOINTS):
+            if state.errors[at]:
+                raise ArmFault(f"{name} reports: {ft.describe_errors(int(state.errors[at]))}", "error", [name])
+            if state.temperature[at] >= HOT:
+                raise ArmFault(f"{name} has {state.temperature[at]:.0f} degrees: too hot", "heat", [name])
+            if state.temperature[at] >= WARM:
+                self._warn(f"{name} is getting hot: {WARM:.0f} degrees; it stops at {HOT:.0f}")
+        if self.state != "hold":  # without torque it may be turned by hand
+            return
+        raw = np.where(state.age > 0, STEPS // 2, state.raw)
+        if (at := np.flatnonzero((raw < WRAP // 2) | (raw > STEPS - 1 - WRAP // 2))).size:
+            name = JOINTS[at[0]]
+            text = f"{name} reads {raw[at[0]]}, next to the encoder's end, where a reading jumps by a turn"
+            raise ArmFault(f"{text}: turn it back by hand, or calibrate again with the horn moved", "wrap", [name])
+        if before is not None:
+            dt = np.maximum(state.time - before.time + before.age, 0.0)
+            most = JUMP_FACTOR * self.limits.velocity * dt + JUMP_SLACK
+            jump = np.where(state.age > 0, 0.0, np.abs(state.position - before.position))
+            if (jump > most).any():
+                at = int((jump / most).argmax())
+                text = f"{JOINTS[at]} jumped by {math.degrees(jump[at]):.0f} degrees within {dt[at]:.2f} s"
+                raise ArmFault(f"{text}: pushed, or a broken encoder or cable?", "jump", [JOINTS[at]])
+        busy = (np.abs(state.current) > STALL_CURRENT) & (np.abs(self.goal - state.position) > STALL_ERROR)
+        self.stalled = np.where(busy & (state.age == 0), np.minimum(self.stalled, state.time), np.inf)
+        stalled = state.time - self.stalled > STALL_TIME
+        stalled[GRIPPER] = False  # it is there to meet resistance: see _grip
+        if stalled.any():
+            at = int(stalled.argmax())
+            off = math.degrees(abs(self.goal[at] - state.position[at]))
+            text = f"{JOINTS[at]} is stalled: {state.current[at]:.1f} A, {off:.0f} degrees from its goal"
+            raise ArmFault(f"{text}: is something in the way?", "stall", [JOINTS[at]])
+
+    def _grip(self) -> None:
+        """Weakens a gripper that has met resistance, before it gets hot, until it is where it should be again."""
+        off = abs(self.goal[GRIPPER] - self.last.position[GRIPPER])
+        blocked = off > STALL_ERROR and abs(self.last.velocity[GRIPPER]) < JAW_STILL
+        self.blocked = min(self.blocked, self.last.time) if blocked else math.inf
+        grip = off > STALL_ERROR / 2 if self.gripping else self.last.time - self.blocked >= STALL_TIME
+        if grip != self.gripping:
+            self.gripping = grip
+            self._torque_limits([GRIP_TORQUE] * len(JOINTS) if grip else RUN_TORQUE, [GRIPPER])
+
+    def _count_miss(self, now: float, absent: np.ndarray) -> None:
+        """Raises ArmFault when readings stay away: three in a row, or too many of the last five seconds'."""
+        missed = bool(absent.any())
+        self._misses = self._misses + 1 if missed else 0
+        self._reads.append((now, missed))
+        while self._reads[0][0] < now - MISS_WINDOW:
+            self._reads.popleft()
+        count = sum(missed for _, missed in self._reads)
+        if self._misses >= MISSES or count >= MISSES and count > MISS_SHARE * len(self._reads):
+            names = [name for name, missing in zip(JOINTS, absent, strict=True) if missing]
+            row = self._misses >= MISSES
+            often = f"{self._misses} times in a row" if row else f"{count} times of {len(self._reads)}"
+            text = f"no complete answer {often}, last not from {', '.join(names) or 'all'}: check power and cable"
+            raise ArmFault(text, "bus", names)
+
+    # Stopping
+    def hold(self) -> None:
+        """Goals := present positions, of the joints that answer without error. Raises ArmFault if the port fails."""
+        if self.state != "hold":
+            raise ArmFault(f"no goal can be sent: the arm is {self.state}", "stopped")
+        with self._latching():
+            answers = self.bus.sync_read(self.ids, FIRST, REGISTERS["present_position"][1])
+            raw = {id: decode("present_position", status.data) for id, status in answers.items() if not status.error}
+            goals = np.array([raw.get(id, 0) for id in self.ids])
+            self._send(np.clip(goals, self.calibration.low, self.calibration.high), raw)
+
+    def low_torque(self) -> None:
+        """Weakens all motors, so that the arm sinks before it is let go. Raises ArmFault if the port fails."""
+        with self._latching():
+            self.bus.broadcast_write(REGISTERS["torque_limit"][0], encode("torque_limit", round(1000 * LOW_TORQUE)))
+
+    def stop(self) -> dict[str, str]:
+        """Torque off, read back. -> {joint: "off", "on" or "silent"}; never raises, may be called again at any time.
+
+        silent: the command was sent, by broadcast and by id, but no answer came to say that it is obeyed.
+        """
+        self.state = "stopped"  # first of all: from here on no goal is sent
+        self.torque = self._torque_off()
+        return self.torque
+
+    def _torque_off(self, rounds: int = 5) -> dict[str, str]:
+        address, size = REGISTERS["torque_enable"]
+        found, interrupted = dict.fromkeys(self.ids, "silent"), None
+
+        def attempt(call, *arguments):
+            """Whatever goes wrong with one motor, or with one way of telling it, the others are told."""
+            nonlocal interrupted
+            try:
+                return call(*arguments)
+            except KeyboardInterrupt as error:  # a second Ctrl-C: first the motors
+                interrupted = error
+            except Exception:
+                pass
+
+        for i in range(rounds):
+            attempt(self.bus.broadcast_torque_off)
+            left = [id for id in self.ids if found[id] != "off"]
+            for id in left if i else ():
+                attempt(self.bus.sync_write, address, {id: b"\x00"})
+            for id, status in (attempt(self.bus.sync_read, left, address, size) or {}).items():
+                found[id] = "on" if status.data[0] else "off"
+            if all(state == "off" for state in found.values()):
+                break
+            attempt(self.sleep, 0.01)
+        if interrupted is not None:
+            self._warn("interrupted while stopping; the motors were let go first")
+        return {name: found[id] for name, id in zip(JOINTS, self.ids, strict=True)}
+
+    # Small things
+    def _torque_limits(self, shares: Iterable[float], only: Iterable[int] = range(len(JOINTS))) -> None:
+        values = {self.ids[at]: encode("torque_limit", round(1000 * list(shares)[at])) for at in only}
+        self.bus.sync_write(REGISTERS["torque_limit"][0], values)
+
+    def _warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
