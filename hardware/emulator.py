@@ -13,7 +13,7 @@ Written from the protocol's facts, not measured on a servo. What is modelled, al
 What nobody here could look up on a servo is an option of `EmulatedBus`, so that tests can try both answers: torque and
 goal at power-up, whether a silent servo stops the ones behind it in a sync read, whether errors go away by themselves,
 whether the goal reads back as it was limited, the sign of the current. Not modelled: backlash, noise of the encoder,
-modes 1 to 3, a request that runs into a reply on the line.
+modes 1 to 3, I, the least starting force, a request that runs into a reply on the line.
 
     clock = VirtualClock()
     bus = Bus(EmulatedTransport(EmulatedBus(range(1, 7), clock), clock), clock)
@@ -42,13 +42,13 @@ from hardware import feetech as ft
 from hardware.feetech import REGISTERS, BusError
 
 TICK = 0.001  # s, of a servo's own loop
-NO_LOAD_SPEED = 3100.0  # steps/s at the nominal voltage: 45 to 46 turns a minute were measured by others
+NO_LOAD_SPEED = 3160.0  # steps/s without friction; with it 3097: others measured 45 to 46 turns a minute
 RISE_TIME = 0.01  # s, of motor, gears and a light link from standstill to 63 % of the speed
 DUTY_PER_STEP = 1 / 1600  # of duty for each step of error and unit of P: full duty at 100 steps with P = 16
 DAMPING = 0.3 / 32  # of D: share of back-EMF that D adds
 STALL_CURRENT, IDLE_CURRENT = 2.4, 0.1  # A
 FRICTION = 0.02  # of the stall torque
-HEATING = 4.0  # K/s when stalled at full duty
+HEATING = 2.5  # K/s when stalled at full duty
 COOLING_TIME = 200.0  # s
 READ_ONLY = {*range(5), *range(56, 71)}
 VOLTAGE, ENCODER, HEAT, CURRENT, OVERLOAD = 0x01, 0x02, 0x04, 0x08, 0x20
@@ -135,12 +135,12 @@ class Servo:
         self.registers = bytearray(self.eeprom) + bytearray(128 - ft.EEPROM_END)
         self.errors, self.overloaded, self.over_current = 0, 0.0, 0.0  # bits; seconds above the limits
         self.setpoint, self.setpoint_velocity, self.held = None, 0.0, None
-        self.velocity = self.duty = 0.0
+        self.velocity = self.duty = self.wanted = 0.0  # wanted: the duty before limits
         for name, value in dict(lock=1, torque_limit=self.get("max_torque"), max_speed=254, max_acceleration=254,
                                 torque_enable=int(self.options.power_up_torque)).items():  # fmt: skip
             self._set(name, value)
         goal = self.options.power_up_goal
-        self._set("goal_position", round(self.position) if goal is None else goal)
+        self._set("goal_position", round(self._present()) if goal is None else goal)
         self._refresh()
 
     # Registers
@@ -158,13 +158,18 @@ class Servo:
 
     @property
     def position(self) -> float:
-        """What present_position would read without rounding: within a turn, unless phase asks for several."""
+        """What present_position would read now, without rounding: within a turn, unless phase asks for several."""
+        self.options.advance()
+        return self._present()
+
+    def _present(self) -> float:
         s = self._settings()
         position = self.encoder - s["homing_offset"]
         return position if s["phase"] & 0x10 else position % ft.STEPS
 
     @position.setter
     def position(self, value: float) -> None:
+        self.options.advance()
         self.encoder, self.velocity, self.setpoint = value + self.get("homing_offset"), 0.0, None
         self._refresh()
 
@@ -205,7 +210,7 @@ class Servo:
 
     def _refresh(self) -> None:
         """Writes what is measured into the registers."""
-        position, current = round(self.position), round(self.current / ft.CURRENT_UNIT)
+        position, current = round(self._present()), round(self.current / ft.CURRENT_UNIT)
         position = signed(position, 15) if self._settings()["phase"] & 0x10 else position % ft.STEPS
         current = signed(current, 15) if self.options.signed_current else abs(current)
         moving = abs(self.velocity) > 1 or self.setpoint_velocity != 0
@@ -225,7 +230,7 @@ class Servo:
     @property
     def at_rest(self) -> bool:
         """Nothing but cooling will happen until the next write."""
-        still = not self.velocity and not self.duty and not callable(self.load) and abs(self.load) <= FRICTION
+        still = not self.velocity and not self.wanted and not callable(self.load) and abs(self.load) <= FRICTION
         return still and (not self.torque or self.setpoint == self._goal and not self.error)
 
     def _settings(self) -> dict[str, int]:
@@ -240,21 +245,21 @@ class Servo:
         s, volts = self._settings(), self.options.voltage_now / self.options.nominal_voltage
         driven = s["torque_enable"] == 1 and s["mode"] == 0
         if not driven:
-            self.setpoint, self.setpoint_velocity, wanted = None, 0.0, 0.0
+            self.setpoint, self.setpoint_velocity, self.wanted = None, 0.0, 0.0
         else:
-            wanted = self._wanted_duty(s, dt)
+            self.wanted = self._wanted_duty(s, dt)
         limit, unload = min(s["torque_limit"], 1000) / 1000, self.error & s["unload_mask"]
         if unload & OVERLOAD:
             limit = min(limit, s["protective_torque"] / 100)
         if unload & ~OVERLOAD:
             driven, limit = False, 0.0
-        self.duty = max(-limit, min(limit, wanted))
+        self.duty = max(-limit, min(limit, self.wanted))
         self._turn(dt, volts, driven)
-        self._protect(s, dt, wanted)
+        self._protect(s, dt)
 
     def _wanted_duty(self, s: dict[str, int], dt: float) -> float:
         """Position loop: the setpoint runs to the goal within speed and acceleration, P and D follow it."""
-        present = self.position
+        present = self._present()
         if self.setpoint is None:  # torque has just come on
             self.setpoint, self.setpoint_velocity = present, 0.0
             self._goal = self.limited(s["goal_position"])
@@ -263,8 +268,9 @@ class Servo:
         if not top:
             self.setpoint, self.setpoint_velocity = float(self._goal), 0.0
         else:
-            if acceleration:  # no faster than it can brake until the goal
-                top = min(top, math.sqrt(2 * acceleration * abs(distance)))
+            if acceleration:  # no faster than it can brake until the goal, from where it is after this tick
+                half = acceleration * dt / 2
+                top = min(top, math.sqrt(half**2 + 2 * acceleration * abs(distance)) - half)
             change = math.copysign(top, distance) - self.setpoint_velocity
             if acceleration:
                 change = max(-acceleration * dt, min(acceleration * dt, change))
@@ -294,7 +300,7 @@ class Servo:
             self.encoder += self.velocity * dt
         self.current = STALL_CURRENT * (self.duty * volts - self.velocity / NO_LOAD_SPEED) if driven else 0.0
 
-    def _protect(self, s: dict[str, int], dt: float, wanted: float) -> None:
+    def _protect(self, s: dict[str, int], dt: float) -> None:
         """Temperature, and the four protections: bits of `errors`."""
         final = self.options.ambient + COOLING_TIME * HEATING * (self.current / STALL_CURRENT) ** 2
         self.temperature = final + (self.temperature - final) * math.exp(-dt / COOLING_TIME)
@@ -312,7 +318,7 @@ class Servo:
             bits &= ~CURRENT
         if bits & OVERLOAD:
             # Weakened until no more is asked for than is given.
-            if not lasting and abs(wanted) <= s["protective_torque"] / 100:
+            if not lasting and abs(self.wanted) <= s["protective_torque"] / 100:
                 bits &= ~OVERLOAD
         else:
             self.overloaded = self.overloaded + dt if abs(self.duty) > s["overload_torque"] / 100 else 0.0
@@ -325,8 +331,9 @@ class Servo:
 class EmulatedBus:
     """The line and its servos.
 
-    servos: id -> Servo. writes: (time, id as addressed, address, data) of every write that reached the line, whether
-    or not a servo took it. voltage: of the supply, V; it drops by `resistance` times the current of all motors.
+    servos: id -> Servo; `position` is that of now, everything else as of the last request or `advance`.
+    writes: (time, id as addressed, address, data) of every write that reached the line, whether or not a servo took it.
+    voltage: of the supply, V; it drops by `resistance` times the current of all motors.
     """
 
     def __init__(
@@ -402,7 +409,7 @@ class EmulatedBus:
         """Sets the temperature; it goes on from there."""
         self.advance()
         self.servos[id].temperature = celsius
-        self.servos[id]._protect(self.servos[id]._settings(), 0.0, 0.0)
+        self.servos[id]._protect(self.servos[id]._settings(), 0.0)
 
     def error(self, id: int, bits: int) -> None:
         """These error bits are set until error(id, 0)."""
@@ -443,12 +450,10 @@ class EmulatedBus:
         ticks = int((self.clock() if until is None else until) / TICK + 1e-6)
         servos = self._all()
         while self._ticks < ticks:
-            if all(servo.at_rest for servo in servos):
-                self._step(servos, ticks - self._ticks)
-                self._ticks = ticks
-            else:
-                self._step(servos, 1)
-                self._ticks += 1
+            n = ticks - self._ticks if all(servo.at_rest for servo in servos) else 1
+            begin, self._ticks = self._ticks, ticks  # a load that asks for the position does not get here again
+            self._step(servos, n)
+            self._ticks = begin + n
 
     def _step(self, servos: list[Servo], ticks: int) -> None:
         drawn = sum(abs(servo.current) for servo in servos) + IDLE_CURRENT * len(servos)
@@ -553,8 +558,8 @@ class EmulatedBus:
                     servo.write(address, data)
                 else:
                     servo.held = address, data
-            if not broadcast and heard:
-                self._reply(heard[0][0].id, lambda servo: b"", read=False)
+            if not broadcast:  # at the baud rate and with the id of before, if it is these that were written
+                self._reply(id, lambda servo: b"", read=False, heard=heard)
         elif instruction == ft.ACTION:
             for servo, _ in self._hear(id):
                 if servo.held:
@@ -579,9 +584,9 @@ class EmulatedBus:
                     for servo, _ in self._hear(one):
                         servo.write(address, data)
 
-    def _reply(self, id: int, data: Callable[[Servo], bytes], read: bool) -> bool:
+    def _reply(self, id: int, data: Callable[[Servo], bytes], read: bool, heard: list | None = None) -> bool:
         """Puts the servo's status packet on the line; False if it says nothing."""
-        voices = [(servo, skew) for servo, skew in self._hear(id)
+        voices = [(servo, skew) for servo, skew in (self._hear(id) if heard is None else heard)
                   if not servo.silent and (read or servo.get("response_level"))]  # fmt: skip
         if not voices:
             return False
@@ -589,7 +594,7 @@ class EmulatedBus:
         message, begin = b"", first
         for servo, skew in voices:
             servo._refresh()
-            one = ft.packet(servo.id, servo.error, data(servo))
+            one = ft.packet(id, servo.error, data(servo))
             message = collide(message, one, round(skew * self.baud / 10)) if message else one
         self._talked = first + len(message) * self._byte_time
         if self._corrupt:
