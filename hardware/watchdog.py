@@ -16,6 +16,7 @@ real emergency stop: no program can stop a servo that no longer listens.
     port = SerialTransport("/dev/ttyACM0")
     with Watchdog(port, keyboard=0) as dog:
         bus = Bus(dog.transport)
+        dog.beat()          # from here on one is expected every `timeout` seconds: before torque goes on
         while ...:
             dog.beat()      # raises BusError(kind="stopped") with the reason
 """
@@ -98,7 +99,7 @@ def _wait(seconds: float, sleep: Callable[[float], None], hurry: Callable[[], bo
         sleep(seconds / max(1, round(seconds / 0.05)))
 
 
-def torque_off(bus: Bus, ids: Iterable[int], sleep: Callable[[float], None] = time.sleep, rounds: int = 5) -> Outcome:
+def torque_off(bus: Bus, ids: Iterable[int], sleep: Callable[[float], None] = time.sleep, rounds: int = 3) -> Outcome:
     """Broadcasts torque-off and reads it back, up to `rounds` times until all servos have answered 0. Never raises."""
     ids = list(ids)
     outcome = Outcome([], ids, [])
@@ -206,6 +207,8 @@ class Watchdog:
 
     def _listen(self) -> bool:
         """Takes the watchdog's reports; True as soon as it is ready or has ended."""
+        if not self._process:
+            return True
         with contextlib.suppress(BlockingIOError):
             while data := os.read(self._reports, 4096):
                 self._text += data
@@ -428,7 +431,7 @@ class Watch:
             self.listen(REPEAT)
             with contextlib.suppress(BusError):
                 self.bus.broadcast_torque_off()
-        torque_off(self.bus, self.ids)
+        torque_off(self.bus, self.ids, rounds=2)
 
     def finish(self, outcome: Outcome) -> None:
         self.report(outcome=vars(outcome))
