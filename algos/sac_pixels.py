@@ -17,14 +17,15 @@ with Augmented Data", arXiv 2004.14990 (RAD). The survey in full: docs/visual_rl
                     impala: three residual stages                        RAD on Procgen (PPO)      Encoder, Residual
 
     target   y = mean over K copies of o' of r + G (min Q'(o', a') - alpha log pi(a'|o')), a' ~ pi   (SAC 3, DrQ 1)
-    critics  sum over M copies of o and both heads of the mean of (Q(o, a) - y)^2                    (SAC 5)
+    critics  sum over M copies of o and both heads of the mean of (Q(o, a) - y)^2                    (SAC 5, DrQ 3)
     actor    mean of alpha log pi(a|o) - min Q(o, a)                                                 (SAC 7)
     alpha    mean of -alpha (log pi(a|o) + H), H = -A                                                (SAC 18)
-    decoder  mean of (decoder(z) - o)^2 + lambda |z|^2 / 2, z the critic's features                  (SAC+AE 5)
+    decoder  mean of (decoder(z) - o)^2 + lambda |z|^2 / 2, z the critic's features                  (SAC+AE)
 
 Differences from the papers and the authors' code:
- 1. The actor's loss uses the features that the critic's loss computed, from before the critic's step; SAC+AE, RAD and
-    DrQ compute them again after it. It saves a pass through the convolutions.
+ 1. The actor's loss uses the features that the critic's loss computed, from before that step; SAC+AE, RAD and DrQ
+    compute them again after it. It saves a pass through the convolutions. The reconstruction's step comes before the
+    actor's, not after it. DrQ's losses are added over M copies, as in its code; its paper averages them.
  2. The tanh's share of log pi is exact; theirs adds 1e-6.
  3. A cut-out's place is uniform in the picture. In RAD's code its upper left corner lies on the diagonal and is as far
     from the corner of the picture as the square is wide. Hue is a rotation about the grey axis, not a shift in HSV.
@@ -80,6 +81,7 @@ from tqdm import tqdm
 
 START = time.time()  # `wall_time` counts from here
 EVAL_SEED = 10_000
+EPISODE = ("return", "success_at_end")  # what is logged of an episode that ended
 CLOCK = ("global_step", "wall_time", "train_time")  # the first columns of metrics.csv and eval.csv
 OFFSETS = {"shift": (-1, 1), "crop": (0, 1), "translate": (-1, 0)}  # x margin: where the window on a picture may begin
 CUTOUT = (10 / 84, 30 / 84)  # sides of the box, as shares of the picture's
@@ -294,10 +296,10 @@ def augment(rgb: torch.Tensor, draw: torch.Tensor, args: Args) -> torch.Tensor:
         cut = (axis >= low[..., None]) & (axis < (low + side.long())[..., None])  # (B, 2, H)
         return rgb * ~(cut[:, 0, :, None] & cut[:, 1, None])[..., None]
     if args.augmentation == "color_jitter":
-        brightness, contrast, saturation, hue = (draw * 2 - 1).T[..., None, None, None, None] * rgb.new_tensor(
-            JITTER, dtype=torch.float32).view(4, 1, 1, 1, 1, 1)
-        x, luma = rgb.unflatten(-1, (-1, 3)).float(), torch.tensor([0.299, 0.587, 0.114], device=rgb.device)
-        x = (x * (1 + brightness)).clamp(0, 255)  # (B, H, W, frames, 3)
+        luma, most = (torch.tensor(numbers, device=rgb.device) for numbers in ((0.299, 0.587, 0.114), JITTER))
+        brightness, contrast, saturation, hue = ((draw * 2 - 1) * most).T.reshape(4, -1, 1, 1, 1, 1)
+        x = rgb.unflatten(-1, (-1, 3)).float()  # (B, H, W, frames, 3)
+        x = (x * (1 + brightness)).clamp(0, 255)
         x = (x @ luma).mean((1, 2, 3), keepdim=True)[..., None].lerp(x, 1 + contrast).clamp(0, 255)
         x = (x @ luma)[..., None].lerp(x, 1 + saturation).clamp(0, 255)
         angle = 2 * math.pi * hue  # Rodrigues' rotation about (1, 1, 1) / sqrt 3, which leaves greys alone
@@ -364,7 +366,6 @@ class Encoder(nn.Module):
             raise ValueError(f"--image-size {args.image_size} is too small for these --encoder-strides")
         self.convs = nn.Sequential(*layers, *[nn.ReLU()] * padding)
         self.shape, self.features = (size, size, channels), channels * size * size
-        init_weights(self, args.delta_orthogonal)
 
     def forward(self, rgb):
         x = rgb.permute(0, 3, 1, 2).float().div_(255)  # channels last, as a view
@@ -381,25 +382,19 @@ class Decoder(nn.Module):
             missing = (size + 2 * padding - kernel) % stride  # pixels that the division in the encoder dropped
             layers += [nn.ReLU(), nn.ConvTranspose2d(outputs, inputs, kernel, stride, padding, missing)]
         self.convs = nn.Sequential(*layers)
-        init_weights(self, args.delta_orthogonal)
 
     def forward(self, z):
         return self.convs(self.linear(z).unflatten(1, self.shape).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """Two hidden layers with ReLU."""
-    layers = nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
-                           nn.Linear(hidden, outputs))
-    init_weights(layers)
-    return layers
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, hidden),
+                         nn.ReLU(inplace=True), nn.Linear(hidden, outputs))
 
 
-def projection(inputs: int, args: Args) -> nn.Sequential:
-    """(B, F) -> (B, feature_dim): the bottleneck that actor and critic each have of their own."""
-    layers = nn.Sequential(nn.Linear(inputs, args.feature_dim), nn.LayerNorm(args.feature_dim), nn.Tanh())
-    init_weights(layers)
-    return layers
+def projection(inputs: int, outputs: int) -> nn.Sequential:
+    """The bottleneck, of which actor and critic have one each: (B, F) -> (B, feature_dim)."""
+    return nn.Sequential(nn.Linear(inputs, outputs), nn.LayerNorm(outputs), nn.Tanh())
 
 
 class Actor(nn.Module):
@@ -412,7 +407,7 @@ class Actor(nn.Module):
         super().__init__()
         encoder = Encoder(shapes["channels"] * args.frame_stack, args)
         self.encoder = encoder if args.encoder == "separate" else None
-        self.projection = projection(encoder.features, args)
+        self.projection = projection(encoder.features, args.feature_dim)
         self.head = mlp(args.feature_dim + shapes["state"], args.hidden, 2 * shapes["action"])
 
     def forward(self, features, state):
@@ -426,7 +421,7 @@ class Critic(nn.Module):
     def __init__(self, shapes: dict, args: Args):
         super().__init__()
         self.encoder = Encoder(shapes["channels"] * args.frame_stack, args)
-        self.projection = projection(self.encoder.features, args)
+        self.projection = projection(self.encoder.features, args.feature_dim)
         inputs = args.feature_dim + shapes["state"] + shapes["action"]
         self.heads = nn.ModuleList(mlp(inputs, args.hidden, 1) for _ in range(2))
 
@@ -441,9 +436,10 @@ class Agent(nn.Module):
     def __init__(self, args: Args, shapes: dict, device: torch.device):
         super().__init__()
         self.actor, self.critic = Actor(shapes, args), Critic(shapes, args)
+        self.decoder = Decoder(self.critic.encoder, args) if args.encoder == "autoencoder" else None
+        init_weights(self, args.delta_orthogonal)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)))
-        self.decoder = Decoder(self.critic.encoder, args) if args.encoder == "autoencoder" else None
         self.to(device, memory_format=torch.channels_last)
         adam = dict(fused=True, capturable=device.type == "cuda")  # capturable: the step count is on the device
         self.optimizers = {
@@ -613,7 +609,7 @@ def actor_loss(agent: Agent, batch: dict, features, noise, args: Args):
 
 
 def autoencoder_loss(agent: Agent, rgb, dither, args: Args):
-    """SAC+AE, eq. 5, for pictures uint8 (B, H, W, C); dither: uniform numbers in [0, 1) of the same shape.
+    """SAC+AE's regularised autoencoder; rgb uint8 (B, H, W, C), dither of its shape, uniform in [0, 1).
 
     The picture to be drawn has 32 levels and noise of a level's width (Kingma and Dhariwal, arXiv 1807.03039).
     """
@@ -725,30 +721,27 @@ def evaluate(policy, env, args: Args, video: Path | None) -> tuple[dict, torch.T
 
     ci_low and ci_high: 95 % interval of the mean return, 1.96 standard errors to each side.
     """
-    seen, returns, successes = [], [], []
-    for seed in range(EVAL_SEED, EVAL_SEED + args.eval_episodes // env.num_envs):
+    seen, ends, n = [], [], args.eval_episodes
+    for seed in range(EVAL_SEED, EVAL_SEED + n // env.num_envs):
         obs, running = env.reset(seed=seed), torch.ones(env.num_envs, dtype=torch.bool, device=env.device)
         policy.reset()
         for _ in range(env.max_episode_steps):
             actions = policy.act(obs)
-            if seed == EVAL_SEED:
-                seen.append(policy.view[:4].clone())
+            seen += [policy.view[:4].clone()] if seed == EVAL_SEED else []
             obs, _, terminations, truncations, info = env.step(actions)
             ended = (terminations | truncations) & running  # each world counts once
-            returns += info["episode"]["return"][ended].tolist()
-            successes += info["episode"]["success_at_end"][ended].tolist()
+            ends.append(torch.stack([info["episode"][k].double() for k in EPISODE])[:, ended])
             running &= ~ended
     if video:
         video.parent.mkdir(parents=True, exist_ok=True)
-        imageio.mimwrite(video, [side_by_side([frame[..., -3:]]) for frame in seen], fps=round(env.control_hz),
-                         macro_block_size=1)
-    mean, std = np.mean(returns), np.std(returns, ddof=1) if len(returns) > 1 else 0.0
-    half = 1.96 * std / math.sqrt(len(returns))
-    metrics = {"eval/return": mean, "eval/return_std": std, "eval/ci_low": mean - half, "eval/ci_high": mean + half}
-    if getattr(env, "has_success", True):
-        metrics["eval/success_rate"] = np.mean(successes)
-    first = torch.stack([seen[i][0] for i in np.linspace(0, len(seen) - 1, 8).astype(int)])
-    return {key: float(value) for key, value in metrics.items()}, first
+        imageio.mimwrite(video, [side_by_side([frame[..., -3:]]) for frame in seen], macro_block_size=1,
+                         fps=max(1, round(env.control_hz)))
+    returns, successes = torch.cat(ends, 1).cpu()
+    mean, std = float(returns.mean()), float(returns.std()) if n > 1 else 0.0
+    half = 1.96 * std / math.sqrt(n)
+    results = {"eval/return": mean, "eval/return_std": std, "eval/ci_low": mean - half, "eval/ci_high": mean + half}
+    results |= {"eval/success_rate": float(successes.mean())} if getattr(env, "has_success", True) else {}
+    return results, torch.stack([seen[i][0] for i in np.linspace(0, len(seen) - 1, 8).astype(int)])
 
 
 def side_by_side(rows: list[torch.Tensor], side: int = 160) -> np.ndarray:
@@ -815,6 +808,14 @@ class Policy(nn.Module):
         """Forget the earlier pictures; call at the start of every episode."""
         self.stack = None
 
+    def preprocess(self, frame: np.ndarray) -> torch.Tensor:
+        """A camera's picture, uint8 (H, W, 3) of any size -> its middle square, area mean: uint8 (1, h, h, 3)."""
+        side, size = min(frame.shape[:2]), (self.args.render_size,) * 2
+        top, left = (frame.shape[0] - side) // 2, (frame.shape[1] - side) // 2
+        square = torch.from_numpy(frame[None, top:top + side, left:left + side].copy()).to(self.device)
+        small = F.interpolate(square.permute(0, 3, 1, 2).float(), size=size, mode="area")
+        return small.round().to(torch.uint8).permute(0, 2, 3, 1)
+
     @torch.no_grad()
     def act(self, obs: dict) -> torch.Tensor:
         """obs "rgb" uint8 (N, render_size, render_size, 3) and "state" (N, S) -> actions (N, A) = tanh(mean)."""
@@ -829,9 +830,8 @@ class Policy(nn.Module):
 # --- train ------------------------------------------------------------------------------------------------------------
 def check_finite(agent: Agent, metrics: dict, global_step: int, checkpoint: Path):
     """Raises FloatingPointError that names the first tensor or metric that is not finite."""
-    device = agent.log_alpha.device
-    values = agent.state_dict() | {k: torch.tensor(v, device=device) for k, v in metrics.items()}
-    finite = torch.stack([value.isfinite().all() for value in values.values()]).tolist()
+    values = agent.state_dict() | {k: torch.tensor(v) for k, v in metrics.items()}
+    finite = torch.stack([value.isfinite().all().cpu() for value in values.values()]).tolist()
     if not all(finite):
         good = checkpoint if checkpoint.exists() else "none yet"
         name = list(values)[finite.index(False)]
@@ -913,17 +913,17 @@ def train(args: Args) -> dict:
             generator.set_state(checkpoint["random"][use])
     slots = args.buffer_size // args.num_envs
     replay = Replay(obs, shapes["action"], slots, args.frame_stack, args.n_step, args.gamma, device)
-    stored = 0  # transitions, of which --learning-starts speaks
+    empty_until = now["global_step"]  # from there on --learning-starts counts
     if args.resume and checkpoint["replay"]:
         replay.load_state_dict(checkpoint["replay"])
-        stored = now["global_step"]
+        empty_until = 0
     elif args.resume:
         print("no replay buffer was saved (--save-buffer), it starts empty")
     learner = Learner(agent, replay, args, random["learn"], now["owed"])
     if args.track:
         import wandb
         wandb.init(project=os.environ.get("WANDB_PROJECT", "cleanrobot"), name=run.name, config=asdict(args))
-    episodes, results = torch.zeros(4, device=device), {}  # since the last log: ended, and sums of what they report
+    episodes, results = torch.zeros(1 + len(EPISODE), device=device), {}  # since the last log: ended, sums of EPISODE
     random_until = 0 if args.checkpoint else args.learning_starts
     first, born, begin = dict(now), START - now["wall_time"], time.perf_counter() - now["train_time"]
     bar = tqdm(total=args.total_timesteps, initial=now["global_step"], unit="step", mininterval=1)
@@ -940,18 +940,16 @@ def train(args: Args) -> dict:
                 actions, _ = sample_actions(agent.actor, features, present["state"], noise)
 
         # step and store
-        next_obs, rewards, terminations, truncations, info = env.step(actions)
+        obs, rewards, terminations, truncations, info = env.step(actions)
         dones = terminations | truncations
         discounts = info.get("discount", torch.ones_like(rewards)) * ~terminations
-        replay.add(actions, rewards, discounts, dones, info["final_obs"], next_obs)
-        obs, stored = next_obs, stored + args.num_envs
-        ended = torch.stack([dones, *(info["episode"][k] for k in ("return", "length", "success_at_end"))])
-        episodes += torch.where(dones, ended, 0.0).sum(-1)
+        replay.add(actions, rewards, discounts, dones, info["final_obs"], obs)
+        episodes += torch.where(dones, torch.stack([dones, *(info["episode"][k] for k in EPISODE)]), 0.0).sum(-1)
 
         # update
-        if stored >= args.learning_starts:
-            learner.run()
         before, now["global_step"] = now["global_step"], now["global_step"] + args.num_envs
+        if now["global_step"] - empty_until >= args.learning_starts:
+            learner.run()
         bar.update(args.num_envs)
 
         # log
@@ -961,15 +959,17 @@ def train(args: Args) -> dict:
             continue
         count, *sums = episodes.tolist()
         episodes.zero_()
-        metrics = {f"train/{k}": v / max(count, 1.0)
-                   for k, v in zip(("return", "length", "success_at_end"), sums, strict=True)} | learner.read()
+        metrics = {f"train/{k}": v / max(count, 1.0) for k, v in zip(EPISODE, sums, strict=True)} | learner.read()
         check_finite(agent, metrics, now["global_step"], run / "checkpoint.pt")
         now |= dict(owed=learner.owed, wall_time=time.time() - born,
                     train_time=time.perf_counter() - begin - learner.setup_seconds)
         speed = (now["global_step"] - first["global_step"]) / (now["train_time"] - first["train_time"])
-        metrics |= {"train/episodes": count, "time/sps": speed, "time/frames": now["global_step"] * args.action_repeat}
+        frames = now["global_step"] * getattr(env, "action_repeat", 1)
+        metrics |= {"train/episodes": count, "train/nan_resets": int(env.nan_resets), "time/frames": frames,
+                    "time/sps": speed}
         clock = {k: now[k] for k in CLOCK}
-        bar.set_postfix_str(f"return {metrics['train/return']:.2f}")
+        if count:
+            bar.set_postfix_str(f"return {metrics['train/return']:.2f}")
         if "loss/qf" in metrics:  # the first row names the columns, so it waits for an update
             write_row(run / "metrics.csv", clock | metrics, args.track)
         if not eval_due:
