@@ -60,6 +60,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 START = time.time()  # `wall_time` counts from here
@@ -513,23 +514,23 @@ class Learner:
         self.agent, self.replay, self.args, self.generator, self.sampler = agent, replay, args, generator, sampler
         self.losses = [torch.compile(f) if args.compile else f for f in (critic_loss, actor_loss)]
         self.std = torch.zeros((), device=generator.device)
-        self.owed, self.count, self.done = 0.0, 0, 0  # updates to do, done since `read`, done since the start
+        self.owed, self.count, self.done = 0, 0, 0  # transitions without update; updates since `read`, in all
         self.totals = defaultdict(lambda: torch.zeros((), device=generator.device))  # sums of metrics since `read`
         self.graph, self.inbox, self.setup_seconds = None, None, 0.0
+        self.remote = sampler.device != generator.device
 
     def sample(self) -> dict:
-        """A batch on the networks' device."""
+        """A batch on the networks' device; from a buffer elsewhere it comes through `inbox`."""
         batch = self.replay.sample(self.args.batch_size, self.sampler)
-        if self.sampler.device == self.generator.device:
+        if not self.remote:
             return batch
-        if self.inbox is None:
-            self.inbox = torch.utils._pytree.tree_map(lambda v: v.to(self.generator.device), batch)
-        torch.utils._pytree.tree_map(lambda to, v: to.copy_(v.pin_memory(), non_blocking=True), self.inbox, batch)
+        self.inbox = self.inbox or tree_map(lambda v: v.to(self.generator.device), batch)
+        tree_map(lambda there, v: there.copy_(v.pin_memory(), non_blocking=True), self.inbox, batch)
         return self.inbox
 
     def step(self):
-        """One update, and its sampling if buffer and networks share a device. Adds its metrics to `totals`."""
-        batch = self.inbox or self.sample()
+        """One update, with its sampling unless the buffer is elsewhere. Adds its metrics to `totals`."""
+        batch = self.inbox if self.remote else self.sample()
         noise = draw_noise(self.args, *batch["actions"].shape, self.generator)
         for name, value in update(self.agent, batch, noise, self.std, self.args, self.losses).items():
             self.totals[name] += value
@@ -537,7 +538,7 @@ class Learner:
     def capture(self) -> torch.cuda.CUDAGraph:
         """Record one update as a CUDA graph, without running it; every replay draws new numbers."""
         graph = torch.cuda.CUDAGraph()
-        for generator in {self.generator, self.sampler} if self.inbox is None else {self.generator}:
+        for generator in [self.generator, *[self.sampler] * (not self.remote)]:
             graph.register_generator_state(generator)
         with torch.cuda.graph(graph):
             self.step()
@@ -545,12 +546,13 @@ class Learner:
 
     def run(self, transitions: int, std: float):
         """The updates owed for `transitions` more of them. Once set up, nothing waits for the device."""
-        self.owed += transitions / self.args.update_every
+        self.owed += transitions
         self.std.fill_(std)
-        while self.owed >= 1:
-            self.owed, self.count, self.done = self.owed - 1, self.count + 1, self.done + 1
+        while self.owed >= self.args.update_every:
+            self.owed -= self.args.update_every
+            self.count, self.done = self.count + 1, self.done + 1
             begin = time.perf_counter()
-            if self.sampler.device != self.generator.device:
+            if self.remote:
                 self.sample()
             if not self.args.cudagraphs:
                 self.step()
@@ -715,7 +717,7 @@ def train(args: Args) -> dict:
     env, eval_env = make_envs(args, device)
     shapes = dict(channels=eval_env.image_shape[2], state=eval_env.state_dim, action=eval_env.action_dim)
     agent = Agent(args, shapes, device)
-    now = dict(global_step=0, best=-math.inf, wall_time=0.0, train_time=0.0, owed=0.0)
+    now = dict(global_step=0, best=-math.inf, wall_time=0.0, train_time=0.0, owed=0)
     if checkpoint:
         check_fits(checkpoint, args, shapes)
         agent.load_state_dict(checkpoint["agent"])
