@@ -9,6 +9,7 @@ Nothing is done to a picture here but a turn by quarters: cutting out the square
 policy (`hardware/policy.py`), which does it exactly as training does.
 """
 
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import numpy as np
 WIDTH, HEIGHT, FPS = 640, 480, 30.0
 DARK = 2.0  # mean brightness, of 255, below which a picture counts as black
 SETTLE = 30  # frames that exposure and white balance get to settle before they are locked
+CAMERA_FILE = Path(__file__).resolve().parent.parent / "envs" / "so101_cameras.json"  # see aligned_cameras
 VIDEO = (".mp4", ".avi", ".mkv", ".mov", ".webm")
 
 
@@ -261,6 +263,28 @@ class RenderSource:
 
     def __call__(self) -> np.ndarray:
         return self.render(self.clock() - self.delay)
+
+
+def aligned_cameras(path: str | Path = CAMERA_FILE) -> dict[str, dict]:
+    """What `hardware/align_camera.py` has measured of this arm's cameras: {name: values}; {} where it never ran.
+
+    values: mount, pos (metres, in its frame), quat_wxyz (looks along -z, x to the right), fovy_degrees, and
+    quarter_turns, which bring the real picture upright. The simulator (envs/so101.py) builds its cameras from the same
+    file. Raises CameraError where the file is not as it should be.
+    """
+    path, shapes = Path(path), {"pos": 3, "quat_wxyz": 4}
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+        for values in content.values():
+            numbers = [*values["pos"], *values["quat_wxyz"], values["fovy_degrees"]]
+            right = all(len(values[key]) == length for key, length in shapes.items()) and np.isfinite(numbers).all()
+            if not right or not isinstance(values["mount"], str) or values["quarter_turns"] not in (0, 1, 2, 3):
+                raise ValueError("wrong values")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CameraError(f"{path} is damaged: remove it and align again (hardware/align_camera.py)") from None
+    return content
 
 
 def frame_around(square: np.ndarray, height: int = HEIGHT, width: int = WIDTH, margin: int = 90) -> np.ndarray:
