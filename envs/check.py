@@ -129,9 +129,7 @@ def probe_warp_renderer(device: str) -> str:
 
 def probe_opengl() -> str:
     """Draw the same box with MuJoCo's OpenGL renderer on the backend that MUJOCO_GL names."""
-    library = {"egl": "EGL", "osmesa": "OSMesa"}[os.environ["MUJOCO_GL"]]
-    if sys.platform == "linux" and ctypes.util.find_library(library) is None:
-        raise RuntimeError(f"the system has no lib{library}")
+    _find_opengl(os.environ["MUJOCO_GL"])
     import mujoco
 
     model = mujoco.MjModel.from_xml_string(SCENE)
@@ -146,6 +144,13 @@ def probe_opengl() -> str:
     driver = GL.glGetString(GL.GL_RENDERER).decode()
     renderer.close()
     return f"a picture of 64x64 drawn by {driver}"
+
+
+def _find_opengl(backend: str) -> None:
+    """Raise RuntimeError where the system has no library for `backend`: OpenGL's own errors would not say so."""
+    library = {"egl": "EGL", "osmesa": "OSMesa"}[backend]
+    if sys.platform == "linux" and ctypes.util.find_library(library) is None:
+        raise RuntimeError(f"the system has no lib{library}")
 
 
 def _expect_red_box(picture) -> None:
@@ -195,6 +200,41 @@ def probe_vulkan() -> str:
     return f"a renderer started on {sapien.render.RenderSystem().device.name}"
 
 
+def probe_dmc() -> str:
+    """Step a task of DeepMind Control's suite and one of its manipulation tasks, without a picture."""
+    for env_id in ("walker_walk", "reach_duplo"):
+        task = _dmc_task(env_id, "warp")
+        task.step(0 * task.low.astype("float32"))
+    return "walker_walk and reach_duplo stepped"
+
+
+def probe_dmc_picture(renderer: str) -> str:
+    """Draw DeepMind Control's walker with one of the renderers of envs/dmc.py and look for its colour."""
+    if renderer != "warp":
+        _find_opengl(renderer)
+    task = _dmc_task("walker_walk", renderer)
+    picture = task.view()
+    if renderer == "warp":
+        from envs import dmc_warp, dmc_worker
+
+        scene = dmc_warp.Scene(task.model, dmc_worker.slots(task.model), task.camera, 1, "cpu", task.size, 1)
+        picture = scene.draw(picture[None])[0].numpy()
+    share = (picture[..., 0].astype(int) > picture[..., 2].astype(int) + 40).mean()  # orange before blue
+    if not 0.005 < share < 0.5:
+        raise RuntimeError(f"the picture is wrong: {share:.1%} of it has the walker's colour")
+    return f"a picture of walker_walk, {share:.0%} of it walker"
+
+
+def _dmc_task(env_id: str, renderer: str):
+    """A task of envs/dmc_worker.py at the start of an episode."""
+    from envs import dmc_worker
+
+    task = dmc_worker.Task(env_id, image_size=64, action_repeat=2, camera=None, renderer=renderer, fast_render=False,
+                           camera_jitter=0.0, colour_jitter=0.0)  # fmt: skip
+    task.begin()
+    return task
+
+
 def probe_import(module: str) -> str:
     """Import `module`: for the simulators whose scripts have no probe of their own yet."""
     importlib.import_module(module)
@@ -220,6 +260,9 @@ class Probe:
 
 # What a probe needs before its own line can help.
 MISSING = {"mujoco": f"{PIP} '.[so101]'", "sapien": f"{PIP} '.[maniskill]'"}
+EGL = "sudo apt-get install libegl1 libgl1-mesa-dri    (or the NVIDIA driver with its EGL library)"
+OSMESA = "sudo apt-get install libosmesa6"
+OPENGL = {name: (("MUJOCO_GL", name), ("PYOPENGL_PLATFORM", name)) for name in ("egl", "osmesa")}
 DRIVER = "an NVIDIA driver that fits torch's CUDA (nvidia-smi tells)"
 PROBES: dict[str, Probe] = {
     "devices": Probe("devices", probe_devices, install="make setup", required=True),
@@ -230,32 +273,27 @@ PROBES: dict[str, Probe] = {
     "so101-cuda": Probe("SO-101 tasks, GPU", probe_so101, "cuda", install=DRIVER),
     "maniskill": Probe("ManiSkill 3", probe_maniskill, "cpu", install=f"{PIP} '.[maniskill]'"),
     "maniskill-cuda": Probe("ManiSkill 3, GPU", probe_maniskill, "cuda", install=f"{PIP} '.[maniskill]'"),
+    "dmc": Probe("DeepMind Control", probe_dmc, install=f"{PIP} '.[dmc]'", environment=(("MUJOCO_GL", "disabled"),)),
     "warp-renderer": Probe("MuJoCo Warp", probe_warp_renderer, "cpu", required=True),
     "warp-renderer-cuda": Probe("MuJoCo Warp, GPU", probe_warp_renderer, "cuda:0", install=DRIVER),
-    "egl": Probe(
-        "OpenGL by EGL",
-        probe_opengl,
-        install="sudo apt-get install libegl1 libgl1-mesa-dri    (or the NVIDIA driver with its EGL library)",
-        environment=(("MUJOCO_GL", "egl"), ("PYOPENGL_PLATFORM", "egl")),
-    ),
-    "osmesa": Probe(
-        "OpenGL by OSMesa",
-        probe_opengl,
-        install="sudo apt-get install libosmesa6",
-        environment=(("MUJOCO_GL", "osmesa"), ("PYOPENGL_PLATFORM", "osmesa")),
-    ),
+    "egl": Probe("OpenGL by EGL", probe_opengl, install=EGL, environment=OPENGL["egl"]),
+    "osmesa": Probe("OpenGL by OSMesa", probe_opengl, install=OSMESA, environment=OPENGL["osmesa"]),
+    "dmc-egl": Probe("DM Control by EGL", probe_dmc_picture, "egl", install=EGL, environment=OPENGL["egl"]),
+    "dmc-osmesa": Probe("DM Control by OSMesa", probe_dmc_picture, "osmesa", OSMESA, environment=OPENGL["osmesa"]),
+    "dmc-warp": Probe("DM Control by Warp", probe_dmc_picture, "warp", environment=(("MUJOCO_GL", "disabled"),)),
     "vulkan": Probe(
         "Vulkan by SAPIEN",
         probe_vulkan,
         install=f"{PYTHON} scripts/install_software_vulkan.py    (or the driver of the GPU with its Vulkan library)",
     ),
 }
-SIMULATORS = ["mujoco", "warp-physics", "warp-physics-cuda", "so101", "so101-cuda", "maniskill", "maniskill-cuda"]
-RENDERERS = ["warp-renderer", "warp-renderer-cuda", "egl", "osmesa", "vulkan"]
+SIMULATORS = [
+    "mujoco", "warp-physics", "warp-physics-cuda", "so101", "so101-cuda", "maniskill", "maniskill-cuda", "dmc",
+]  # fmt: skip
+RENDERERS = ["warp-renderer", "warp-renderer-cuda", "egl", "osmesa", "dmc-egl", "dmc-osmesa", "dmc-warp", "vulkan"]
 
 # Not needed by any script so far; shown where they happen to be installed.
 GUESTS = {
-    "dm_control": "DeepMind Control",
     "mujoco.mjx": "MuJoCo MJX",
     "mujoco_playground": "MuJoCo Playground",
     "newton": "Newton",

@@ -49,18 +49,20 @@ HARD = ("humanoid_stand", "humanoid_walk", "humanoid_run")
 # ------------------------------------------------------------------------------------------------ choice of renderer --
 @functools.cache
 def _works(renderer: str) -> check.Result:
-    """Tries a renderer in a process of its own; a driver that crashes must not take this one along."""
+    """Tries a renderer out in a process of its own; a driver that crashes must not take this one along."""
     return check.ask({"warp": "warp-renderer"}.get(renderer, renderer))
 
 
 @functools.cache
 def choose_renderer(wish: str = "auto", set_by_user: str | None = None) -> str:
-    """The renderer that `wish` and the variable MUJOCO_GL (`set_by_user`) lead to; tried before it is returned.
+    """The renderer that `wish` and the variable MUJOCO_GL (`set_by_user`) lead to; OpenGL is tried out before.
 
     Raises ValueError for an unknown one, RuntimeError, with what to install, for one that does not work here.
     """
     if wish not in ("auto", *RENDERERS):
         raise ValueError(f"unknown renderer {wish!r}; there are {', '.join(RENDERERS)} and auto")
+    if wish == "warp":  # which says itself what it lacks
+        return wish
     if wish == "auto" and set_by_user in RENDERERS:
         wish = set_by_user
     tried = []
@@ -71,8 +73,8 @@ def choose_renderer(wish: str = "auto", set_by_user: str | None = None) -> str:
                 print(f"renderer: {renderer} ({result.detail})" + "".join(f"; not {line}" for line in tried))
             return renderer
         tried.append(f"{renderer}: {result.detail}")
-    wanted = "" if wish == "warp" else f": sudo apt-get install {INSTALL.get(wish, INSTALL['egl'])}, or use warp"
-    raise RuntimeError(f"no picture can be drawn here ({'; '.join(tried)}){wanted}")
+    install = f"sudo apt-get install {INSTALL.get(wish, INSTALL['egl'])}"
+    raise RuntimeError(f"no picture can be drawn here ({'; '.join(tried)}): {install}, or use warp")
 
 
 # --------------------------------------------------------------------------------------------- where physics runs ----
