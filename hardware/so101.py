@@ -233,6 +233,52 @@ def write_eeprom(bus: Bus, wanted: Mapping[int, Mapping], sleep: Callable[[float
     return changes
 
 
+# --- What needs no calibration ----------------------------------------------------------------------------------------
+def torque_off(bus: Bus, ids: Iterable[int], sleep: Callable[[float], None] = time.sleep, rounds: int = 5) -> dict:
+    """Lets go of all motors and reads it back. -> {id: "off", "on" or "silent"}; see `SO101.stop`. Never raises.
+
+    Whatever goes wrong with one motor, or with one way of telling it, the others are told; Ctrl-C is ignored meanwhile.
+    """
+    address, size = REGISTERS["torque_enable"]
+    found = dict.fromkeys(ids, "silent")
+
+    def attempt(call, *arguments):
+        with contextlib.suppress(Exception, KeyboardInterrupt):
+            return call(*arguments)
+
+    for number in range(rounds):
+        attempt(bus.broadcast_torque_off)
+        left = [id for id, state in found.items() if state != "off"]
+        for id in left if number else ():
+            attempt(bus.sync_write, address, {id: b"\x00"})
+        for id, status in (attempt(bus.sync_read, left, address, size) or {}).items():
+            found[id] = "on" if status.data[0] else "off"
+        if all(state == "off" for state in found.values()):
+            break
+        attempt(sleep, 0.01)
+    return found
+
+
+def check_motors(bus: Bus, ids: Iterable[int]) -> dict[int, dict[str, int]]:
+    """Makes sure that the six motors are there, each once, and of a known model. -> `read_eeprom`. Raises ArmFault."""
+    absent, names = [], dict(zip(ids, JOINTS, strict=True))
+    for id, name in names.items():
+        try:
+            bus.ping(id)
+        except BusError as error:
+            if error.kind != "timeout":
+                raise
+            absent.append(f"{name} (id {id})")
+    if absent:
+        raise ArmFault(f"no answer from {', '.join(absent)}: check power, cable and ids", "start")
+    eeprom = read_eeprom(bus, names)
+    for id, name in names.items():
+        if (model := eeprom[id]["model"]) not in ft.MODELS:
+            known = ", ".join(f"{text} ({number})" for number, text in ft.MODELS.items())
+            raise ArmFault(f"{name} (id {id}) is a servo of model {model}; this driver knows {known}", "start", [name])
+    return eeprom
+
+
 # --- The arm ----------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, eq=False)
 class State:
@@ -304,7 +350,8 @@ class SO101:
             raise ArmFault(f"the arm cannot start: it is {self.state}; make a new SO101", "start")
         try:
             with self._latching():
-                if on := [name for name, torque in self._torque_off().items() if torque == "on"]:
+                found = torque_off(self.bus, self.ids, self.sleep)
+                if on := [name for name, id in zip(JOINTS, self.ids, strict=True) if found[id] == "on"]:
                     raise ArmFault(f"torque of {', '.join(on)} does not go off: switch the power off", "start", on)
                 self.identify()
                 gripper = self.ids[GRIPPER]
@@ -318,22 +365,8 @@ class SO101:
     def identify(self) -> None:
         """Compares ids, models and calibration with what the motors hold. Reads only. Raises ArmFault."""
         with self._latching():
-            absent = []
+            eeprom = check_motors(self.bus, self.ids)
             for name, id in zip(JOINTS, self.ids, strict=True):
-                try:
-                    self.bus.ping(id)
-                except BusError as error:
-                    if error.kind != "timeout":
-                        raise
-                    absent.append(f"{name} (id {id})")
-            if absent:
-                raise ArmFault(f"no answer from {', '.join(absent)}: check power, cable and ids", "start")
-            eeprom = read_eeprom(self.bus, self.ids)
-            for name, id in zip(JOINTS, self.ids, strict=True):
-                if (model := eeprom[id]["model"]) not in ft.MODELS:
-                    known = ", ".join(f"{text} ({number})" for number, text in ft.MODELS.items())
-                    text = f"{name} (id {id}) is a servo of model {model}; this driver knows {known}"
-                    raise ArmFault(text, "start", [name])
                 self.firmware[name] = "{}.{}".format(*eeprom[id]["firmware"].to_bytes(2, "little"))
             if len(set(self.firmware.values())) > 1:
                 self._warn(f"the motors differ in firmware: {self.firmware}")
@@ -531,36 +564,9 @@ class SO101:
         silent: the command was sent, by broadcast and by id, but no answer came to say that it is obeyed.
         """
         self.state = "stopped"  # first of all: from here on no goal is sent
-        self.torque = self._torque_off()
+        found = torque_off(self.bus, self.ids, self.sleep)
+        self.torque = {name: found[id] for name, id in zip(JOINTS, self.ids, strict=True)}
         return self.torque
-
-    def _torque_off(self, rounds: int = 5) -> dict[str, str]:
-        address, size = REGISTERS["torque_enable"]
-        found, interrupted = dict.fromkeys(self.ids, "silent"), None
-
-        def attempt(call, *arguments):
-            """Whatever goes wrong with one motor, or with one way of telling it, the others are told."""
-            nonlocal interrupted
-            try:
-                return call(*arguments)
-            except KeyboardInterrupt as error:  # a second Ctrl-C: first the motors
-                interrupted = error
-            except Exception:
-                pass
-
-        for i in range(rounds):
-            attempt(self.bus.broadcast_torque_off)
-            left = [id for id in self.ids if found[id] != "off"]
-            for id in left if i else ():
-                attempt(self.bus.sync_write, address, {id: b"\x00"})
-            for id, status in (attempt(self.bus.sync_read, left, address, size) or {}).items():
-                found[id] = "on" if status.data[0] else "off"
-            if all(state == "off" for state in found.values()):
-                break
-            attempt(self.sleep, 0.01)
-        if interrupted is not None:
-            self._warn("interrupted while stopping; the motors were let go first")
-        return {name: found[id] for name, id in zip(JOINTS, self.ids, strict=True)}
 
     # Small things
     def _torque_limits(self, shares: Iterable[float], only: Iterable[int] = range(len(JOINTS))) -> None:

@@ -683,7 +683,7 @@ def test_a_second_interruption_does_not_keep_stop_from_letting_go():
 
     rig.bus.sync_read = interrupt
     assert rig.arm.stop() == dict.fromkeys(JOINTS, "off")
-    assert rig.torques == [0] * 6 and "interrupted while stopping" in rig.arm.warnings[0]
+    assert rig.torques == [0] * 6 and len(calls) > 2
 
 
 # --- Imports ----------------------------------------------------------------------------------------------------------

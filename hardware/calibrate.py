@@ -1,0 +1,327 @@
+"""Calibration of an SO-101: where the joints' angles are zero and how far they go, in lerobot's file format.
+
+    python hardware/calibrate.py --port /dev/ttyACM0 --assign-ids          new motors: gives them ids 1 to 6, one by one
+    python hardware/calibrate.py --port /dev/ttyACM0 --out my_arm.json     calibrates: you move the arm, it watches
+    python hardware/calibrate.py --port /dev/ttyACM0 --check my_arm.json   compares a file with the motors; reads only
+    python hardware/calibrate.py --port /dev/ttyACM0 --write my_arm.json   puts a file, lerobot's too, into the motors
+    python hardware/calibrate.py --port /dev/ttyACM0 --read my_arm.json    saves what the motors hold
+    python hardware/calibrate.py --emulate --out my_arm.json               tries it out on an arm that is not there
+
+Torque is off all the time. Nothing is written, neither into the motors nor to a file, before the very end, when
+everything has been measured and shown and you have agreed; then only what differs is.
+
+How: with all joints in the middle of their ranges, each motor's offset is chosen so that it reads 2047 there, half a
+turn from the ends at which its reading jumps. Then each joint is moved from stop to stop, which gives its range, and
+the middle of the range is its angle zero. So go to both stops: what is missing at one shifts the zero by half as much.
+wrist_roll, whose stops are farther away, gets the whole turn as its range; its zero is where it was held at first.
+"""
+# ruff: noqa: E402  (the lines down to the imports must run before them)
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+VENV = Path(__file__).resolve().parent.parent / ".venv"
+if __name__ == "__main__" and importlib.util.find_spec("hardware") is None:
+    # `make` installs the project in .venv; going on in there lets `python hardware/calibrate.py` work as typed.
+    if Path(sys.prefix).resolve() == VENV or not (VENV / "bin/python").exists():
+        sys.exit(f"cleanrobot is not installed for {sys.executable}: run `make setup` (or `pip install -e .`) first")
+    os.execv(VENV / "bin/python", [VENV / "bin/python", *sys.argv])
+
+import select
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from hardware import so101
+from hardware.feetech import REGISTERS, STEPS, Bus, BusError, SerialTransport, decode
+from hardware.so101 import JOINTS, ArmFault, Calibration, JointCalibration, check_motors, write_eeprom
+
+IDS = tuple(range(1, len(JOINTS) + 1))
+MIDDLE = 2047  # what a motor reads in the middle of its joint's range
+ROLL = JOINTS.index("wrist_roll")
+# Degrees from stop to stop: the limits of SO-ARM100's model; the jaw's, of its servo
+EXPECTED = dict(shoulder_pan=220.0, shoulder_lift=200.0, elbow_flex=193.7, wrist_flex=190.0, gripper=127.1)
+SHORT, UNUSUAL = 0.5, 15.0  # less than this share of it is refused; so many degrees more or less are pointed out
+PATIENCE = 25  # reads in a row that a motor may leave unanswered
+AGREES = 20  # raw; what a motor may read after the new offset besides what was computed
+DEGREES = 360 / STEPS  # of a step
+
+
+@dataclass
+class Args:
+    port: str | None = None  # of the arm's adapter, such as /dev/ttyACM0
+    out: str | None = None  # calibrate, and write this new file
+    check: str | None = None  # compare this file with the motors
+    write: str | None = None  # put this file into the motors
+    read: str | None = None  # save what the motors hold to this new file
+    assign_ids: bool = False  # give new motors their ids, one by one
+    emulate: bool = False  # an emulated arm, moved by an emulated hand, in place of --port
+
+    def check_choices(self) -> None:
+        """Raises ValueError for choices that cannot work together."""
+        tasks = [self.out, self.check, self.write, self.read, self.assign_ids]
+        new = self.out or self.read
+        for message, wrong in {
+            "give one of --out, --check, --write, --read and --assign-ids": sum(map(bool, tasks)) != 1,
+            "give --port, or --emulate": bool(self.port) == self.emulate,
+            f"{new} exists: choose another name, or move it away": bool(new) and Path(new).exists(),
+        }.items():
+            if wrong:
+                raise ValueError(message)
+
+
+# --- People -----------------------------------------------------------------------------------------------------------
+class Person:
+    """At the keyboard."""
+
+    def ask(self, text: str) -> None:
+        """Waits for Enter. Raises EOFError if there is no keyboard."""
+        print(f"\n{text}\nThen press Enter (Ctrl-C gives up). ", end="", flush=True)
+        self._line()
+
+    def done(self) -> bool:
+        """Whether Enter was pressed meanwhile."""
+        return bool(select.select([sys.stdin], [], [], 0)[0]) and bool(self._line())
+
+    @staticmethod
+    def _line() -> str:
+        if not (line := sys.stdin.readline()):
+            raise EOFError
+        return line
+
+
+class EmulatedPerson:
+    """Moves the shafts of emulated servos: to the middle when asked for the first time, then from stop to stop."""
+
+    def __init__(self, servos, clock, middle=(2300, 1700, 2450, 1900, 2100, 1640), share: float = 1.0):
+        """middle: encoder in the middle of each joint's range. share: of the way to the stops that it goes."""
+        self.servos, self.clock = list(servos.servos.values()), clock
+        self.middle, self.share, self.moves = np.array(middle, float), share, None
+        self.half = np.array([EXPECTED.get(name, 0.0) / DEGREES / 2 for name in JOINTS])
+
+    def place(self, encoders) -> None:
+        for servo, encoder in zip(self.servos, encoders, strict=True):
+            servo.encoder, servo.velocity = float(encoder), 0.0
+
+    def ask(self, text: str) -> None:
+        print(f"\n{text}")
+        if self.moves is None:
+            self.place(self.middle)
+            self.moves = self._sweep()
+
+    def _sweep(self):
+        way = np.sin(np.linspace(0, 2 * np.pi, 81)) * self.share
+        for at in range(len(JOINTS)):
+            for share in way:
+                here = self.middle.copy()
+                here[at] += share * self.half[at]
+                yield here
+
+    def done(self) -> bool:
+        here = next(self.moves, None)
+        if here is not None:
+            self.place(here)
+        return here is None
+
+
+# --- Calibration ------------------------------------------------------------------------------------------------------
+def calibrate(bus: Bus, person, sleep: Callable[[float], None] = time.sleep, show: Callable[[str], None] = print):
+    """-> (Calibration, what a person should know of it: list of sentences). Writes nothing.
+
+    Raises ArmFault or BusError if motors are missing or stay away, ValueError if what was shown cannot be right.
+    """
+    let_go(bus, sleep)
+    eeprom = check_motors(bus, IDS)
+    old = np.array([eeprom[id]["homing_offset"] for id in IDS])
+    person.ask("Put all joints in the middle of their ranges: base straight ahead, upper arm upright, forearm and\n"
+               "hand level and straight ahead, jaw half open, its moving part above the other. Hold the arm there.")
+    here, absent = np.zeros(len(IDS), int), np.full(len(IDS), PATIENCE)
+
+    def encoders() -> np.ndarray:
+        """Where the shafts stand, 0 to 4095, whatever the motors' offsets; of one that does not answer, its last."""
+        answers = bus.sync_read(IDS, *REGISTERS["present_position"])
+        for at, id in enumerate(IDS):
+            absent[at] += 1
+            if id in answers:
+                here[at], absent[at] = (decode("present_position", answers[id].data) + old[at]) % STEPS, 0
+        if names := [name for name, reads in zip(JOINTS, absent, strict=True) if reads > PATIENCE]:
+            raise ArmFault(f"no answer from {', '.join(names)}: check power and cable", "bus", names)
+        return here.copy()
+
+    offsets = np.clip(encoders() - MIDDLE, -2047, 2047)
+
+    def readings() -> np.ndarray:
+        return (encoders() - offsets) % STEPS  # with the new offsets
+
+    last = low = high = readings()
+    show("Move every joint but wrist_roll slowly from stop to stop. Then press Enter. Degrees so far:")
+    while not person.done():
+        now = readings()
+        jump = np.abs(now - last) > STEPS // 2
+        jump[ROLL] = False
+        if jump.any():
+            name = JOINTS[int(jump.argmax())]
+            raise ValueError(f"{name} has passed the end of its encoder's turn: it did not start in the middle; again")
+        last, low, high = now, np.minimum(low, now), np.maximum(high, now)
+        if sys.stdout.isatty():
+            spans = [f"{name} {(b - a) * DEGREES:.0f}" for name, a, b in zip(JOINTS, low, high, strict=True)]
+            print("\r" + "   ".join(spans), end="    ", flush=True)
+        sleep(0.02)
+    show("")
+    low[ROLL], high[ROLL] = 0, STEPS - 1
+    return judge(offsets, low, high)
+
+
+def judge(offsets, low, high) -> tuple[Calibration, list[str]]:
+    """Makes a Calibration of what was measured. Raises ValueError for what cannot be right."""
+    remarks = []
+    for at, name in enumerate(JOINTS):
+        if at == ROLL:
+            continue
+        span, expected = (high[at] - low[at]) * DEGREES, EXPECTED[name]
+        if span < SHORT * expected:
+            raise ValueError(f"{name} moved by {span:.0f} degrees of {expected:.0f}: move it from stop to stop")
+        if low[at] < so101.WRAP or high[at] > STEPS - 1 - so101.WRAP:
+            raise ValueError(f"{name} comes within 10 degrees of its encoder's end: start nearer to its middle")
+        if abs(span - expected) > UNUSUAL:
+            remarks.append(f"{name} moved by {span:.0f} degrees; the model's joint moves by {expected:.0f}")
+    joints = {name: JointCalibration(id, 0, int(offset), int(a), int(b))
+              for name, id, offset, a, b in zip(JOINTS, IDS, offsets, low, high, strict=True)}  # fmt: skip
+    return Calibration(joints), remarks
+
+
+def let_go(bus: Bus, sleep: Callable[[float], None]) -> None:
+    """Raises ArmFault unless no motor that answers has torque."""
+    if on := [JOINTS[id - 1] for id, state in so101.torque_off(bus, IDS, sleep).items() if state == "on"]:
+        raise ArmFault(f"torque of {', '.join(on)} does not go off: switch the power off", "start", on)
+
+
+def put(bus: Bus, calibration: Calibration, sleep: Callable[[float], None] = time.sleep) -> list:
+    """Writes a calibration into the motors, where it differs. -> the differences there were. Torque goes off.
+
+    Afterwards every motor has to read what its new offset makes of the old reading; otherwise everything is written
+    back, and ArmFault raised.
+    """
+    let_go(bus, sleep)
+    eeprom = check_motors(bus, calibration.ids)
+    old = {id: {name: eeprom[id][name] for name in wanted} for id, wanted in calibration.eeprom().items()}
+    address, size = REGISTERS["present_position"]
+    before = {id: decode("present_position", bus.read(id, address, size).data) for id in calibration.ids}
+    changes = write_eeprom(bus, calibration.eeprom(), sleep)
+    for name, joint in calibration.joints.items():
+        expected = before[joint.id] + old[joint.id]["homing_offset"] - joint.homing_offset
+        now = decode("present_position", bus.read(joint.id, address, size).data)
+        if abs((now - expected + STEPS // 2) % STEPS - STEPS // 2) > AGREES:
+            write_eeprom(bus, old, sleep)
+            raise ArmFault(f"{name} reads {now} with its new offset, not {expected % STEPS}: the old values are back. "
+                           "Was the arm moved? Hold it still and try again", "start", [name])  # fmt: skip
+    return changes
+
+
+def table(calibration: Calibration) -> str:
+    """For people."""
+    rows = [f"{'joint':<14} id  offset  range          degrees"]
+    for name, joint in calibration.joints.items():
+        span = (joint.range_max - joint.range_min) * DEGREES
+        place = f"{joint.range_min} to {joint.range_max}"
+        rows.append(f"{name:<14} {joint.id:>2}  {joint.homing_offset:>6}  {place:<13}  {span:>7.1f}")
+    return "\n".join(rows)
+
+
+# --- Ids --------------------------------------------------------------------------------------------------------------
+def set_id(bus: Bus, old: int, new: int, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Gives the only motor on the bus another id. Raises BusError if it does not answer to it afterwards."""
+    lock, address = REGISTERS["lock"][0], REGISTERS["id"][0]
+    if old == new:
+        return
+    bus.sync_write(lock, {old: b"\x00"})
+    bus.sync_write(address, {old: bytes((new,))})
+    sleep(0.01)
+    bus.sync_write(lock, {new: b"\x01"})
+    sleep(0.01)
+    if bus.read(new, address, 1).data[0] != new:
+        raise BusError(f"the motor answers to id {new}, but does not say so: try again", [new], "status")
+
+
+def assign_ids(bus: Bus, person, sleep: Callable[[float], None] = time.sleep, show: Callable[[str], None] = print):
+    """Ids 1 to 6 for new motors, each alone on the bus, the gripper's first. Raises ArmFault if several answer."""
+    for id, name in reversed(list(zip(IDS, JOINTS, strict=True))):
+        person.ask(f"Connect the motor of {name} alone to the adapter, nothing behind it, and switch the power on.")
+        bus.broadcast_torque_off()
+        found = bus.scan(range(254))
+        if len(found) != 1:
+            what = f"motors {', '.join(map(str, found))} answer" if found else "no motor answers"
+            raise ArmFault(f"{what}: exactly one may be connected, with power, at 1 Mbaud; its id may be any", "start")
+        set_id(bus, found[0], id, sleep)
+        show(f"{name}: id {id}" + (f", was {found[0]}" if found[0] != id else ", as before"))
+
+
+# --- Command ----------------------------------------------------------------------------------------------------------
+def emulated() -> tuple[Bus, EmulatedPerson, Callable[[float], None]]:
+    """A bus of emulated servos, factory new but for their ids, and someone who moves the arm."""
+    from hardware.emulator import EmulatedBus, EmulatedTransport, VirtualClock
+
+    clock = VirtualClock()
+    servos = EmulatedBus(IDS, clock)
+    return Bus(EmulatedTransport(servos, clock), clock), EmulatedPerson(servos, clock), clock.sleep
+
+
+def main(args: Args) -> None:
+    """Does what the arguments ask for. Raises ValueError, OSError, ArmFault or BusError, one sentence each."""
+    args.check_choices()
+    file = args.check or args.write
+    calibration = Calibration.from_json(file) if file else None
+    bus, person, sleep = emulated() if args.emulate else (Bus(SerialTransport(args.port)), Person(), time.sleep)
+    try:
+        if args.assign_ids:
+            assign_ids(bus, person, sleep)
+        elif args.out:
+            calibration, remarks = calibrate(bus, person, sleep)
+            print("\n".join([table(calibration), *(f"note: {remark}" for remark in remarks)]))
+            person.ask(f"Hold the arm still: these values go into the motors and to {args.out}.")
+            put(bus, calibration, sleep)
+            try:
+                calibration.to_json(args.out)
+            except OSError as error:
+                text = f"{args.out} cannot be written ({error.strerror}), but the motors have it: save it with --read"
+                raise ValueError(text) from None
+            print(f"{args.out} is written; the motors have it")
+        elif args.write:
+            changes = put(bus, calibration, sleep)
+            for id, name, old, new in changes:
+                print(f"{JOINTS[calibration.ids.index(id)]}: {name} {old} -> {new}")
+            print(f"the motors have {args.write}" + ("" if changes else " already"))
+        elif args.check:
+            found = so101.differences(check_motors(bus, calibration.ids), calibration.eeprom())
+            for id, name, have, wanted in found:
+                print(f"{JOINTS[calibration.ids.index(id)]}: {name} is {have} in the motor, {wanted} in the file")
+            if found:
+                raise ArmFault(f"{len(found)} values differ: --write puts the file into the motors", "start")
+            print(f"the motors have {args.check}")
+        else:
+            eeprom = check_motors(bus, IDS)
+            joints = {name: JointCalibration(id, 0, *(eeprom[id][key] for key in
+                                                      ("homing_offset", "min_position", "max_position")))
+                      for id, name in zip(IDS, JOINTS, strict=True)}  # fmt: skip
+            Calibration(joints).to_json(args.read)
+            print(f"{table(Calibration(joints))}\n{args.read} is written")
+    finally:
+        bus.close()
+
+
+if __name__ == "__main__":
+    import tyro
+
+    try:
+        main(tyro.cli(Args, description=__doc__.split("\n\n")[0]))
+    except (ValueError, FileNotFoundError, ArmFault, BusError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (EOFError, KeyboardInterrupt) as error:
+        why = "the keyboard's input has ended: start in a terminal" if isinstance(error, EOFError) else "given up"
+        print(f"\nerror: {why}; nothing was changed that has not been said above", file=sys.stderr)
+        sys.exit(130)
