@@ -487,7 +487,8 @@ class SO101:
     def _check(self, state: State, before: State | None) -> None:
         for at, name in enumerate(JOINTS):
             if state.errors[at]:
-                raise ArmFault(f"{name} reports: {ft.describe_errors(int(state.errors[at]))}", "error", [name])
+                text = f"{name} reports: {ft.describe_errors(int(state.errors[at]))}"
+                raise ArmFault(f"{text}; once its cause is gone, switch the power off and on", "error", [name])
             if state.temperature[at] >= HOT:
                 raise ArmFault(f"{name} has {state.temperature[at]:.0f} degrees: too hot", "heat", [name])
             if state.temperature[at] >= WARM:
