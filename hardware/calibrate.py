@@ -270,12 +270,17 @@ def emulated() -> tuple[Bus, EmulatedPerson, Callable[[float], None]]:
     return Bus(EmulatedTransport(servos, clock), clock), EmulatedPerson(servos, clock), clock.sleep
 
 
+def real(port: str) -> tuple[Bus, Person, Callable[[float], None]]:
+    """The bus behind a port; nothing here is in a hurry."""
+    return Bus(SerialTransport(port), timeout=0.05), Person(), time.sleep
+
+
 def main(args: Args) -> None:
     """Does what the arguments ask for. Raises ValueError, OSError, ArmFault or BusError, one sentence each."""
     args.check_choices()
     file = args.check or args.write
     calibration = Calibration.from_json(file) if file else None
-    bus, person, sleep = emulated() if args.emulate else (Bus(SerialTransport(args.port)), Person(), time.sleep)
+    bus, person, sleep = emulated() if args.emulate else real(args.port)
     try:
         if args.assign_ids:
             assign_ids(bus, person, sleep)
