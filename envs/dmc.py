@@ -54,8 +54,10 @@ def _works(renderer: str) -> check.Result:
 
 
 @functools.cache
-def choose_renderer(wish: str = "auto", set_by_user: str | None = None) -> str:
+def choose_renderer(wish: str = "auto", set_by_user: str | None = None, cuda: bool = False) -> str:
     """The renderer that `wish` and the variable MUJOCO_GL (`set_by_user`) lead to; OpenGL is tried out before.
+
+    With `cuda`, a driver that draws by software gets a remark: nothing falls from the GPU to the CPU unsaid.
 
     Raises ValueError for an unknown one, RuntimeError, with what to install, for one that does not work here.
     """
@@ -69,8 +71,10 @@ def choose_renderer(wish: str = "auto", set_by_user: str | None = None) -> str:
     for renderer in RENDERERS if wish == "auto" else (wish,):
         result = _works(renderer)
         if result.works:
-            if wish == "auto":
-                print(f"renderer: {renderer} ({result.detail})" + "".join(f"; not {line}" for line in tried))
+            soft = cuda and ("llvmpipe" in result.detail or renderer == "osmesa")
+            remark = "; this is software, renderer 'warp' would draw on the GPU" if soft else ""
+            if wish == "auto" or remark:
+                print(f"renderer: {renderer} ({result.detail})" + "".join(f"; not {line}" for line in tried) + remark)
             return renderer
         tried.append(f"{renderer}: {result.detail}")
     install = f"sudo apt-get install {INSTALL.get(wish, INSTALL['egl'])}"
@@ -190,7 +194,7 @@ class DMCEnv:
             raise ValueError("camera_jitter must be at least 0, colour_jitter from 0 to 1")
         self.env_id, self.num_envs, self.device = env_id, num_envs, torch.device(device)
         self.image_size, self.action_repeat, self.frame_stack = image_size, action_repeat, frame_stack
-        self.renderer = choose_renderer(renderer, os.environ.get("MUJOCO_GL"))
+        self.renderer = choose_renderer(renderer, os.environ.get("MUJOCO_GL"), self.device.type == "cuda")
         if fast_render and self.renderer == "warp":
             raise ValueError("fast_render is for OpenGL; leave it out with renderer 'warp'")
         self.image_shape = (image_size, image_size, 3 * frame_stack)
@@ -236,12 +240,18 @@ class DMCEnv:
         return int(self.renderer != "warp" and os.environ.get("MUJOCO_GL") != self.renderer)
 
     # ---- episodes ----------------------------------------------------------------------------------------------------
-    def _all(self, name: str, arguments=lambda share: ()) -> list:
-        """Asks every group at once; returns one result for each environment, in order."""
+    def _ask(self, name: str, arguments=lambda share: ()) -> None:
         for group, share in zip(self.groups, self.shares, strict=True):
             group.ask(name, *arguments(share))
+
+    def _receive(self) -> list:
+        """The answers to `_ask`: one for each environment, in order."""
         answers = [group.receive() for group in self.groups]
         return [one for answer in answers for one in answer or ()]
+
+    def _all(self, name: str, arguments=lambda share: ()) -> list:
+        self._ask(name, arguments)
+        return self._receive()
 
     def _tensor(self, views: list[np.ndarray]) -> torch.Tensor:
         """Views of the environments -> pictures uint8 (n, H, W, 3) on the device."""
@@ -272,9 +282,17 @@ class DMCEnv:
 
     def step(self, actions: torch.Tensor):
         """Actions (N, A) in [-1, 1]. Returns obs, rewards, terminations, truncations, info; see `envs/__init__.py`."""
+        self.step_begin(actions)
+        return self.step_end()
+
+    def step_begin(self, actions: torch.Tensor) -> None:
+        """The first half of `step`: the processes go to work, and the caller may compute until `step_end`."""
         actions = actions.detach().to("cpu", torch.float32).clamp(-1, 1).nan_to_num(0.0).numpy()
-        results = self._all("step", lambda share: (actions[share.start : share.stop],))
-        views, outcomes, firsts = zip(*results, strict=True)
+        self._ask("step", lambda share: (actions[share.start : share.stop],))
+
+    def step_end(self):
+        """The second half of `step`; returns what `step` returns."""
+        views, outcomes, firsts = zip(*self._receive(), strict=True)
         rewards, discounts, terminations, truncations, sane = np.array(outcomes, np.float64).T
         rewards, discounts = rewards.astype(np.float32), discounts.astype(np.float32)
         terminations, truncations = terminations.astype(bool), truncations.astype(bool)

@@ -31,6 +31,7 @@ try:
     check_versions({name: importlib.metadata.version(name) for name in TESTED})
     import mujoco
     import numpy as np
+    from absl import logging
     from dm_control import manipulation, suite
     from dm_control.mujoco import Camera
     from dm_control.rl.control import PhysicsError
@@ -67,9 +68,14 @@ def _load(env_id: str, random: np.random.RandomState):
         near = difflib.get_close_matches(env_id, known, n=5, cutoff=0.5) or ["walker_walk", "cartpole_swingup"]
         raise ValueError(f"unknown DeepMind Control task {env_id!r}; did you mean {', '.join(near)}?")
     domain, task = known[env_id]
-    if domain == "manipulation":
-        return manipulation.load(task, seed=random)
-    return suite.load(domain, task, task_kwargs={"random": random}, visualize_reward=False)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # nobody here can heed what their models warn about
+    try:
+        if domain == "manipulation":
+            return manipulation.load(task, seed=random)
+        return suite.load(domain, task, task_kwargs={"random": random}, visualize_reward=False)
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 class Task:
@@ -306,6 +312,12 @@ class Group:
     def load(self, saved: list[dict]) -> None:
         for task, state in zip(self.tasks, saved, strict=True):
             task.load(state)
+
+    def views(self, times: int = 1) -> list[np.ndarray]:
+        """The present views, drawn anew, several times over: for measuring."""
+        for _ in range(times):
+            drawn = [task.view() for task in self.tasks]
+        return drawn
 
     def picture(self, number: int, size: int, camera: int) -> np.ndarray:
         """A picture for people of the task that has this number; with the renderer "warp" what there is to draw."""

@@ -306,6 +306,7 @@ def test_choice_of_renderer(monkeypatch, capsys):
     choose = dmc.choose_renderer.__wrapped__
     assert choose("auto") == "osmesa"
     assert capsys.readouterr().out == "renderer: osmesa (about osmesa); not egl: about egl\n"
+    assert choose("auto", cuda=True) == "osmesa" and "software, renderer 'warp' would" in capsys.readouterr().out
     assert choose("warp", "osmesa") == "warp" and choose("auto", "osmesa") == "osmesa"
     with pytest.raises(RuntimeError, match=r"egl: about egl.*apt-get install libegl1 libgl1-mesa-dri, or use warp"):
         choose("auto", "egl")  # what the user has set is taken at its word

@@ -1,0 +1,320 @@
+"""How fast DeepMind Control is simulated, drawn and learnt from on the machine at hand, in one run.
+
+    python benchmarks/throughput_pixels.py                           print the table
+    python benchmarks/throughput_pixels.py --out docs/results/throughput/pixels__cpu2.csv
+
+Parts, each with a baseline that its ratios refer to, measured in the same run; a frame is one control step of the
+task, of which the agent's step has --action-repeat:
+    physics       frames per second without pictures, in one process and in --processes of them
+    pictures      pictures per second of one state, --image-size pixels a side: OpenGL by EGL with its defaults (the
+                  baseline, and what was published), OSMesa, with fast_render, and MuJoCo Warp with 4 and 1 rays a
+                  pixel, one world and --batch worlds at once (worlds in the middle of random episodes)
+    environment   frames per second of env.step, pictures and episodes' ends included, random actions: one environment
+                  here, then several in processes, by each renderer
+    learning      updates per second, sampling and augmentation included, of algos/drqv2.py and algos/sac_pixels.py: at
+                  the published sizes (84 pixels, batch 256 for both) and at the defaults of a CPU; plain float32
+                  and each way to be faster
+    training      frames per second of the training loop of algos/drqv2.py at its defaults on this device, by the number
+                  of environments, after the random phase; set-up and evaluation are not in it
+
+A row is the median of --blocks blocks of about equal length after a warm-up, with the slowest and the fastest block
+beside it. A row that cannot run here stands in the table with the reason. Close other programs first: the rows are as
+sensitive to them as any timing.
+"""
+
+import contextlib
+import csv
+import gc
+import io
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import throughput
+import torch
+import tyro
+from throughput import cores, speeds, wait
+from torch._inductor.exc import InductorError
+
+from envs import check, dmc
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "algos"))
+import drqv2  # noqa: E402  (algos/ is a folder of files to run; the line above lets this script import them)
+import sac_pixels  # noqa: E402
+
+Part = Literal["physics", "pictures", "environment", "learning", "training"]
+
+
+@dataclass
+class Args:
+    env_id: str = "walker_walk"
+    """a DeepMind Control task"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """where Warp, learning and training run; physics and OpenGL choose for themselves"""
+    image_size: int = 84
+    """pixels a side, in pictures and environment"""
+    action_repeat: int = 2
+    """frames for which an action is held"""
+    processes: int | None = None
+    """processes of environments; None: one for each core, but no more than 16"""
+    batch: int = 64
+    """worlds that Warp draws at once"""
+    seconds: float = 10.0
+    """time measured for a row, without its warm-up; training takes the learning starts on top"""
+    blocks: int = 5
+    """parts that a row's time is divided into"""
+    parts: tuple[Part, ...] = ("physics", "pictures", "environment", "learning", "training")
+    """what to measure"""
+    out: Path | None = None
+    """CSV file to write; docs/results/throughput/pixels__<hardware>.csv is what the docs show"""
+    seed: int = 1
+    """seed of episodes, actions and weights"""
+
+    def check(self) -> None:
+        """Raises ValueError at the first choice that cannot work. (In __post_init__ tyro would reword it.)"""
+        for wrong, message in (
+            (self.seconds <= 0 or self.blocks < 1, "--seconds must be above 0, --blocks at least 1"),
+            (min(self.batch, self.processes or 1) < 1, "--batch and --processes must be at least 1"),
+            (self.device.startswith("cuda") and not torch.cuda.is_available(), "no CUDA device here: use --device cpu"),
+        ):
+            if wrong:
+                raise ValueError(message)
+
+
+class Table(throughput.Table):
+    """The table of benchmarks/throughput.py; in `learning` each size of each algorithm has a baseline of its own."""
+
+    def __init__(self, args: Args):
+        self.path, self.rows, self.baseline = args.out, [], {}
+        print(f"{'part':<12}{'what':<50}{'at':<34}{'per second':>12}{'ratio':>8}  remark")
+        for what, text in machine(args).items():
+            self._add(part="machine", what=what, at=text)
+
+
+def machine(args: Args) -> dict[str, str]:
+    """What the numbers depend on: processor, device, OpenGL's driver, versions, command."""
+    facts = throughput.machine(args)
+    if (opengl := check.ask("egl")).works:
+        facts["OpenGL"] = opengl.detail.partition(" drawn by ")[2]
+    facts["versions"] += f", dm-control {version('dm-control')}"
+    options = [f"--{f.name.replace('_', '-')} {' '.join(value) if isinstance(value, tuple) else value}"
+               for f in fields(args) if f.name != "out" and (value := getattr(args, f.name)) != f.default]
+    facts["command"] = " ".join(["python benchmarks/throughput_pixels.py", *options])
+    return facts
+
+
+# --- Simulation and pictures ------------------------------------------------------------------------------------------
+def renderers() -> dict[str, tuple[dict, str]]:
+    """Name -> options of `dmc.make`, and why it cannot be measured here, or nothing."""
+    found = {}
+    for name in ("egl", "osmesa"):
+        result = check.ask(name)
+        why_not = "" if result.works else result.detail
+        found[f"OpenGL by {name}"] = (dict(renderer=name), why_not)
+        if name == "egl":
+            found["OpenGL by egl, fast_render"] = (dict(renderer=name, fast_render=True), why_not)
+    return found | {f"MuJoCo Warp, {rays} ray{'s' * (rays > 1)} a pixel":
+                    (dict(renderer="warp", samples_per_pixel=rays), "") for rays in (4, 1)}  # fmt: skip
+
+
+def make(args: Args, num_envs: int, **options) -> dmc.DMCEnv:
+    """The task's environment; OpenGL of any backend works beside any other because each gets a process."""
+    options = {"workers": 1, "image_size": args.image_size} | options
+    return dmc.make(args.env_id, num_envs, args.device, seed=args.seed, action_repeat=args.action_repeat, **options)
+
+
+def random_actions(args: Args, env: dmc.DMCEnv):
+    """A function that returns uniformly random actions (N, A), new at every call."""
+    generator = torch.Generator().manual_seed(args.seed)
+    return lambda: torch.rand((env.num_envs, env.action_dim), generator=generator) * 2 - 1
+
+
+def physics(args: Args, table: Table) -> None:
+    """Frames per second of the simulation: the parts of env.step that are left when nothing is drawn."""
+    for processes in dict.fromkeys((1, args.processes)):
+        env = make(args, processes, renderer="warp", workers=processes, image_size=4)
+        env._tensor = lambda views: torch.zeros(len(views), 4, 4, 3, dtype=torch.uint8)  # no pictures
+        act = random_actions(args, env)
+        values = speeds(lambda env=env, act=act: env.step(act()), processes * args.action_repeat, args)
+        plural = "es" if processes > 1 else ""
+        table.measured("physics", "MuJoCo C, no pictures", f"{processes} process{plural}", "frames", values)
+        env.close()
+
+
+def pictures(args: Args, table: Table) -> None:
+    """Pictures per second of each renderer."""
+    for name, (options, why_not) in renderers().items():
+        for n in (1, args.batch) if "Warp" in name else (1,):
+            at = f"{n} world{'s' * (n > 1)}, {args.image_size} px"
+            if why_not:
+                table.missing("pictures", name, at, why_not)
+                continue
+            env = make(args, n, **options)
+            act = random_actions(args, env)
+            for _ in range(20):
+                env.step(act())
+            if options["renderer"] == "warp":
+                scene, things = env._scene(n, args.image_size, env.camera), env._all("views")
+                things = np.stack(things)
+                values = speeds(lambda scene=scene, things=things: scene.draw(things), n, args)
+            else:
+
+                def draw(env=env, times=8):  # several in one request, so that the pipe does not count
+                    env._all("views", lambda share: (times,))
+
+                values = speeds(draw, 8, args)
+            table.measured("pictures", name, at, "pictures", values)
+            env.close()
+
+
+def environment(args: Args, table: Table) -> None:
+    """Frames per second of env.step, by renderer and number of environments."""
+    for name, (options, why_not) in renderers().items():
+        for n in dict.fromkeys((1, args.processes, 4 * args.processes)):
+            workers = min(n, args.processes)
+            at = f"{n} environment{'s' * (n > 1)} in {workers} process{'es' * (workers > 1)}"
+            if why_not:
+                table.missing("environment", name, at, why_not)
+                continue
+            env = make(args, n, workers=workers, **options)
+            act = random_actions(args, env)
+            values = speeds(lambda env=env, act=act: env.step(act()), n * args.action_repeat, args)
+            table.measured("environment", name, at, "frames", values)
+            env.close()
+
+
+# --- Learning ---------------------------------------------------------------------------------------------------------
+PUBLISHED = {name: getattr(drqv2.Args, name) for name in ("image_size", "encoder_channels", "encoder_strides", "hidden",
+                                                          "frame_stack")} | {"batch_size": 256}  # fmt: skip
+
+
+def learner(algo, hyper, device: str):
+    """What does updates from a full buffer of random transitions -> a function, critic updates of one call of it."""
+    device, action = torch.device(device), 6
+    torch.manual_seed(hyper.seed)
+    shapes = dict(channels=3, state=0, action=action)
+    size = getattr(hyper, "render_size", hyper.image_size)
+    place = torch.device(getattr(hyper, "buffer_device", "") or device)
+    slots = 50_000 if place.type == "cuda" else 4_000
+    obs = {"rgb": torch.zeros((1, size, size, 3), dtype=torch.uint8, device=device),
+           "state": torch.zeros((1, 0), device=device)}  # fmt: skip
+    replay = algo.Replay(obs, action, slots, hyper.frame_stack, hyper.n_step, hyper.gamma, place)
+    generator, sampler = (torch.Generator(where).manual_seed(hyper.seed) for where in (device, place))
+    replay.data["rgb"].random_(0, 256, generator=sampler)
+    replay.data["actions"].uniform_(-1, 1, generator=sampler)
+    replay.data["rewards"].uniform_(0, 1, generator=sampler)
+    replay.data["discounts"].fill_(1)
+    replay.data["age"].copy_(torch.arange(slots)[:, None] % 501)
+    replay.data["last"].copy_(replay.data["age"] == 500)
+    replay.head += slots - 1
+    agent = algo.Agent(hyper, shapes, device)
+    if algo is drqv2:
+        one = algo.Learner(agent, replay, hyper, generator, sampler)
+        return lambda: one.run(hyper.update_every, 0.5), 1
+    one = algo.Learner(agent, replay, hyper, generator)
+
+    def block():
+        one.owed = 1 - 1 / hyper.policy_frequency  # run() adds the rest of a whole block
+        one.run()
+
+    return block, hyper.policy_frequency
+
+
+def learning(args: Args, table: Table) -> None:
+    """Updates per second of both algorithms, plain and by each of the faster routes."""
+    cuda = args.device.startswith("cuda")
+    no_compiler = "" if cuda or shutil.which("g++") or shutil.which("clang++") else \
+        "torch.compile needs a C++ compiler on a CPU: install g++"
+    no_cuda = "" if cuda else "CUDA graphs need a CUDA device"
+    routes = [
+        ("plain, float32", dict(), ""),
+        ("bfloat16", dict(amp=True), ""),
+        ("compiled", dict(compile=True), no_compiler),
+        ("compiled, bfloat16", dict(compile=True, amp=True), no_compiler),
+        ("CUDA graph", dict(cudagraphs=True), no_cuda),
+        ("CUDA graph, compiled, bfloat16", dict(cudagraphs=True, compile=True, amp=True), no_cuda or no_compiler),
+    ]
+    for algo in (drqv2, sac_pixels):
+        name = algo.__name__
+        for label, size in (("published sizes", PUBLISHED), ("sizes of a CPU", {})):
+            where = args.device if size else "cpu"
+            defaults = algo.parse_args(["--env-id", "cartpole_swingup", "--device", where])
+            hyper = replace(defaults, device=args.device, num_envs=1, update_every=1, **size)
+            at = f"{name}, {label}: {hyper.image_size} px, batch {hyper.batch_size}"
+            more = [("CUDA graph, compiled, bfloat16, buffer on the CPU",
+                     dict(cudagraphs=True, compile=True, amp=True, buffer_device="cpu"), "")]  # fmt: skip
+            for what, route, why_not in routes + more * (cuda and algo is drqv2 and bool(size)):
+                if why_not:
+                    table.missing("learning", what, at, why_not)
+                    continue
+                torch.compiler.reset()
+                plain = dict(amp=False, compile=False, cudagraphs=False)
+                try:
+                    work, updates = learner(algo, replace(hyper, **plain | route), args.device)
+                    values = speeds(work, updates, args)
+                except (InductorError, torch.OutOfMemoryError) as error:
+                    table.missing("learning", what, at, str(error).splitlines()[0])
+                else:
+                    table.measured("learning", what, at, "critic updates", values)
+                work = None
+                gc.collect()
+                torch.cuda.empty_cache()
+
+
+# --- The whole --------------------------------------------------------------------------------------------------------
+def training(args: Args, table: Table) -> None:
+    """drqv2.train itself; its own log gives the times of the blocks."""
+    for n in dict.fromkeys((1, args.processes)):
+        words = ["--env-id", args.env_id, "--device", args.device, "--seed", str(args.seed), "--num-envs", str(n)]
+        hyper = drqv2.parse_args([*words, "--action-repeat", str(args.action_repeat)])
+        at = f"{n} environment{'s' * (n > 1)}, {hyper.image_size} px, batch {hyper.batch_size}"
+        steps = max(n, 8)  # how long a block has to be is found out first
+        rate = loop(hyper, 2, steps)[-1]
+        steps = max(steps, round(rate * args.seconds / args.blocks / args.action_repeat / n) * n)
+        table.measured("training", "drqv2, defaults", at, "frames", loop(hyper, args.blocks, steps))
+
+
+def loop(hyper: drqv2.Args, blocks: int, block: int) -> list[float]:
+    """Frames per second of `blocks` blocks of training of so many transitions, after the learning starts."""
+    block = -(-block // hyper.num_envs) * hyper.num_envs
+    first = -(-hyper.learning_starts // block) * block + block  # compiling and capturing fall into the block before
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), \
+            contextlib.redirect_stderr(io.StringIO()):  # fmt: skip
+        run = Path(folder) / "run"
+        drqv2.train(replace(
+            hyper, name=str(run), total_timesteps=first + blocks * block, log_freq=block, eval_freq=1 << 60,
+            eval_episodes=1, eval_envs=1, capture_video=False, track=False, save_buffer=False,
+            buffer_size=min(hyper.buffer_size, max(20_000, 4 * (first + blocks * block))),
+        ))  # fmt: skip
+        with (run / "metrics.csv").open() as file:
+            times = {int(float(row["global_step"])): float(row["train_time"]) for row in csv.DictReader(file)}
+    marks = [first + k * block for k in range(blocks + 1)]
+    return [block * hyper.action_repeat / (times[b] - times[a]) for a, b in zip(marks, marks[1:], strict=False)]
+
+
+def main(args: Args) -> None:
+    """Measures what `args` names and prints it. Raises ValueError for arguments that do not fit."""
+    args.check()
+    torch.set_float32_matmul_precision("high")  # as training does
+    table = Table(args)
+    args.processes = args.processes or min(cores(), 16)
+    for part in args.parts:
+        {"physics": physics, "pictures": pictures, "environment": environment, "learning": learning,
+         "training": training}[part](args, table)  # fmt: skip
+        wait(args.device)
+    if args.out:
+        print(f"wrote {len(table.rows)} rows to {args.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except (ValueError, ImportError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
