@@ -32,6 +32,7 @@ Angles are radians, lengths metres, forces newtons, times seconds; x forward, y 
 import copy
 import math
 import os
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -309,6 +310,33 @@ def foot_positions(joints):
     return HIP + jnp.stack([x, y * jnp.cos(hip) - z * jnp.sin(hip), y * jnp.sin(hip) + z * jnp.cos(hip)], axis=1)
 
 
+def mirror_maps(stand: bool = False, no_linvel: bool = False) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Left-right reflection: mirrored = sign * x[..., permutation], for "state", "privileged_state" and "action".
+
+    Exact but for the IMU's place and the small asymmetry of the links' inertias.
+    """
+    legs = np.array([1, 0, 3, 2])
+    per_joint = (legs[:, None] * 3 + np.arange(3)).ravel(), np.tile([-1.0, 1.0, 1.0], 4)
+    vector, axial = (np.arange(3), np.array([1.0, -1.0, 1.0])), (np.arange(3), np.array([-1.0, 1.0, -1.0]))
+    command = np.arange(3), np.array([1.0, -1.0, 1.0]) if stand else np.array([1.0, -1.0, -1.0])
+    scalar, per_foot = (np.arange(1), np.ones(1)), (legs, np.ones(4))
+    per_foot_vector = (legs[:, None] * 3 + np.arange(3)).ravel(), np.tile([1.0, -1.0, 1.0], 4)
+
+    def joined(*parts):
+        starts = np.cumsum([0, *(len(part[0]) for part in parts)])
+        order = np.concatenate([start + part[0] for start, part in zip(starts, parts, strict=False)])
+        return order, np.concatenate([part[1] for part in parts]).astype(np.float32)
+
+    state = (vector, axial, vector, per_joint, per_joint, per_joint, command)
+    extra = (axial, vector, vector, vector, axial, per_joint, per_joint, per_joint, per_foot, per_foot_vector,
+             per_foot, vector, scalar)  # fmt: skip
+    return {
+        "state": joined(*state[1:] if no_linvel else state),
+        "privileged_state": joined(*state, *extra),
+        "action": joined(per_joint),
+    }
+
+
 # ------------------------------------------------------------------------------------------------------------ model --
 def terrain_heights(seed: int = 0) -> np.ndarray:
     """Heights (TERRAIN_SIZE, TERRAIN_SIZE) in [0, 1]: value noise of four octaves, 2.5 m to 0.3 m."""
@@ -325,9 +353,13 @@ def terrain_heights(seed: int = 0) -> np.ndarray:
     return (total / total.max()).astype(np.float32)
 
 
-def build_model(task: Task, config: EnvConfig, iterations: int = 100, ls_iterations: int = 50) -> "mujoco.MjModel":
-    """The compiled model of a task; gains and time step are the configuration's."""
+def build_model(
+    task: Task, config: EnvConfig, iterations: int = 100, ls_iterations: int = 50, meshes: bool = False
+) -> "mujoco.MjModel":
+    """The compiled model of a task; gains and time step are the configuration's. meshes: as it is to be drawn."""
     spec = mujoco.MjSpec.from_file(str(Path(__file__).with_name("go1.xml")))
+    if meshes and config.asset_dir:
+        add_meshes(spec, config.asset_dir)
     if task.rough:
         size = [TERRAIN_HALF, TERRAIN_HALF, TERRAIN_HEIGHT, 1.0]
         heights = terrain_heights()
@@ -336,15 +368,131 @@ def build_model(task: Task, config: EnvConfig, iterations: int = 100, ls_iterati
         floor.type, floor.hfieldname, floor.friction[0] = mujoco.mjtGeom.mjGEOM_HFIELD, "terrain", 1.0
     model = spec.compile()
     model.opt.timestep, model.opt.iterations, model.opt.ls_iterations = config.sim_dt, iterations, ls_iterations
-    # C MuJoCo would silently restart a world whose physics diverges; `finish` is to see it.
-    model.opt.disableflags |= int(mujoco.mjtDisableBit.mjDSBL_AUTORESET)
     model.actuator_gainprm[:, 0], model.actuator_biasprm[:, 1] = config.kp, -config.kp
     model.dof_damping[6:] = config.kd
     return model
 
 
+def add_meshes(spec: "mujoco.MjSpec", asset_dir: str) -> None:
+    """Draws the meshes of Menagerie's unitree_go1 instead of our shapes; nothing that collides or weighs changes.
+
+    Raises ValueError where `asset_dir` is not that folder.
+    """
+    path = Path(asset_dir).expanduser() / "go1.xml"
+    if not path.is_file():
+        raise ValueError(f"asset_dir: {path} does not exist; give MuJoCo Menagerie's folder unitree_go1")
+    theirs = mujoco.MjSpec.from_file(str(path))
+    for geom in spec.geoms:
+        if geom.group == 2:
+            geom.group = 5
+    for body in theirs.bodies:
+        for geom in body.geoms:
+            if geom.type != mujoco.mjtGeom.mjGEOM_MESH:
+                continue
+            file = path.parent / (theirs.meshdir or "") / theirs.mesh(geom.meshname).file
+            if spec.body(body.name) is None or not file.is_file():
+                raise ValueError(f"asset_dir: {path} is not the Go1 expected (body {body.name}, file {file})")
+            if spec.mesh(geom.meshname) is None:
+                spec.add_mesh(name=geom.meshname, file=str(file.resolve()))
+            spec.body(body.name).add_geom(
+                type=geom.type, meshname=geom.meshname, pos=geom.pos, quat=geom.quat, group=2, contype=0, conaffinity=0,
+                mass=0, rgba=(0.24, 0.26, 0.28, 1),
+            )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- drawing --
+class Drawer:
+    """Pictures of a model from its camera "track", by OpenGL (EGL) where that works, else by MuJoCo Warp's ray tracer.
+
+    Raises RuntimeError with one line where neither works. `by` says which one draws.
+    """
+
+    def __init__(self, model: "mujoco.MjModel", width: int, height: int):
+        from envs import check  # asks in a process of its own: a broken driver may end it
+
+        self.model, self.size, self.data = model, (width, height), mujoco.MjData(model)
+        self.camera = max(mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "track"), 0)
+        egl = check.ask("egl")
+        self.by = "egl" if egl.works else "warp"
+        if egl.works:
+            self._begin_egl()
+            return
+        warp = check.ask("warp-renderer")
+        if not warp.works:
+            raise RuntimeError(
+                f"no picture can be drawn here: EGL: {egl.detail}; MuJoCo Warp: {warp.detail}; for one of them "
+                'run sudo apt-get install libegl1 libgl1-mesa-dri, or pip install -e ".[so101]"'
+            )
+        self._begin_warp()
+
+    def _begin_egl(self) -> None:
+        os.environ.setdefault("PYOPENGL_PLATFORM", "egl")
+        from mujoco.egl import GLContext  # mujoco.Renderer would want MUJOCO_GL set before mujoco is imported
+
+        model, (width, height) = self.model, self.size
+        model.vis.global_.offwidth, model.vis.global_.offheight = width, height
+        self.gl = GLContext(width, height)
+        self.gl.make_current()
+        weakref.finalize(self, self.gl.free)  # before Python takes the library apart at its exit
+        self.context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100.value)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self.context)
+        self.scene, self.options = mujoco.MjvScene(model, 1000), mujoco.MjvOption()
+        self.options.geomgroup[3] = 1  # the feet
+        self.view = mujoco.MjvCamera()
+        self.view.type, self.view.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, self.camera
+
+    def _begin_warp(self) -> None:
+        import mujoco_warp
+        import warp
+
+        with warp.ScopedDevice("cuda:0" if warp.get_cuda_device_count() else "cpu"):
+            self.warp_model = mujoco_warp.put_model(self.model)
+            self.warp_data = mujoco_warp.make_data(self.model, nworld=1)
+            self.context = mujoco_warp.create_render_context(
+                self.model, nworld=1, cam_res=self.size, cam_active=[self.camera == i for i in range(self.model.ncam)],
+                render_rgb=True, use_textures=True, use_shadows=True, enabled_geom_groups=[0, 1, 2, 3],
+                background_color=(0.80, 0.86, 0.92, 1.0),
+            )  # fmt: skip
+            self.pixels = warp.zeros((1, self.size[1], self.size[0]), dtype=warp.vec3)
+
+    def draw(self, qpos: np.ndarray) -> np.ndarray:
+        """qpos (nq,) -> uint8 (height, width, 3)."""
+        if self.by == "warp":
+            import mujoco_warp as mjw
+
+            self.warp_data.qpos.assign(np.asarray(qpos, np.float32)[None])
+            for part in (mjw.kinematics, mjw.com_pos, mjw.camlight):
+                part(self.warp_model, self.warp_data)
+            mjw.refit_bvh(self.warp_model, self.warp_data, self.context)
+            mjw.render(self.warp_model, self.warp_data, self.context)
+            mjw.get_rgb(self.context, 0, self.pixels)
+            return (self.pixels.numpy()[0] * 255.0).round().clip(0, 255).astype(np.uint8)
+        self.data.qpos[:] = qpos
+        for part in (mujoco.mj_kinematics, mujoco.mj_comPos, mujoco.mj_camlight):
+            part(self.model, self.data)
+        self.gl.make_current()
+        everything = mujoco.mjtCatBit.mjCAT_ALL.value
+        mujoco.mjv_updateScene(self.model, self.data, self.options, None, self.view, everything, self.scene)
+        picture = np.empty((self.size[1], self.size[0], 3), np.uint8)
+        mujoco.mjr_render(mujoco.MjrRect(0, 0, *self.size), self.scene, self.context)
+        mujoco.mjr_readPixels(picture, None, mujoco.MjrRect(0, 0, *self.size), self.context)
+        return picture[::-1]  # OpenGL's first row is the lowest
+
+
+class Drawn:
+    """What both environments below do for people: `render`."""
+
+    _drawer = None
+
+    def render(self, state, width: int = 480, height: int = 360) -> np.ndarray:
+        """A State, or qpos (T, nq) or (nq,) -> uint8 (T, height, width, 3): one picture for each world or moment."""
+        if self._drawer is None or self._drawer.size != (width, height):
+            self._drawer = Drawer(self._drawing_model(), width, height)
+        return np.stack([self._drawer.draw(qpos) for qpos in np.atleast_2d(np.asarray(getattr(state, "qpos", state)))])
+
+
 # ------------------------------------------------------------------------------------------------------ environment --
-class Go1Env:
+class Go1Env(Drawn):
     """One task on one back end. Attributes: obs_dim, privileged_dim, action_dim, episode_length, control_hz, mirror."""
 
     action_dim, privileged_dim = 12, 123
@@ -366,10 +514,12 @@ class Go1Env:
         self.model = build_model(
             self.task, c, c.iterations or (1 if on_mjx else 100), c.ls_iterations or (5 if on_mjx else 50)
         )
+        if c.asset_dir:
+            self._drawing_model()  # says now, not after the training, what is wrong with the folder
         self.episode_length = c.episode_length or self.task.episode_length
         self.control_hz = 1.0 / c.ctrl_dt
         self.obs_dim = 45 if c.no_linvel else 48
-        self.mirror = self._mirror_maps()
+        self.mirror = mirror_maps(self.task.stand, c.no_linvel)
         self.mass = float(self.model.body_subtreemass[TRUNK])
         limits = self.model.jnt_range[1:].astype(np.float32)
         self.soft_lower, self.soft_upper = SOFT_LIMIT * limits.T
@@ -388,6 +538,8 @@ class Go1Env:
             self._mjx_data = self._constant_data(impl)
             self._step = jax.jit(jax.vmap(self.step))
         else:
+            # C MuJoCo would silently restart a world whose physics diverges; `finish` is to see it.
+            self.model.opt.disableflags |= int(mujoco.mjtDisableBit.mjDSBL_AUTORESET)
             self._before, self._after = jax.jit(jax.vmap(self.targets)), jax.jit(jax.vmap(self.finish))
             threads = threads or os.cpu_count()
             self._rollout = mujoco.rollout.Rollout(nthread=threads if threads > 1 else 0)
@@ -631,32 +783,6 @@ class Go1Env:
         ])  # fmt: skip
         return {"state": privileged[48 - self.obs_dim : 48], "privileged_state": privileged}
 
-    def _mirror_maps(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Left-right reflection: mirrored = sign * x[..., permutation], for "state", "privileged_state" and "action".
-
-        Exact but for the IMU's place and the small asymmetry of the links' inertias.
-        """
-        legs = np.array([1, 0, 3, 2])
-        per_joint = (legs[:, None] * 3 + np.arange(3)).ravel(), np.tile([-1.0, 1.0, 1.0], 4)
-        vector, axial = (np.arange(3), np.array([1.0, -1.0, 1.0])), (np.arange(3), np.array([-1.0, 1.0, -1.0]))
-        command = np.arange(3), np.array([1.0, -1.0, 1.0]) if self.task.stand else np.array([1.0, -1.0, -1.0])
-        scalar, per_foot = (np.arange(1), np.ones(1)), (legs, np.ones(4))
-        per_foot_vector = (legs[:, None] * 3 + np.arange(3)).ravel(), np.tile([1.0, -1.0, 1.0], 4)
-
-        def joined(*parts):
-            starts = np.cumsum([0, *(len(part[0]) for part in parts)])
-            order = np.concatenate([start + part[0] for start, part in zip(starts, parts, strict=False)])
-            return order, np.concatenate([part[1] for part in parts]).astype(np.float32)
-
-        state = (vector, axial, vector, per_joint, per_joint, per_joint, command)
-        extra = (axial, vector, vector, vector, axial, per_joint, per_joint, per_joint, per_foot, per_foot_vector,
-                 per_foot, vector, scalar)  # fmt: skip
-        return {
-            "state": joined(*state[1:] if self.config.no_linvel else state),
-            "privileged_state": joined(*state, *extra),
-            "action": joined(per_joint),
-        }
-
     # ---- randomisation -----------------------------------------------------------------------------------------------
     def _draw_constants(self, draw) -> dict[str, jax.Array]:
         """This world's physical constants: those that vary, and no others."""
@@ -740,6 +866,9 @@ class Go1Env:
             self._models_of = dr
         return self._models
 
+    def _drawing_model(self):
+        return build_model(self.task, self.config, meshes=True)
+
     @property
     def spec(self) -> dict:
         """What a robot needs to run a policy, as plain values."""
@@ -758,3 +887,162 @@ def _strong(x):
     """Without JAX's weak type, for which a second call would compile again."""
     return jax.lax.convert_element_type(x, jnp.asarray(x).dtype)
 
+
+# ------------------------------------------------------------------------------------------------ Playground's tasks --
+class PlaygroundState(NamedTuple):
+    """As `State`, for a task of Playground; `inner` is its own state, `first` what an ended episode returns to."""
+
+    inner: object
+    first: tuple
+    qpos: jax.Array
+    command: jax.Array
+    contact: jax.Array
+    clock: jax.Array
+    length: jax.Array
+    returns: jax.Array
+    key: jax.Array
+    dr: dict[str, jax.Array]
+    obs: dict[str, jax.Array]
+    reward: jax.Array
+    terminated: jax.Array
+    truncated: jax.Array
+    final_obs: dict[str, jax.Array]
+    metrics: dict[str, jax.Array]
+    episode_return: jax.Array
+    episode_length: jax.Array
+
+
+class PlaygroundEnv(Drawn):
+    """A task of MuJoCo Playground under the interface of `Go1Env`, for comparison.
+
+    As in its training wrapper an ended episode returns to its world's first state while commands, last action and
+    timers go on. Of EnvConfig only `episode_length`, `domain_randomization` and `warp_worlds` apply.
+    """
+
+    def __init__(self, task: str, config: EnvConfig | None = None, backend: str = "mjx-jax", _threads=None):
+        """Raises ValueError with one line where Playground, the task or its assets are missing."""
+        try:
+            from mujoco_playground import registry
+        except ImportError as error:
+            raise ValueError(
+                f"{task} is none of {', '.join(TASKS)}; for MuJoCo Playground's tasks: pip install playground==0.2.0 "
+                f"({error})"
+            ) from None
+        c = self.config = config or EnvConfig()
+        own = {"episode_length": c.episode_length, "domain_randomization": c.domain_randomization,
+               "warp_worlds": c.warp_worlds}  # fmt: skip
+        if c != EnvConfig(**own):
+            raise ValueError(f"{task} is Playground's: of EnvConfig it takes {', '.join(own)} only")
+        if task not in registry.ALL_ENVS:
+            raise ValueError(f"{task} is none of {', '.join(TASKS)}, and Playground has no such task either")
+        if backend not in BACKENDS[:2]:
+            raise ValueError(f"{task} is Playground's and runs on {' and '.join(BACKENDS[:2])}, not on {backend}")
+        overrides = {"impl": backend.removeprefix("mjx-")}
+        if "naconmax" in (known := registry.get_default_config(task)):
+            overrides["naconmax"] = max(1, known.naconmax * c.warp_worlds // 8192)  # theirs are for 8192 worlds
+        try:
+            self.env = registry.load(task, config_overrides=overrides)
+        except Exception as error:  # it clones MuJoCo Menagerie from the network and fails in many ways
+            raise ValueError(f"Playground could not load {task}: {' '.join(str(error).split())}") from None
+        self.name, self.backend, self.task, self.model = task, backend, Task({}), self.env.mj_model
+        self.episode_length = c.episode_length or int(known.episode_length)
+        self.control_hz, self.action_dim = 1.0 / self.env.dt, self.env.action_size
+        sizes = self.env.observation_size
+        sizes = sizes if isinstance(sizes, dict) else {"state": sizes}
+        sizes = {name: size if isinstance(size, int) else math.prod(size) for name, size in sizes.items()}
+        self.obs_dim, self.privileged_dim = sizes["state"], sizes.get("privileged_state", sizes["state"])
+        self.joystick = task.startswith("Go1Joystick")
+        self.mirror = mirror_maps() if self.joystick else None
+        self.randomizer = registry.get_domain_randomizer(task) if c.domain_randomization else None
+        if c.domain_randomization and self.randomizer is None:
+            raise ValueError(f"Playground has no domain randomisation for {task}")
+        self._reset, self._step = jax.jit(jax.vmap(self.reset)), jax.jit(jax.vmap(self.step))
+
+    def _with_constants(self, dr, function, *arguments):
+        """Calls a function of the environment with this world's physical constants in its model."""
+        nominal = self.env._mjx_model
+        leaves, structure = jax.tree.flatten(nominal)
+        for index, value in dr.items():
+            leaves[int(index)] = value
+        self.env._mjx_model = jax.tree.unflatten(structure, leaves)
+        try:
+            with jax.default_matmul_precision("highest"):
+                return function(*arguments)
+        finally:
+            self.env._mjx_model = nominal
+
+    def _draw_constants(self, key) -> dict[str, jax.Array]:
+        if self.randomizer is None:
+            return {}
+        model, axes = self.randomizer(self.env._mjx_model, key[None])
+        varied = jax.tree.leaves(jax.tree.map(lambda axis: axis == 0, axes, is_leaf=lambda x: x is None))
+        return {str(i): x[0] for i, (x, v) in enumerate(zip(jax.tree.leaves(model), varied, strict=True)) if v}
+
+    @staticmethod
+    def _obs(obs) -> dict[str, jax.Array]:
+        obs = obs if isinstance(obs, dict) else {"state": obs}
+        return {"state": obs["state"], "privileged_state": obs.get("privileged_state", obs["state"])}
+
+    def reset(self, key: jax.Array, clock: jax.Array | int = 0) -> PlaygroundState:
+        key = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+        key, k_dr, k_reset = jax.random.split(key, 3)
+        dr = self._draw_constants(k_dr)
+        inner = self._with_constants(dr, self.env.reset, k_reset)
+        zero, none, no, obs = jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.zeros((), bool), self._obs(inner.obs)
+        state = PlaygroundState(
+            inner, (inner.data, inner.obs), inner.data.qpos, *self._shown(inner), jnp.asarray(clock, jnp.int32), none,
+            zero, key, dr, obs, zero, no, no, obs, self._metrics(inner, obs, jnp.zeros(3), zero), zero, none,
+        )  # fmt: skip
+        return jax.tree.map(_strong, state)
+
+    def step(self, state: PlaygroundState, action: jax.Array) -> PlaygroundState:
+        command = self._shown(state.inner)[0]
+        inner = self._with_constants(state.dr, self.env.step, state.inner, jnp.clip(action, -1.0, 1.0))
+        sane = jnp.isfinite(inner.data.qpos).all() & (jnp.abs(inner.data.qvel) < TOO_FAST).all()
+        final_obs = jax.tree.map(lambda new, old: jnp.where(sane, new, old), self._obs(inner.obs), state.obs)
+        reward = jnp.where(sane, inner.reward, 0.0)
+        fallen = (inner.done > 0) & sane
+        clock, length, returns = state.clock + 1, state.length + 1, state.returns + reward
+        truncated = ((clock >= self.episode_length) | ~sane) & ~fallen
+        done = fallen | truncated
+        metrics = self._metrics(inner, final_obs, command, 1.0 - sane)
+        first = jax.tree.map(lambda a, b: jnp.where(done, a, b), state.first, (inner.data, inner.obs))
+        inner = inner.replace(data=first[0], obs=first[1], done=jnp.zeros_like(inner.done))
+        clock, length, kept = (jnp.where(done, 0, x) for x in (clock, length, returns))
+        state = PlaygroundState(
+            inner, state.first, inner.data.qpos, *self._shown(inner), clock, length, kept, state.key, state.dr,
+            self._obs(inner.obs), reward, fallen, truncated, final_obs, metrics, returns, state.length + 1,
+        )  # fmt: skip
+        return jax.tree.map(_strong, state)
+
+    def _shown(self, inner) -> tuple[jax.Array, jax.Array]:
+        """Command (3,) and foot contacts (4,), where the task has them."""
+        known = inner.info if self.joystick else {}
+        return known.get("command", jnp.zeros(3)), known.get("last_contact", jnp.zeros(4, bool))
+
+    def _metrics(self, inner, obs, command, bad) -> dict[str, jax.Array]:
+        metrics = {name: jnp.where(bad > 0, 0.0, value) for name, value in inner.metrics.items()}
+        truth = obs["privileged_state"][48:60] if self.joystick else jnp.zeros(12)
+        return metrics | {
+            "lin_vel_error": jnp.linalg.norm(command[:2] - truth[9:11]),
+            "yaw_vel_error": jnp.abs(command[2] - truth[2]), "nan": bad,
+        }  # fmt: skip
+
+    def reset_batch(self, keys: jax.Array, stagger: bool = False) -> PlaygroundState:
+        clocks = jnp.arange(len(keys)) * self.episode_length // len(keys) * stagger
+        return self._reset(keys, clocks.astype(jnp.int32))
+
+    def step_batch(self, state: PlaygroundState, actions: jax.Array) -> PlaygroundState:
+        return self._step(state, actions)
+
+    def _drawing_model(self):
+        return self.model
+
+    @property
+    def spec(self) -> dict:
+        return {"task": self.name, "control_hz": self.control_hz}
+
+
+def make(task: str, config: EnvConfig | None = None, backend: str = "mjx-jax", threads: int | None = None):
+    """A `Go1Env` for the tasks of this file, a `PlaygroundEnv` for Playground's. Raises ValueError with one line."""
+    return (Go1Env if task in TASKS else PlaygroundEnv)(task, config, backend, threads)
