@@ -912,6 +912,10 @@ class PlaygroundState(NamedTuple):
     episode_length: jax.Array
 
 
+def _is_none(x) -> bool:
+    return x is None
+
+
 class PlaygroundEnv(Drawn):
     """A task of MuJoCo Playground under the interface of `Go1Env`, for comparison.
 
@@ -961,7 +965,7 @@ class PlaygroundEnv(Drawn):
     def _with_constants(self, dr, function, *arguments):
         """Calls a function of the environment with this world's physical constants in its model."""
         nominal = self.env._mjx_model
-        leaves, structure = jax.tree.flatten(nominal)
+        leaves, structure = jax.tree.flatten(nominal, is_leaf=_is_none)
         for index, value in dr.items():
             leaves[int(index)] = value
         self.env._mjx_model = jax.tree.unflatten(structure, leaves)
@@ -975,8 +979,8 @@ class PlaygroundEnv(Drawn):
         if self.randomizer is None:
             return {}
         model, axes = self.randomizer(self.env._mjx_model, key[None])
-        varied = jax.tree.leaves(jax.tree.map(lambda axis: axis == 0, axes, is_leaf=lambda x: x is None))
-        return {str(i): x[0] for i, (x, v) in enumerate(zip(jax.tree.leaves(model), varied, strict=True)) if v}
+        values, axes = (jax.tree.leaves(tree, is_leaf=_is_none) for tree in (model, axes))
+        return {str(i): x[0] for i, (x, axis) in enumerate(zip(values, axes, strict=True)) if axis == 0}
 
     @staticmethod
     def _obs(obs) -> dict[str, jax.Array]:
