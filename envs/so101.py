@@ -22,6 +22,7 @@ Angles are radians, lengths metres, forces newtons; the world frame is the robot
 
 import copy
 import dataclasses
+import json
 import math
 import os
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ BIN_THICKNESS = 0.005
 FINGER_FRICTION = 2.0  # averaged with the item's, as PhysX combines them
 RED, BLUE, WHITE = (0.85, 0.07, 0.07), (0.08, 0.20, 0.80), (0.92, 0.92, 0.92)
 RANDOM_TRIES = 64
+CAMERA_FILE = Path(__file__).with_name("so101_cameras.json")  # of your arm: hardware/align_camera.py writes it, if ever
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,9 @@ def build_model(task: Task, asset_dir: str | None = None) -> "mujoco.MjModel":
         ("person", (0.66, -0.46, 0.36), (0.2, 0.0, 0.08)),
     ):
         cameras[name].pos, cameras[name].quat = eye, _look_at(eye, target)
+    for name, values in (json.loads(CAMERA_FILE.read_text()) if CAMERA_FILE.exists() else {}).items():
+        cameras[name].pos, cameras[name].quat = values["pos"], values["quat_wxyz"]
+        cameras[name].fovy = values["fovy_degrees"]
     if asset_dir is not None:
         _add_upstream_meshes(spec, asset_dir)
 

@@ -15,8 +15,8 @@ write, at the control rate of the checkpoint and with absolute deadlines. Every 
 and SIGHUP included, ends with torque off, read back from the servos; after SIGKILL the watchdog's process does it.
 Space, q or Esc stop the arm. The real emergency stop is the power switch: keep it within reach.
 
-The first run of a policy on an arm asks before every step and moves at a quarter of the scale; `--step`, `--no-step`
-and `--scale` say otherwise. Everything is recorded: every tick in ticks.jsonl, a video, the settings in run.json.
+The first run of a policy on an arm asks before every step and moves at a quarter of the scale; `--step` and
+`--scale` say otherwise. Everything is recorded: every tick in ticks.jsonl, a video, the settings in run.json.
 Exit status: 0 done, 1 a fault (torque is off unless the last line says else), 2 refused before anything moved, 130 and
 143 stopped by Ctrl-C or SIGTERM.
 """
@@ -44,6 +44,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -57,6 +58,7 @@ MOVE_SPEED = 0.5  # rad/s, the fastest joint on the way to the start pose and ba
 REACHED = 0.15  # rad from the start pose at which the arm counts as being there: gravity makes it hang a little
 FIRST_SCALE = 0.25  # of every action, in the first run of a policy on an arm
 LATE_TICKS = 3  # so many ticks in a row, each late by more than a period, stop the arm
+BUS_TIMEOUT, HEARTBEAT = 0.01, 0.25  # s: for a servo's answer; for the watchdog to wait for a sign of life
 FASTEST = 2.5  # rad/s that a policy may ask of a joint; the servos end at about 4.7
 SEEN = Path("runs/hardware/seen.json")  # (policy, arm) pairs that have run without a fault
 SEMANTICS = "target += action * action_scale"
@@ -90,7 +92,7 @@ class Args:
     episodes: int = 1  # runs, each from the start pose
     steps: int | None = None  # ticks of an episode; None: as in training
     scale: float | None = None  # factor on every action, up to 1; None: 0.25 in the first run, then 1
-    step: bool | None = None  # ask before every tick; None: in the first run
+    step: Literal["auto", "yes", "no"] = "auto"  # ask before every tick; auto: in the first run
     dry_run: bool = False  # no torque and no goal: only say what would be commanded
     record: str | None = None  # folder of the recording; None: a new one in runs/hardware
     replay: str | None = None  # a recording: feed it to the policy again and compare the commands
@@ -560,21 +562,29 @@ def remember(key: str) -> None:
     os.replace(SEEN.with_suffix(".tmp"), SEEN)
 
 
-@contextlib.contextmanager
-def signals():
-    """SIGTERM and SIGHUP become exceptions, as Ctrl-C is one, so that every way out passes the arm's stop."""
+class Signals:
+    """Ctrl-C, SIGTERM and SIGHUP are noted, and `check` raises Interrupted once: at a heartbeat, not in the middle of
+    something. A program that hangs there has no heartbeat, and the watchdog's process takes over.
+    """
+
     numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
-    def interrupt(number, _):
-        for one in numbers:  # one is enough: stopping is not interrupted (the watchdog's process remains)
-            signal.signal(one, signal.SIG_IGN)
-        raise Interrupted(f"stopped by {signal.Signals(number).name}", 128 + number)
+    def __enter__(self) -> "Signals":
+        self.caught, self.told = None, False
+        self.before = {number: signal.signal(number, self._note) for number in self.numbers}
+        return self
 
-    before = {number: signal.signal(number, interrupt) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
+    def _note(self, number, _) -> None:
+        self.caught = self.caught or number
+
+    def check(self) -> None:
+        """Raises Interrupted at the first call after a signal; what follows, the stop, is not interrupted."""
+        if self.caught and not self.told:
+            self.told = True
+            raise Interrupted(f"stopped by {signal.Signals(self.caught).name}", 128 + self.caught)
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
             signal.signal(number, handler)
 
 
@@ -617,10 +627,10 @@ def real(args: Args, policy) -> dict:
     key = f"{policy.digest} {calibration.hash}"
     first = not (args.dry_run or args.hold or seen_before(key))
     scale = args.scale if args.scale is not None else FIRST_SCALE if first else 1.0
-    step = args.step if args.step is not None else first
-    if first and (args.scale is None or args.step is None):
+    step = first if args.step == "auto" else args.step == "yes"
+    if first and (args.scale is None or args.step == "auto"):
         asking = "and asks before every tick" if step else "without asking"
-        print(f"the first run of this policy on this arm: at scale {scale} {asking} (see --scale, --step, --no-step)")
+        print(f"the first run of this policy on this arm: at scale {scale} {asking} (see --scale, --step)")
     if step and not args.keyboard:
         raise Refused("--step needs the keyboard")
     steps = args.steps or int(policy.spec["max_episode_steps"])
@@ -634,10 +644,10 @@ def real(args: Args, policy) -> dict:
             stack.callback(transport.close)
         except (CameraError, BusError) as error:
             raise Refused(str(error)) from None
-        stack.enter_context(signals())
+        asked = stack.enter_context(Signals())
         if not args.dry_run:
-            dog = stack.enter_context(Watchdog(transport, calibration.ids, keyboard=0 if args.keyboard else None))
-        bus = Bus(dog.transport if dog else transport)
+            dog = stack.enter_context(Watchdog(transport, calibration.ids, HEARTBEAT, 0 if args.keyboard else None))
+        bus = Bus(dog.transport if dog else transport, timeout=BUS_TIMEOUT)
         arm = SO101(bus, calibration, limits)
         if not args.hold:
             facts = facts_of(args, policy, scale=scale, calibration={name: asdict(joint) for name, joint in
@@ -652,7 +662,7 @@ def real(args: Args, policy) -> dict:
 
         deployment = Deployment(
             policy, arm, cameras, limits, time.monotonic, time.sleep, latency=args.latency_periods, scale=scale,
-            beat=dog.beat if dog else lambda: None, each_tick=each_tick, dry=args.dry_run,
+            beat=lambda: (asked.check(), dog and dog.beat()), each_tick=each_tick, dry=args.dry_run,
         )  # fmt: skip
         if step:
             deployment.confirm = asker(dog.key if dog else lambda: "y", deployment.sleep, deployment.action_scale)
@@ -683,7 +693,7 @@ def emulated(args: Args, policy) -> dict:
     """The emulated arm: every episode from power-up to torque off. -> summary with the success rate."""
     from hardware.emulate import EmulatedArm, EmulationError, episodes
 
-    limits, scale = check_policy(policy), args.scale or 1.0
+    limits, scale = check_policy(policy, measured=aligned_cameras()), args.scale or 1.0
     try:
         rig = EmulatedArm(policy.spec, frame_size=args.frame_size, camera_delay=args.camera_delay)
         scenes = episodes(policy.spec["env_id"], max(args.episodes, 64), args.seed, args.randomize)[: args.episodes]
@@ -694,9 +704,10 @@ def emulated(args: Args, policy) -> dict:
     recorder = Recorder(folder_of(args, policy), facts, policy.spec["control_hz"], rig.world.view)
     steps, results, problem = args.steps or int(policy.spec["max_episode_steps"]), [], None
     try:
-        with signals():
+        with Signals() as asked:
             for episode, scene in enumerate(scenes):
-                options = dict(latency=args.latency_periods, scale=scale, number=episode, each_tick=recorder.add)
+                options = dict(latency=args.latency_periods, scale=scale, number=episode, each_tick=recorder.add,
+                               beat=asked.check)  # fmt: skip
                 results.append(emulated_episode(rig, scene, policy, limits, calibration, steps, **options))
                 outcome = "solved" if results[-1]["success"] else "not solved"
                 print(f"episode {episode + 1} of {len(scenes)}: {outcome}", flush=True)
@@ -712,6 +723,7 @@ def emulated(args: Args, policy) -> dict:
 def emulated_episode(
     rig, scene: dict, policy, limits: Limits, calibration: Calibration, steps: int, *, latency: int = 0,
     scale: float = 1.0, number: int = 0, each_tick: Callable[[dict], None] = lambda record: None,
+    beat: Callable[[], None] = lambda: None,
 ) -> dict:  # fmt: skip
     """One episode from power-up to torque off. -> success at its end and at any tick, and what the governor did."""
     first, once, fired = rig.begin(scene), [], {}
@@ -724,7 +736,7 @@ def emulated_episode(
             once.append(rig.world.success(record["target_before"]))
         each_tick(record)
 
-    options = dict(latency=latency, scale=scale, each_tick=tick)
+    options = dict(latency=latency, scale=scale, each_tick=tick, beat=beat)
     deployment = Deployment(policy, arm, rig.cameras(), limits, rig.clock, rig.clock.sleep, **options)
     with deployment:
         deployment.episode = number
@@ -738,7 +750,7 @@ def emulated_episode(
 
 
 def main(args: Args) -> dict:
-    """What the arguments ask for. -> summary. Raises the exceptions that the last lines of this file name."""
+    """What the arguments ask for. -> summary. Raises what `command` knows how to tell."""
     args.check()
     policy = load_policy(args.checkpoint)
     if "torch" in sys.modules:
@@ -754,11 +766,17 @@ def main(args: Args) -> dict:
     return emulated(args, policy) if args.emulate else real(args, policy)
 
 
-if __name__ == "__main__":
+def command() -> int:
+    """The command line. -> exit status."""
     import tyro
 
     try:
         print(json.dumps(main(tyro.cli(Args, description=__doc__.split("\n\n")[0]))))
     except (Refused, PolicyError, Interrupted, Fault, ArmFault, BusError, CameraError) as error:
         print("; ".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
-        sys.exit(getattr(error, "status", 2 if isinstance(error, Refused | PolicyError) else 1))
+        return getattr(error, "status", 2 if isinstance(error, Refused | PolicyError) else 1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command())

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hardware.camera import Camera, RenderSource, frame_around
+from hardware.camera import Camera, CameraError, RenderSource, aligned_cameras, frame_around
 from hardware.emulator import EmulatedBus, EmulatedTransport, VirtualClock
 from hardware.feetech import STEPS
 
@@ -191,6 +191,51 @@ ZERO = (2300, 1700, 2450, 1900, 2100, 1640)
 GRIPPER_JOINT, GRIPPER_SHAFT = (-10.0, 120.0), (-62.5, 64.62)  # degrees, closed and open; the other shafts turn 1 : 1
 
 
+def shafts(joints) -> np.ndarray:
+    """Encoder steps, unbounded, of joint angles in radians."""
+    turned = np.array(joints, float)
+    (low, high), (first, last) = np.radians(GRIPPER_JOINT), np.radians(GRIPPER_SHAFT)
+    turned[5] = first + (turned[5] - low) * (last - first) / (high - low)
+    return np.array(ZERO) + turned * STEPS / (2 * math.pi)
+
+
+def joints_of(encoders) -> np.ndarray:
+    """The opposite of `shafts`."""
+    turned = (np.asarray(encoders, float) - ZERO) * 2 * math.pi / STEPS
+    (low, high), (first, last) = np.radians(GRIPPER_JOINT), np.radians(GRIPPER_SHAFT)
+    turned[5] = low + (turned[5] - first) * (high - low) / (last - first)
+    return turned
+
+
+def recorded_calibration(spec: dict) -> dict:
+    """What a careful person would have recorded of this arm, in lerobot's format: see `hardware/calibrate.py`."""
+    low, high = shafts(spec["joint_low"]), shafts(spec["joint_high"])
+    entries = {}
+    for i, name in enumerate(spec["joint_names"]):
+        offset = ZERO[i] - 2047  # at zero, the middle of the range, it then reads 2047
+        ends = {"wrist_roll": (0, 4095), "gripper": (2047 - 735, 2047 + 735)}.get(
+            name, (round(low[i]) - offset, round(high[i]) - offset))  # fmt: skip
+        entries[name] = dict(id=i + 1, drive_mode=0, homing_offset=offset, range_min=ends[0], range_max=ends[1])
+    return entries
+
+
+def calibrate(servos: EmulatedBus, entries: dict) -> None:
+    """Puts a calibration into the servos' EEPROM, as `hardware/calibrate.py` does over the bus, and restarts them."""
+    for entry in entries.values():
+        servo = servos.servos[entry["id"]]
+        for register, key in (("homing_offset", "homing_offset"), ("min_position", "range_min"),
+                              ("max_position", "range_max")):  # fmt: skip
+            servo._set(register, entry[key], servo.eeprom)
+        servo.power_up()
+
+
+def place(servos: EmulatedBus, joints) -> None:
+    """Puts the arm somewhere by hand."""
+    for servo, encoder in zip(servos.servos.values(), shafts(joints), strict=True):
+        servo.encoder, servo.velocity = float(encoder), 0.0
+        servo._refresh()
+
+
 class EmulatedArm:
     """Servos, camera and scene under one clock; `clock` and `transport` are what the driver gets.
 
@@ -210,48 +255,17 @@ class EmulatedArm:
         self.transport = EmulatedTransport(self.servos, self.clock)
         self.world = World(spec["env_id"], tuple(spec["cameras"]), frame_size, samples)
         self.joints_at = None  # time of the pictures below, drawn once for all cameras
-        for entry in self.calibration().values():
-            servo = self.servos.servos[entry["id"]]
-            for register, key in (("homing_offset", "homing_offset"), ("min_position", "range_min"),
-                                  ("max_position", "range_max")):  # fmt: skip
-                servo._set(register, entry[key], servo.eeprom)
-            servo.power_up()
-        self.place(np.asarray(spec["start_pose"], float))
+        calibrate(self.servos, self.calibration())
+        place(self.servos, spec["start_pose"])
         self.clock.each_step = self._step
-
-    # Joints and shafts
-    @staticmethod
-    def shafts(joints: np.ndarray) -> np.ndarray:
-        """Encoder steps, unbounded, of joint angles in radians."""
-        turned = np.array(joints, float)
-        (low, high), (first, last) = np.radians(GRIPPER_JOINT), np.radians(GRIPPER_SHAFT)
-        turned[5] = first + (turned[5] - low) * (last - first) / (high - low)
-        return np.array(ZERO) + turned * STEPS / (2 * math.pi)
 
     def joints(self) -> np.ndarray:
         """Where the joints truly are, radians, (6,)."""
-        encoders = np.array([servo.encoder for servo in self.servos.servos.values()])
-        turned = (encoders - ZERO) * 2 * math.pi / STEPS
-        (low, high), (first, last) = np.radians(GRIPPER_JOINT), np.radians(GRIPPER_SHAFT)
-        turned[5] = low + (turned[5] - first) * (high - low) / (last - first)
-        return turned
-
-    def place(self, joints: np.ndarray) -> None:
-        """Puts the arm somewhere by hand."""
-        for servo, encoder in zip(self.servos.servos.values(), self.shafts(joints), strict=True):
-            servo.encoder, servo.velocity = float(encoder), 0.0
-            servo._refresh()
+        return joints_of([servo.encoder for servo in self.servos.servos.values()])
 
     def calibration(self) -> dict:
-        """What a careful person would have recorded of this arm, in lerobot's format: see `hardware/calibrate.py`."""
-        low, high = self.shafts(self.spec["joint_low"]), self.shafts(self.spec["joint_high"])
-        entries = {}
-        for i, name in enumerate(self.spec["joint_names"]):
-            offset = ZERO[i] - 2047  # at zero, the middle of the range, it then reads 2047
-            ends = {"wrist_roll": (0, 4095), "gripper": (2047 - 735, 2047 + 735)}.get(
-                name, (round(low[i]) - offset, round(high[i]) - offset))  # fmt: skip
-            entries[name] = dict(id=i + 1, drive_mode=0, homing_offset=offset, range_min=ends[0], range_max=ends[1])
-        return entries
+        """Its calibration file's content."""
+        return recorded_calibration(self.spec)
 
     # Time
     def begin(self, state: dict) -> np.ndarray:
@@ -260,7 +274,7 @@ class EmulatedArm:
         self.servos.power_cycle()
         self.joints_at = None
         first = self.world.data.qpos[:6].copy()
-        self.place(first)
+        place(self.servos, first)
         return first
 
     def _step(self, now: float) -> None:
@@ -342,7 +356,7 @@ def main(args: Args) -> None:
 
     torch.set_num_threads(1)
     policy = TorchPolicy(args.checkpoint)
-    limits, steps = check_policy(policy), int(policy.spec["max_episode_steps"])
+    limits, steps = check_policy(policy, measured=aligned_cameras()), int(policy.spec["max_episode_steps"])
     size = policy.spec["render_size"]
     common = dict(policy=Path(args.checkpoint).parent.name, episodes=args.episodes)
 
@@ -381,10 +395,11 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     import tyro
 
+    from hardware.deploy_so101 import Refused
     from hardware.policy import PolicyError
 
     try:
         main(tyro.cli(Args, description=__doc__.split("\n\n")[0]))
-    except (EmulationError, PolicyError) as error:
+    except (EmulationError, PolicyError, Refused, CameraError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

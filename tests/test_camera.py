@@ -1,5 +1,6 @@
 """Cameras: every frame that must not be acted on is refused; pictures are prepared bit for bit as in training."""
 
+import json
 import sys
 import threading
 import time
@@ -11,6 +12,7 @@ import pytest
 import squint_sac
 import torch
 
+from hardware import align_camera
 from hardware import policy as hardware_policy
 from hardware.camera import (
     ArraySource,
@@ -19,6 +21,7 @@ from hardware.camera import (
     FileSource,
     OpenCVSource,
     RenderSource,
+    aligned_cameras,
     frame_around,
 )
 from hardware.emulator import VirtualClock
@@ -329,3 +332,108 @@ def test_a_picture_enlarged_by_a_fake_camera_comes_back_as_it_was(side):
     np.testing.assert_array_equal(area_mean(middle_square(frame)[None], side)[0], square)
     with pytest.raises(CameraError, match="do not enlarge evenly"):
         frame_around(np.zeros((50, 50, 3), np.uint8))
+
+
+# --- Aligning the simulated camera ------------------------------------------------------------------------------------
+VALUES = {"mount": "gripper", "pos": [0.01, 0.02, 0.03], "quat_wxyz": [0.5, 0.5, 0.5, 0.5], "fovy_degrees": 71.0,
+          "quarter_turns": 0}  # fmt: skip
+
+
+def matrix(quat):
+    """Columns: where a rotation takes x, y and z."""
+    w, x, y, z = quat
+    return np.array([[1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+                     [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+                     [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]])  # fmt: skip
+
+
+def test_keys_move_the_camera_along_its_own_axes():
+    # This rotation takes x to y, y to z and z to x: right is y, up is z, and it looks along -x.
+    for key, axis, sign in (("d", 1, 1), ("a", 1, -1), ("w", 2, 1), ("s", 2, -1), ("f", 0, 1), ("r", 0, -1)):
+        moved = np.array(align_camera.press(VALUES, key)["pos"]) - VALUES["pos"]
+        np.testing.assert_allclose(moved, sign * 0.001 * np.eye(3)[axis], atol=1e-15, err_msg=key)
+
+
+def test_keys_turn_the_camera_about_its_own_axes():
+    for key, axis, sign in (("i", 0, 1), ("k", 0, -1), ("j", 1, 1), ("l", 1, -1), ("u", 2, 1), ("o", 2, -1)):
+        turned = matrix(VALUES["quat_wxyz"]).T @ matrix(align_camera.press(VALUES, key)["quat_wxyz"])
+        angle = sign * np.radians(0.5)
+        first, second = np.delete(np.arange(3), axis)
+        assert abs(turned[axis, axis] - 1) < 1e-12 and abs(turned[first, first] - np.cos(angle)) < 1e-12
+        assert abs(turned[second, first] * (-1 if axis == 1 else 1) - np.sin(angle)) < 1e-12, key
+
+
+def test_opposite_keys_undo_each_other_and_other_keys_do_nothing():
+    for there, *back in ("ad", "ws", "rf", "jl", "ik", "uo", "-+", "tttt"):
+        values = once = align_camera.press(VALUES, there)
+        assert once != VALUES
+        for key in back:
+            values = align_camera.press(values, key)
+        for key in ("pos", "quat_wxyz", "fovy_degrees", "quarter_turns"):
+            np.testing.assert_allclose(values[key], VALUES[key], atol=1e-12)
+    assert align_camera.press(VALUES, "x") == VALUES
+    narrow = VALUES
+    for _ in range(300):
+        narrow = align_camera.press(narrow, "+")
+    assert narrow["fovy_degrees"] == 20.0
+
+
+def test_the_panel_shows_real_simulated_and_both():
+    real, simulated = picture(200, 480, 640), np.full((240, 240, 3), 100, np.uint8)
+    view = align_camera.panel(real, simulated, 0.25)
+    side = align_camera.SIDE
+    assert view.shape == (side, 3 * side, 3)
+    assert view[100, 100, 0] == 200 and view[100, side + 100, 0] == 100 and view[100, 2 * side + 100, 0] == 175
+    upright = np.zeros((480, 480, 3), np.uint8)
+    upright[:, :240] = 255
+    assert align_camera.panel(np.rot90(upright, -1), simulated, 0, 1)[300, 20, 0] == 255
+
+
+def test_the_file_keeps_the_values_of_other_cameras(tmp_path):
+    path = tmp_path / "cameras.json"
+    assert aligned_cameras(path) == {}
+    align_camera.write_values(path, "wrist", VALUES)
+    align_camera.write_values(path, "third", VALUES | {"fovy_degrees": 60.0})
+    assert aligned_cameras(path) == {"wrist": VALUES, "third": VALUES | {"fovy_degrees": 60.0}}
+    assert [file.name for file in tmp_path.iterdir()] == ["cameras.json"]
+
+
+@pytest.mark.parametrize(
+    "content", ["no json", "[]", '{"wrist": 3}', json.dumps({"wrist": VALUES | {"pos": [1, 2]}}),
+                json.dumps({"wrist": VALUES | {"quarter_turns": 5}}),
+                json.dumps({"wrist": VALUES | {"fovy_degrees": float("nan")}})],
+)  # fmt: skip
+def test_a_damaged_file_is_refused_in_one_line(tmp_path, content):
+    (tmp_path / "cameras.json").write_text(content)
+    with pytest.raises(CameraError, match="is damaged: remove it and align again"):
+        aligned_cameras(tmp_path / "cameras.json")
+
+
+def test_a_camera_that_was_moved_is_found_again_and_training_sees_by_it(tmp_path, monkeypatch):
+    """A "photo" by a camera that is off by some keys; the same keys bring the simulated one there, to the pixel."""
+    pytest.importorskip("mujoco_warp", reason='needs the simulator: pip install -e ".[so101]"')
+    from envs import so101
+    from hardware import emulate
+
+    spec, keys = emulate.task_spec("SO101ReachCube-v1"), "dddddwwwjjjuuu---"
+    there = {**spec["cameras"]["wrist"], "quarter_turns": 0}
+    for key in keys:
+        there = align_camera.press(there, key)
+    photo = emulate.StartView(spec).draw(there)
+    imageio.imwrite(tmp_path / "photo.png", frame_around(photo))
+    options = dict(image=str(tmp_path / "photo.png"), file=str(tmp_path / "cameras.json"))
+    side = align_camera.SIDE
+
+    def shown(**more):
+        align_camera.main(align_camera.Args(**options, out=str(tmp_path / "panel.png"), **more))
+        panel = np.asarray(imageio.imread(tmp_path / "panel.png")).astype(int)
+        return panel[:, :side] - panel[:, side:2 * side]
+
+    assert (np.abs(shown()) > 40).mean() > 0.02 and not (tmp_path / "cameras.json").exists()
+    assert not shown(keys=keys, write=True).any()
+    assert not shown().any(), "the next time it starts from what was written"
+    monkeypatch.setattr(so101, "CAMERA_FILE", tmp_path / "cameras.json")
+    trained = emulate.task_spec("SO101ReachCube-v1")["cameras"]["wrist"]
+    np.testing.assert_allclose(trained["pos"], there["pos"], atol=1e-9)
+    np.testing.assert_allclose(trained["quat_wxyz"], there["quat_wxyz"], atol=1e-9)
+    assert trained["fovy_degrees"] == there["fovy_degrees"] == 72.5
