@@ -76,7 +76,8 @@ MEDIUM = ("acrobot_swingup cartpole_swingup_sparse cheetah_run finger_turn_easy 
 # task; later rows win. A step is an agent step, as everywhere in this file: two frames, at an action repeat of 2.
 TUNED = {
     (MEDIUM, ""): dict(total_timesteps=1_550_000, std_steps=500_000),  # 3.1 M frames
-    ("humanoid_*", ""): dict(total_timesteps=15_050_000, std_steps=2_000_000, lr=8e-5, feature_dim=100),  # 30.1 M
+    ("humanoid_*", ""): dict(total_timesteps=15_050_000, std_steps=2_000_000, lr=8e-5, actor_lr=8e-5,  # 30.1 M
+                             feature_dim=100),
     ("walker_*", ""): dict(n_step=1, batch_size=512),
     ("quadruped_run", ""): dict(buffer_size=100_000),
     # what follows is ours
@@ -85,8 +86,8 @@ TUNED = {
                        eval_episodes=5, eval_envs=1, amp=False, compile=False, cudagraphs=False),
     ("dot_reach", ""): dict(num_envs=8, update_every=8, action_repeat=1, frame_stack=1, image_size=32, pad=2,
                             encoder_channels=16, encoder_strides=(2, 2, 1), hidden=256, batch_size=64, lr=1e-3,
-                            gamma=0.9, tau=0.02, std_steps=12_000, buffer_size=100_000, total_timesteps=60_000,
-                            eval_freq=5_000, eval_episodes=64, eval_envs=64),
+                            actor_lr=1e-3, gamma=0.9, tau=0.02, std_steps=12_000, buffer_size=100_000,
+                            total_timesteps=60_000, eval_freq=5_000, eval_episodes=64, eval_envs=64),
 }
 
 
@@ -126,7 +127,8 @@ class Args:
     random_steps: int = 2_000  # first transitions, with uniformly random actions
     gamma: float = 0.99  # discount per agent step
     n_step: int = 3  # rewards summed before the bootstrap
-    lr: float = 1e-4  # Adam step size of encoder, critic and actor
+    lr: float = 1e-4  # Adam step size of encoder and critic
+    actor_lr: float = 1e-4  # Adam step size of the actor
     tau: float = 0.01  # share of the critic that moves into its target at every update
     std_start: float = 1.0  # standard deviation of the exploration noise at first
     std_end: float = 0.1  # and in the end
@@ -319,10 +321,10 @@ class Agent(nn.Module):
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.to(device)
         self.encoder.to(memory_format=torch.channels_last)
-        for part in ("encoder", "critic", "actor"):  # capturable: the step count is on the device
-            adam = torch.optim.Adam(getattr(self, part).parameters(), args.lr, fused=True,
-                                    capturable=device.type == "cuda")
-            setattr(self, f"{part}_optimizer", adam)
+        adam = dict(fused=True, capturable=device.type == "cuda")  # capturable: the step count is on the device
+        self.encoder_optimizer = torch.optim.Adam(self.encoder.parameters(), args.lr, **adam)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), args.lr, **adam)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), args.actor_lr, **adam)
 
 
 # --- Storage ----------------------------------------------------------------------------------------------------------
