@@ -535,6 +535,8 @@ class Go1Env(Drawn):
         if on_mjx:
             impl = backend.removeprefix("mjx-")
             self._mjx_model = mjx.put_model(self.model, impl=impl)
+            if impl == "warp":  # few solver iterations are meant: no line printed for each step that uses them up
+                self._mjx_model = self._mjx_model.tree_replace({"opt._impl.warn_overflow": 0})
             self._mjx_data = self._constant_data(impl)
             self._step = jax.jit(jax.vmap(self.step))
         else:
