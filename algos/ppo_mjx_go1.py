@@ -524,13 +524,14 @@ def outcome(learner: Learner, choice: dict, after: dict, model: nnx.GraphDef) ->
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------
-def evaluate(policy: "Policy", env, args: Args, video: Path | None = None) -> dict:
-    """Whole episodes, deterministic actions, fixed seeds, one world for each. -> metrics"""
+def evaluate(policy: "Policy", env, args: Args) -> tuple[dict, list]:
+    """Whole episodes, deterministic actions, fixed seeds, one world for each. -> metrics; of the first seconds of one
+    world at every step: qpos, the command, the measured velocity (3,) and foot contacts (4,)"""
     n = args.eval_episodes
     state = env.reset_batch(jax.random.split(jax.random.key(EVAL_SEED), n))
     running, score, length, fallen, errors, trace = np.ones(n, bool), np.zeros(n), np.zeros(n), np.zeros(n), 0.0, []
     for _ in range(env.episode_length):
-        if video and running[0] and len(trace) < VIDEO_SECONDS * env.control_hz:
+        if running[0] and len(trace) < VIDEO_SECONDS * env.control_hz:
             told = np.asarray(state.obs["privileged_state"][0])
             trace.append((np.asarray(state.qpos[0]), np.asarray(state.command[0]), told[list(MEASURED)],
                           np.asarray(state.contact[0])))
@@ -543,19 +544,22 @@ def evaluate(policy: "Policy", env, args: Args, video: Path | None = None) -> di
         running = running & ~ended
         if not running.any():
             break
-    if video:
-        video.parent.mkdir(parents=True, exist_ok=True)
-        qpos, *told = (np.stack(x) for x in zip(*trace, strict=True))
-        imageio.mimwrite(video, env.render(qpos[::2]), fps=round(env.control_hz / 2), macro_block_size=1)
-        if "Joystick" in args.env_id:
-            plot_walk(*told, env.control_hz, video.with_suffix(".png"))
     deviation = float(score.std(ddof=1)) if n > 1 else 0.0
     half = 1.96 * deviation / math.sqrt(n)  # 95% confidence interval of the mean
     lin_error, yaw_error = (errors / length.sum()).tolist()
     return {"eval/return": float(score.mean()), "eval/return_std": deviation, "eval/ci_low": float(score.mean()) - half,
             "eval/ci_high": float(score.mean()) + half, "eval/lin_vel_error": lin_error,
             "eval/yaw_vel_error": yaw_error, "eval/fall_rate": float(fallen.mean()),
-            "eval/length": float(length.mean())}
+            "eval/length": float(length.mean())}, trace
+
+
+def film(trace: list, env, args: Args, path: Path):
+    """An mp4 at half the control rate; beside it, where velocities are commanded, the plot of `plot_walk`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    qpos, *told = (np.stack(x) for x in zip(*trace, strict=True))
+    imageio.mimwrite(path, env.render(qpos[::2]), fps=round(env.control_hz / 2), macro_block_size=1)
+    if "Joystick" in args.env_id:
+        plot_walk(*told, env.control_hz, path.with_suffix(".png"))
 
 
 def plot_walk(command, measured, contact, hz: float, path: Path):
@@ -917,7 +921,9 @@ def train(args: Args) -> dict:
         (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
 
     if args.evaluate:
-        results = evaluate(Policy(file), eval_env, args, run / "videos/evaluate.mp4" if args.capture_video else None)
+        results, trace = evaluate(Policy(file), eval_env, args)
+        if args.capture_video:
+            film(trace, eval_env, args, run / "videos/evaluate.mp4")
         print(json.dumps(results))
         return results | {"run": str(run)}
 
@@ -954,22 +960,20 @@ def train(args: Args) -> dict:
         program(jax.tree.map(jnp.copy, learner), state, now["iteration"])
     pool, waiting, results = ThreadPoolExecutor(1), None, [{}] * args.num_seeds
 
-    def evaluate_all(contents: list[dict], label: str, clock: dict) -> tuple:
-        videos = [run / f"videos/{label}{args.suffix(i)}.mp4" if args.capture_video else None
-                  for i in range(args.num_seeds)]
-        results = [evaluate(Policy(c), eval_env, args, v) for c, v in zip(contents, videos, strict=True)]
-        return results, contents, videos, clock
-
-    def conclude_evaluation(finished) -> list[dict]:
-        results, contents, videos, clock = finished.result()
-        for i, found in enumerate(results):
-            write_row(run / f"eval{args.suffix(i)}.csv", clock | found, args.track, videos[i])
+    def conclude_evaluation(contents: list[dict], clock: dict, waiting: list) -> list[dict]:
+        found = [job.result() for job in waiting]
+        for i, (results, trace) in enumerate(found):
+            video = run / f"videos/step_{clock['global_step']:09d}{args.suffix(i)}.mp4" if args.capture_video else None
+            if video:
+                film(trace, eval_env, args, video)
+            write_row(run / f"eval{args.suffix(i)}.csv", clock | results, args.track, video)
             seed = f"seed {args.seeds[i]}, " if args.num_seeds > 1 else ""
-            bar.write(f"{seed}{clock['global_step']} steps: " + ", ".join(f"{k[5:]} {v:.3f}" for k, v in found.items()))
-            if found["eval/return"] > now["best"][i]:
-                now["best"][i] = found["eval/return"]
+            told = ", ".join(f"{k[5:]} {v:.3f}" for k, v in results.items())
+            bar.write(f"{seed}{clock['global_step']} steps: {told}")
+            if results["eval/return"] > now["best"][i]:
+                now["best"][i] = results["eval/return"]
                 save_weights(run / f"best{args.suffix(i)}.npz", contents[i])
-        return results
+        return [results for results, _ in found]
 
     started = dict(now)
     born, begun = START - now["wall_time"], time.perf_counter() - now["train_time"]
@@ -998,14 +1002,15 @@ def train(args: Args) -> dict:
         # evaluate
         last = now["global_step"] >= args.total_timesteps
         eval_due = last or before // args.eval_freq != now["global_step"] // args.eval_freq
-        if waiting and (eval_due or waiting.done()):
-            results, waiting = conclude_evaluation(waiting), None
+        if waiting and (eval_due or all(job.done() for job in waiting[2])):
+            results, waiting = conclude_evaluation(*waiting), None
         if eval_due and writer:
             contents = [snapshot(learner, i, meta | dict(args=asdict(args) | dict(seed=int(seed)), now=dict(clock)))
                         for i, seed in enumerate(args.seeds)]
-            waiting = pool.submit(evaluate_all, contents, f"step_{now['global_step']:09d}", clock)
+            jobs = [pool.submit(evaluate, Policy(content), eval_env, args) for content in contents]
+            waiting = contents, clock, jobs
             if last or not (fast and args.overlap_eval):
-                results, waiting = conclude_evaluation(waiting), None
+                results, waiting = conclude_evaluation(*waiting), None
 
         # save
         if eval_due:

@@ -107,7 +107,7 @@ TUNED = {
     ("cup_*", "*", "*"): dict(action_repeat=4, total_timesteps=125_000),
     ("cheetah_*", "*", "rad*"): dict(policy_lr=2e-4, q_lr=2e-4),
     # what follows is ours
-    ("*", "cpu", "*"): dict(image_size=48, margin=2, encoder_strides=(2, 2, 2), encoder_channels=16, hidden=256,
+    ("*", "cpu", "*"): dict(image_size=48, margin=2, encoder_strides=(2, 1, 1), encoder_channels=16, hidden=256,
                             batch_size=64, target_augs=1, online_augs=1, buffer_size=100_000, eval_envs=1,
                             eval_episodes=5, amp=False, compile=False, cudagraphs=False),
     ("dot_reach", "*", "*"): dict(image_size=32, margin=2, frame_stack=1, action_repeat=1, encoder_strides=(2, 2, 1),

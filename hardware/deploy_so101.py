@@ -701,7 +701,8 @@ def emulated(args: Args, policy) -> dict:
         raise Refused(str(error)) from None
     calibration = Calibration.from_dict(rig.calibration())
     facts = facts_of(args, policy, scale=scale, calibration=rig.calibration(), arm=calibration.hash)
-    recorder = Recorder(folder_of(args, policy), facts, policy.spec["control_hz"], rig.world.view)
+    person = lambda: rig.world.view(320)  # noqa: E731
+    recorder = Recorder(folder_of(args, policy), facts, policy.spec["control_hz"], person)
     steps, results, problem = args.steps or int(policy.spec["max_episode_steps"]), [], None
     try:
         with Signals() as asked:

@@ -37,7 +37,7 @@ def arguments(**changes) -> dq.Args:
                   batch_size=16, buffer_size=400, learning_starts=40, random_steps=40, total_timesteps=120,
                   eval_freq=60, log_freq=20, eval_episodes=8, eval_envs=4, hidden=16, encoder_channels=4,
                   encoder_strides=(2, 2), feature_dim=8, pad=2, frame_stack=2, update_every=4, std_steps=100, lr=1e-3,
-                  capture_video=False)
+                  actor_lr=5e-4, capture_video=False)
     return dq.Args(**values | changes)
 
 
@@ -375,8 +375,8 @@ def test_update_equals_its_formulas_written_out(k, m):
             a = other.actor(h, s) + (std * noise["next_action"][rows]).clamp(-0.3, 0.3)
             values.append(torch.minimum(*heads(other.target, h, s, a.clamp(-1, 1))))
         y = batch["rewards"] + batch["discounts"] * sum(values) / k
-    adam = {part: torch.optim.Adam(getattr(other, part).parameters(), args.lr)
-            for part in ("encoder", "critic", "actor")}
+    adam = {part: torch.optim.Adam(getattr(other, part).parameters(), rate)
+            for part, rate in (("encoder", args.lr), ("critic", args.lr), ("actor", args.actor_lr))}
     loss, state, first = 0.0, batch["obs"]["state"], None
     for i in range(m):
         h = encode(shifted(batch["obs"]["rgb"], noise["shift"][16 * i : 16 * i + 16]))
@@ -656,12 +656,13 @@ def test_dot_reach_runs(monkeypatch, tmp_path):
 # --- Command line -----------------------------------------------------------------------------------------------------
 PUBLISHED = {
     "cartpole_balance": dict(total_timesteps=550_000, std_steps=100_000, n_step=3, batch_size=256, lr=1e-4,
-                             feature_dim=50, buffer_size=1_000_000),
+                             actor_lr=1e-4, feature_dim=50, buffer_size=1_000_000),
     "walker_walk": dict(total_timesteps=550_000, std_steps=100_000, n_step=1, batch_size=512),
     "walker_run": dict(total_timesteps=1_550_000, std_steps=500_000, n_step=1, batch_size=512),
     "reach_duplo": dict(total_timesteps=1_550_000, std_steps=500_000, n_step=3, buffer_size=1_000_000),
     "quadruped_run": dict(total_timesteps=1_550_000, std_steps=500_000, n_step=3, buffer_size=100_000),
-    "humanoid_walk": dict(total_timesteps=15_050_000, std_steps=2_000_000, lr=8e-5, feature_dim=100),
+    "humanoid_walk": dict(total_timesteps=15_050_000, std_steps=2_000_000, lr=8e-5, actor_lr=8e-5,
+                          feature_dim=100),
 }
 
 

@@ -76,7 +76,8 @@ def test_no_simulator_is_imported_to_load_and_run_a_policy(tmp_path):
     code = (
         "import sys, numpy as np; from hardware.policy import load_policy; p = load_policy(sys.argv[1]); "
         "p.act({'rgb': p.preprocess(np.zeros((48, 64, 3), np.uint8)), 'state': np.zeros((1, 12), 'f4')}); "
-        "bad = {'mujoco', 'warp', 'mujoco_warp', 'sapien', 'envs.so101'} & set(sys.modules); sys.exit(', '.join(bad) or 0)"
+        "bad = {'mujoco', 'warp', 'mujoco_warp', 'sapien', 'envs.so101'} & set(sys.modules); "
+        "sys.exit(', '.join(bad) or 0)"
     )
     run = subprocess.run([sys.executable, "-c", code, tmp_path / "best.pt"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
