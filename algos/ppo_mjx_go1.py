@@ -88,9 +88,10 @@ AXIS = "devices"
 # --- Args -------------------------------------------------------------------------------------------------------------
 # (pattern of env ids, back end) -> defaults other than the published ones below; later rows win
 TUNED = {
-    ("*", "mujoco-c"): dict(num_envs=256, num_minibatches=8, hidden=(256, 128, 64), head_scale=0.01, init_std=0.3,
-                            clip_coef=0.2, target_kl=0.015, total_timesteps=30_000_000, eval_freq=1_000_000,
-                            eval_episodes=64, log_freq=100_000),
+    ("*", "mujoco-c"): dict(num_envs=512, num_minibatches=4, update_epochs=5, learning_rate=1e-3, target_kl=0.01,
+                            clip_coef=0.2, ent_coef=0.005, hidden=(256, 128, 64), head_scale=0.01, std="constant",
+                            init_std=0.5, total_timesteps=20_000_000, eval_freq=1_000_000, eval_episodes=64,
+                            log_freq=100_000),
 }
 
 
