@@ -10,7 +10,7 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-EXTRAS ?= so101,dmc,go1,hardware,export,test
+EXTRAS ?= so101,dmc,go1,resfit,hardware,export,test
 TASK   ?= SO101ReachCube-v1
 ARGS   ?=
 

@@ -81,7 +81,7 @@ def test_commands_of_the_readme_are_targets_of_the_makefile():
 def test_make_installs_first_and_only_when_something_changed(tmp_path):
     """Dry runs: a missing environment is built, one whose stamp is newer than pyproject.toml is taken as it is."""
     fresh = run("make", "--dry-run", "test", f"VENV={tmp_path / 'none'}").stdout
-    extras = "so101,dmc,go1,hardware,export,test"
+    extras = "so101,dmc,go1,resfit,hardware,export,test"
     assert "-m venv" in fresh and f'pip install --editable ".[{extras}]"' in fresh and "-m pytest" in fresh
     (tmp_path / f".installed-{extras.replace(',', '-')}").touch()
     built = run("make", "--dry-run", "train", f"VENV={tmp_path}", "ARGS=--seed 3").stdout
