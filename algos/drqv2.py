@@ -81,7 +81,7 @@ TUNED = {
     ("walker_*", ""): dict(n_step=1, batch_size=512),
     ("quadruped_run", ""): dict(buffer_size=100_000),
     # what follows is ours
-    # a small encoder learns slower at equal step size: until the critic tells states apart, the actor must not follow it
+    # a small critic learns slower at equal step size, and until it tells states apart the actor must not follow it
     ("*", "cpu"): dict(image_size=48, pad=2, encoder_channels=16, encoder_strides=(2, 1, 1), hidden=256, lr=1e-3,
                        batch_size=64, buffer_size=100_000, total_timesteps=100_000, std_steps=25_000,
                        eval_freq=10_000, eval_episodes=5, eval_envs=1, amp=False, compile=False, cudagraphs=False),
