@@ -689,10 +689,11 @@ def settle(server):
     return [s["torque"] for s in states.values()]
 
 
-def last_goal_and_first_off(server):
-    goals, offs = (server.ask(get="written", args=[name])["writes"] for name in ("goal_position", "torque_enable"))
-    last = max(goal[0] for goal in goals)
-    return last, [off[0] for off in offs if off[0] > last and off[3] == "00"]
+def last_goal_and_stop(server):
+    """When the last byte went to a goal register, and when torque was first switched off after it had been on."""
+    goals, torques = (server.ask(get="written", args=[name])["writes"] for name in ("goal_position", "torque_enable"))
+    on = max(write[0] for write in torques if write[3] != "00")
+    return max(goal[0] for goal in goals), min(write[0] for write in torques if write[0] > on and write[3] == "00")
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
@@ -707,8 +708,8 @@ def test_a_signal_in_a_run_ends_with_torque_off(tmp_path, number, status):
         assert code == status, err
         if number != signal.SIGKILL:
             assert f"stopped by {signal.Signals(number).name}; torque is off" in err
-        _, offs = last_goal_and_first_off(server)
-        assert offs, "after the last byte to a goal register came torque-off"
+        goal, stop = last_goal_and_stop(server)
+        assert goal < stop, "no byte goes to a goal register once torque is off"
     assert deploy.Recording.load(tmp_path / "log").ticks
 
 
@@ -742,7 +743,7 @@ def test_the_first_run_asks_before_every_step_and_a_stop_key_stops_it(tmp_path):
         assert code == 1 and settle(server) == [0] * 6
     assert "stopped by the watchdog: a stop key was pressed" in err and "torque is off on the servos 1 2 3 4 5 6" in err
     assert "the first run of this policy on this arm: at scale 0.25 and asks before every tick" in out
-    assert out.count("Enter: do it") == 4
+    assert out.count("Enter: do it") in (3, 4), "the key may come before the fourth question"
     recording = deploy.Recording.load(tmp_path / "log")
     assert len(recording.ticks) == 3 and recording.facts["scale"] == 0.25
     assert all(np.abs(tick["asked"]).max() <= 0.25 for tick in recording.ticks)
