@@ -28,10 +28,10 @@ N, T = 16, 5
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory):
-    """Half the compile time, and nothing is compiled twice."""
+def quick_compilation():
+    """Half the compile time, and nothing is compiled twice, in later runs of the tests neither."""
     names = dict(jax_disable_most_optimizations=True, jax_persistent_cache_min_compile_time_secs=0.2,
-                 jax_compilation_cache_dir=str(tmp_path_factory.mktemp("compiled")))
+                 jax_compilation_cache_dir=str(Path(__file__).parent.parent / ".pytest_cache/jax"))
     before = {name: jax.config.values[name] for name in names}
     for name, value in names.items():
         jax.config.update(name, value)
