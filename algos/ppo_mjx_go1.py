@@ -90,7 +90,7 @@ CPU = dict(num_minibatches=4, update_epochs=5, learning_rate=1e-3, target_kl=0.0
            std="constant", init_std=0.5, head_scale=0.01, eval_episodes=64)
 # (pattern of env ids, back end) -> defaults other than the published ones below; later rows win
 TUNED = {
-    ("*", "mujoco-c"): CPU | dict(num_envs=512, hidden=(256, 128, 64), total_timesteps=20_000_000,
+    ("*", "mujoco-c"): CPU | dict(num_envs=512, hidden=(256, 128, 64), total_timesteps=10_000_000,
                                   eval_freq=1_000_000, log_freq=100_000),
     ("Go1Stand", "*"): CPU | dict(num_envs=128, hidden=(128, 64), gamma=0.95, total_timesteps=150_000,
                                   eval_freq=30_000, log_freq=10_000),
