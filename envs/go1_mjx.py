@@ -29,6 +29,7 @@ Differences from Playground's task, each for a reason:
 Angles are radians, lengths metres, forces newtons, times seconds; x forward, y left, z up; legs FR, FL, RR, RL.
 """
 
+import atexit
 import copy
 import math
 import os
@@ -433,7 +434,8 @@ class Drawer:
         model.vis.global_.offwidth, model.vis.global_.offheight = width, height
         self.gl = GLContext(width, height)
         self.gl.make_current()
-        weakref.finalize(self, self.gl.free)  # before Python takes the library apart at its exit
+        weakref.finalize(self, self.gl.free).atexit = False
+        atexit.register(self.gl.free)  # before the library itself, which was imported earlier, is taken down
         self.context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100.value)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self.context)
         self.scene, self.options = mujoco.MjvScene(model, 1000), mujoco.MjvOption()

@@ -1,0 +1,233 @@
+"""How fast the Go1 is simulated and learnt from on the machine at hand, in one run.
+
+    python benchmarks/throughput_go1.py                              print the table
+    python benchmarks/throughput_go1.py --devices 8                  on a CPU: sharded over as many virtual devices
+    python benchmarks/throughput_go1.py --out docs/results/throughput/go1__cpu2.csv
+
+Parts, each with a baseline that its ratios refer to, measured in the same run:
+    memory        bytes that one world carries from step to step, with and without randomised constants, and, to
+                  compare, those of MJX's own data structure, which a plain loop carries. (No rate: bytes under "at")
+    environment   control steps per second of Go1JoystickFlat (5 physics steps, rewards, observations, resets), random
+                  actions, for each back end and number of worlds. On MJX 20 steps are one program
+    learning      gradient steps per second: an iteration's updates of algos/ppo_mjx_go1.py on one rollout, plain and
+                  sharded over --devices, at the published sizes and at those for a CPU
+    training      control steps per second of the whole: acting, simulation and learning, at the defaults of a back end
+
+A row is the median of --blocks blocks of about equal length after a warm-up (compilation is not timed), with the
+slowest and the fastest block beside it. A row that cannot run here stands in the table with the reason. Close other
+programs first: the rows are as sensitive to them as any timing. It needs the extras so101 and go1.
+"""
+
+import sys
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import throughput
+import tyro
+from jax.sharding import PartitionSpec as P
+from mujoco import mjx
+from throughput import cores, speeds
+
+from envs.go1_mjx import EnvConfig, Go1Env
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "algos"))
+import ppo_mjx_go1 as ppo  # noqa: E402  (algos/ is a folder of files to run; the line above lets this script import one)
+
+Part = Literal["memory", "environment", "learning", "training"]
+Backend = Literal["mujoco-c", "mjx-jax", "mjx-warp"]
+TASK, STEPS = "Go1JoystickFlat", 20  # STEPS of one program on MJX
+
+
+@dataclass
+class Args:
+    backends: tuple[Backend, ...] = ("mujoco-c", "mjx-jax", "mjx-warp")
+    """back ends for environment and training"""
+    num_envs: tuple[int, ...] = (64, 512, 4096)
+    """numbers of worlds"""
+    devices: int = 0
+    """devices that the sharded updates run on; 0: all there are; on a CPU so many virtual ones"""
+    seconds: float = 10.0
+    """time measured for a row, without its warm-up"""
+    blocks: int = 5
+    """parts that a row's time is divided into"""
+    parts: tuple[Part, ...] = ("memory", "environment", "learning", "training")
+    """what to measure"""
+    out: Path | None = None
+    """CSV file to write; docs/results/throughput/go1__<hardware>.csv is what the docs show"""
+    seed: int = 1
+    """seed of worlds, actions and weights"""
+
+    def check(self) -> None:
+        """Raises ValueError at the first choice that cannot work. (In __post_init__ tyro would reword it.)"""
+        if self.seconds <= 0 or self.blocks < 1 or self.devices < 0 or min(self.num_envs) < 1:
+            raise ValueError("--seconds must be above 0, --blocks and --num-envs at least 1, --devices not negative")
+
+    device = "cpu"  # benchmarks/throughput.py waits for torch's device; here everything waits for its own results
+
+
+class Table(throughput.Table):
+    """The table of benchmarks/throughput.py with this machine's facts."""
+
+    def __init__(self, args: Args):
+        self.path, self.rows, self.baseline = args.out, [], {}
+        print(f"{'part':<12}{'what':<50}{'at':<34}{'per second':>12}{'ratio':>8}  remark")
+        for what, text in machine(args).items():
+            self._add(part="machine", what=what, at=text)
+
+
+def machine(args: Args) -> dict[str, str]:
+    """What the numbers depend on: processor, devices, versions, commit, command."""
+    facts = throughput.machine(throughput.Args(device="cpu"))
+    facts["processor"] = facts["processor"].partition(";")[0]
+    facts["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    names = ("jax", "flax", "optax", "mujoco", "mujoco-mjx", "warp-lang")
+    facts["versions"] = ", ".join(f"{name} {version(name)}" for name in names)
+    options = [f"--{f.name.replace('_', '-')} {' '.join(map(str, v)) if isinstance(v, tuple) else v}"
+               for f in fields(args) if f.name != "out" and (v := getattr(args, f.name)) != f.default]
+    return facts | {"command": " ".join(["python benchmarks/throughput_go1.py", *options])}
+
+
+def why_not(backend: str) -> str:
+    """Why a back end is not measured here, or nothing."""
+    if backend == "mjx-warp" and jax.default_backend() != "gpu":
+        return "made for NVIDIA GPUs; on a CPU it is for tests"
+    return ""
+
+
+def memory(args: Args, table: Table) -> None:
+    def size(tree) -> int:
+        return sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(tree))
+
+    carried = ("qpos", "qvel", "warmstart", "command", "command_timer", "last_action", "air_time", "swing_peak",
+               "contact", "push", "delay", "clock", "length", "returns", "key", "dr", "obs")  # fmt: skip
+    for what, varied in (("carried by one world", False), ("the same with randomised constants", True)):
+        env = Go1Env(TASK, EnvConfig(domain_randomization=varied), "mujoco-c", threads=1)
+        state = env.reset(jax.random.key(args.seed))
+        rest = size([getattr(state, name) for name in state._fields if name not in carried])
+        remark = f"and {rest} bytes that a step reports: reward, ends, final observation, metrics"
+        table._add(part="memory", what=what, at=f"{size([getattr(state, k) for k in carried])} bytes", remark=remark)
+    data = size(mjx.make_data(env.model, impl="jax"))
+    table._add(part="memory", what="MJX's data structure alone", at=f"{data} bytes", remark="not carried here")
+
+
+def environment(args: Args, table: Table) -> None:
+    for backend in args.backends:
+        for n in args.num_envs:
+            if reason := why_not(backend):
+                table.missing("environment", backend, f"{n} worlds", reason)
+                continue
+            env = Go1Env(TASK, EnvConfig(domain_randomization=True, warp_worlds=n), backend)
+            key = jax.random.key(args.seed)
+            state = env.reset_batch(jax.random.split(key, n), stagger=True)
+            if backend == "mujoco-c":
+                actions = np.random.default_rng(args.seed).uniform(-0.3, 0.3, (n, 12)).astype(np.float32)
+                run, amount = partial(env.step_batch, actions=actions), n
+            else:
+                actions = jax.random.uniform(key, (n, 12), minval=-0.3, maxval=0.3)
+
+                def several(state, env=env, actions=actions):
+                    return jax.lax.scan(lambda s, _: (jax.vmap(env.step)(s, actions), None), state, None, STEPS)[0]
+
+                run, amount = jax.jit(several, donate_argnums=0), n * STEPS
+            kept = [state]
+
+            def work(run=run, kept=kept):
+                kept[0] = jax.block_until_ready(run(kept[0]))
+
+            name = f"{backend}, {cores()} threads" if backend == "mujoco-c" else backend
+            table.measured("environment", name, f"{n} worlds", "control steps", speeds(work, amount, args))
+
+
+def rollout(env, args: ppo.Args, seed: int) -> tuple[ppo.Learner, dict, dict]:
+    """A learner, and random numbers in the shapes of a rollout: batch (T, 1, N, ...), last observations (N, F)."""
+    shapes = dict(state=env.obs_dim, privileged_state=env.privileged_dim, action=env.action_dim)
+    learner = jax.tree.map(lambda x: x[None], ppo.new_learner(seed, shapes, args))
+    learner = learner._replace(stats=jax.tree.map(jnp.ones_like, learner.stats))
+    rng, lead = np.random.default_rng(seed), (args.unroll_length, 1, args.num_envs)
+
+    def numbers(*shape):
+        return jnp.asarray(rng.standard_normal(shape, dtype=np.float32))
+
+    batch = {name: numbers(*lead) for name in ("rewards", "values", "next_values", "log_probs")}
+    batch |= {name: numbers(*lead, 12) for name in ("raw", "loc")} | {"std": jnp.ones((*lead, 12))}
+    batch |= {name: jnp.zeros(lead) for name in ("terminations", "truncations")}
+    batch["obs"], last = ({k: numbers(*at, shapes[k]) for k in ppo.OBS} for at in (lead, lead[-1:]))
+    return learner, batch, last
+
+
+def learning(args: Args, table: Table) -> None:
+    env, devices = Go1Env(TASK, EnvConfig(), "mujoco-c", threads=1), args.devices or jax.device_count()
+    for label, backend in (("published", "mjx-jax"), ("CPU's", "mujoco-c")):
+        hyper = ppo.parse_args(["--env-id", TASK, "--backend", backend, "--devices", "1"])
+        share = hyper.num_envs // hyper.num_minibatches * hyper.unroll_length
+        at, updates = f"{label} sizes: batch {share}", hyper.num_minibatches * hyper.update_epochs
+        model = ppo.structure(dict(state=env.obs_dim, privileged_state=env.privileged_dim, action=12), hyper)
+        for n in dict.fromkeys((1, devices)):
+            what = "plain" if n == 1 else f"sharded over {n} devices"
+            axis = None if n == 1 else ppo.AXIS
+            improve = ppo.make_parts(env, model, hyper, None, axis)[3]
+            if axis:
+                improve = jax.shard_map(
+                    improve, mesh=ppo.make_mesh(replace(hyper, backend="mjx-jax", devices=n)), check_vma=False,
+                    in_specs=(P(), P(None, None, axis), P(axis), P(axis), P()), out_specs=(P(), P()),
+                )  # fmt: skip
+            improve, (learner, batch, last) = jax.jit(improve), rollout(env, hyper, args.seed)
+            kept, ids = [learner], jnp.arange(hyper.num_envs)
+
+            def work(improve=improve, kept=kept, batch=batch, last=last, ids=ids):
+                kept[0] = jax.block_until_ready(improve(kept[0], batch, last, ids, 1))[0]
+
+            values = speeds(work, updates, args)
+            remark = f"{updates / np.median(values):.3g} s for the {updates} of an iteration"
+            table.measured("learning", what, at, "updates", values, remark)
+
+
+def training(args: Args, table: Table) -> None:
+    for backend in args.backends:
+        hyper = ppo.parse_args(["--env-id", TASK, "--backend", backend])
+        at = f"{hyper.num_envs} worlds, {hyper.num_minibatches * hyper.update_epochs} updates for {hyper.unroll_length}"
+        if reason := why_not(backend) or ("takes minutes for an iteration on a CPU: published sizes"
+                                          if backend != "mujoco-c" and jax.default_backend() == "cpu" else ""):
+            table.missing("training", backend, at, reason)
+            continue
+        env, _ = ppo.make_envs(hyper)
+        shapes = dict(state=env.obs_dim, privileged_state=env.privileged_dim, action=env.action_dim)
+        make = ppo.stepwise if backend == "mujoco-c" else ppo.fused
+        begin, program = make(env, ppo.structure(shapes, hyper), hyper, None, 1)
+        learner = jax.vmap(lambda seed, s=shapes, h=hyper: ppo.new_learner(seed, s, h))(hyper.seeds)
+        kept = [learner, begin()]
+
+        def work(program=program, kept=kept):
+            kept[:] = jax.block_until_ready(program(*kept, np.int32(1)))[:2]
+
+        values = speeds(work, hyper.num_envs * hyper.unroll_length, args)
+        table.measured("training", backend, at, "control steps", values)
+
+
+def main(args: Args) -> None:
+    """Measures what `args` names and prints it. Raises ValueError for arguments that do not fit."""
+    args.check()
+    if args.devices > 1:
+        jax.config.update("jax_num_cpu_devices", args.devices)  # before anything asks for the devices
+    if args.devices > jax.device_count():
+        raise ValueError(f"there are only {jax.device_count()} devices: lower --devices")
+    table = Table(args)
+    for part in args.parts:
+        {"memory": memory, "environment": environment, "learning": learning, "training": training}[part](args, table)
+    if args.out:
+        print(f"wrote {len(table.rows)} rows to {args.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except (ValueError, ImportError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
