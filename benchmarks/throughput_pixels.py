@@ -26,6 +26,7 @@ import contextlib
 import csv
 import gc
 import io
+import os
 import shutil
 import sys
 import tempfile
@@ -71,6 +72,12 @@ class Args:
     """parts that a row's time is divided into"""
     parts: tuple[Part, ...] = ("physics", "pictures", "environment", "learning", "training")
     """what to measure"""
+    algos: tuple[Literal["drqv2", "sac_pixels"], ...] = ("drqv2", "sac_pixels")
+    """in learning: whose updates"""
+    sizes: tuple[Literal["published", "cpu"], ...] = ("published", "cpu")
+    """in learning: at which sizes; the published ones take seconds an update on a CPU"""
+    routes: tuple[str, ...] = ("plain", "bfloat16", "compiled", "CUDA graph")
+    """in learning: routes whose names begin so"""
     out: Path | None = None
     """CSV file to write; docs/results/throughput/pixels__<hardware>.csv is what the docs show"""
     seed: int = 1
@@ -103,6 +110,7 @@ def machine(args: Args) -> dict[str, str]:
     if (opengl := check.ask("egl")).works:
         facts["OpenGL"] = opengl.detail.partition(" drawn by ")[2]
     facts["versions"] += f", dm-control {version('dm-control')}"
+    facts["load"] = f"{os.getloadavg()[0]:.1f} programs wanted a core in the minute before"
     options = [f"--{f.name.replace('_', '-')} {' '.join(value) if isinstance(value, tuple) else value}"
                for f in fields(args) if f.name != "out" and (value := getattr(args, f.name)) != f.default]
     facts["command"] = " ".join(["python benchmarks/throughput_pixels.py", *options])
@@ -236,9 +244,11 @@ def learning(args: Args, table: Table) -> None:
         ("CUDA graph", dict(cudagraphs=True), no_cuda),
         ("CUDA graph, compiled, bfloat16", dict(cudagraphs=True, compile=True, amp=True), no_cuda or no_compiler),
     ]
-    for algo in (drqv2, sac_pixels):
+    for algo in (algo for algo in (drqv2, sac_pixels) if algo.__name__ in args.algos):
         name = algo.__name__
         for label, of in (("published", "cuda"), ("CPU's", "cpu")):  # whose defaults; they run on args.device
+            if {"cuda": "published", "cpu": "cpu"}[of] not in args.sizes:
+                continue
             hyper = algo.parse_args(["--env-id", "cartpole_swingup", "--device", of])
             batch = 256 if of == "cuda" else hyper.batch_size  # sac_pixels' own is 512: the same for both here
             hyper = replace(hyper, device=args.device, num_envs=1, update_every=1, batch_size=batch)
@@ -246,6 +256,8 @@ def learning(args: Args, table: Table) -> None:
             more = [("CUDA graph, compiled, bfloat16, buffer on the CPU",
                      dict(cudagraphs=True, compile=True, amp=True, buffer_device="cpu"), "")]  # fmt: skip
             for what, route, why_not in routes + more * (cuda and algo is drqv2 and of == "cuda"):
+                if not what.startswith(args.routes):
+                    continue
                 if why_not:
                     table.missing("learning", what, at, why_not)
                     continue
