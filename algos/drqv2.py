@@ -23,7 +23,8 @@ Commands, from the repository's root:
     evaluate       python algos/drqv2.py --evaluate --checkpoint runs/NAME/best.pt
     resume         python algos/drqv2.py --resume runs/NAME    (exactly, if the run was given --save-buffer)
 
-Expected result: not measured yet. Curves and commands: docs/algos/drqv2.md. Not yet measured on a GPU.
+Expected result: dot_reach from -22 (random; the best possible is -2) to -3.9 after 60,000 transitions, the mean of
+three seeds at -3.8, -4.4 and -3.4. Curves and commands: docs/algos/drqv2.md. Not yet measured on a GPU.
 
 Shapes: N environments, F slots of the buffer, B batch, A action dimensions, S state dimensions (0 for most tasks),
 H x W picture, C channels (3, x frame stack inside the networks), D features of the encoder, K and M shifted copies.
@@ -822,24 +823,23 @@ def train(args: Args) -> dict:
         if "loss/qf" in metrics:  # the first row names the columns, so it waits for an update
             write_row(run / "metrics.csv", clock | metrics, args.track)
 
+        if not eval_due:
+            continue
+
         # evaluate
-        pause = time.perf_counter()
-        if eval_due:
-            label = f"step_{now['global_step']:09d}"
-            results = evaluate_now(label)
-            write_row(run / "eval.csv", clock | results, args.track, args.capture_video and run / f"videos/{label}.mp4")
-            bar.write(f"{now['global_step']} steps: " + ", ".join(f"{k[5:]} {v:.3f}" for k, v in results.items()))
-            now["best"] = max(now["best"], results["eval/return"])
-            if results["eval/return"] == now["best"]:
-                save(run / "best.pt", weights())
+        pause, label = time.perf_counter(), f"step_{now['global_step']:09d}"
+        results = evaluate_now(label)
+        write_row(run / "eval.csv", clock | results, args.track, args.capture_video and run / f"videos/{label}.mp4")
+        bar.write(f"{now['global_step']} steps: " + ", ".join(f"{k[5:]} {v:.3f}" for k, v in results.items()))
+        now["best"] = max(now["best"], results["eval/return"])
+        if results["eval/return"] == now["best"]:
+            save(run / "best.pt", weights())
 
         # save
-        if eval_due:
-            optimizers = {use: getattr(agent, use).state_dict() for use in OPTIMIZERS}
-            save(run / "checkpoint.pt", weights() | optimizers | dict(
-                env=pickle.dumps(env.state_dict()),  # as bytes: the file itself can be read without running code
-                obs=obs, random={use: generator.get_state() for use, generator in random.items()},
-                replay=replay.state_dict() if args.save_buffer else None))
+        save(run / "checkpoint.pt", weights() | {use: getattr(agent, use).state_dict() for use in OPTIMIZERS} | dict(
+            env=pickle.dumps(env.state_dict()),  # as bytes: the file itself can be read without running code
+            obs=obs, random={use: generator.get_state() for use, generator in random.items()},
+            replay=replay.state_dict() if args.save_buffer else None))
         begin += time.perf_counter() - pause
     for part in (bar, env, eval_env):
         part.close()
