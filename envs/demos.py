@@ -18,6 +18,7 @@ Layout of a file (T steps of an episode; all as robomimic has it but `success` a
     data/demo_0               attributes num_samples [, success]
         actions (T, A)  rewards (T,)  dones (T,)  success (T,)
         obs/state, obs/privileged, obs/<camera>_image ...    (T, ...)    before the action; pictures uint8 (T, H, W, 3)
+                                                             (robosuite: robot0_eef_pos ... and object, as robomimic)
         next_obs/...                                         (T, ...)    the true next one, also at the end
     mask/train, mask/valid    names of demonstrations
 A reward is 1 in every step that leads to a success, else 0; done is 1 there and in the last step.
@@ -113,17 +114,24 @@ class Human:
 
 
 # --------------------------------------------------------------------------------------------------------- recording --
-def _file_obs(obs: Mapping[str, torch.Tensor], cameras: Sequence[str]) -> dict[str, np.ndarray]:
-    """Observations of the contract under the names of the file: pictures by camera, the rest as it is."""
+def _file_obs(obs: Mapping[str, torch.Tensor], cameras: Sequence[str], state_parts=()) -> dict[str, np.ndarray]:
+    """Observations of the contract under the names of the file: pictures by camera, the rest as it is.
+
+    `state_parts`: names and sizes of what "state" consists of, where the file is to have robomimic's own names; what
+    "privileged" has beyond the state is then "object".
+    """
+    arrays = {key: value.cpu().numpy() for key, value in obs.items()}
     found = {}
-    for key, value in obs.items():
-        array = value.cpu().numpy()
-        if key != "rgb":
-            found[key] = array
-            continue
-        for k, camera in enumerate(cameras):
-            found[f"{camera}_image"] = array[..., 3 * k : 3 * k + 3]
-    return found
+    if "rgb" in arrays:
+        rgb = arrays.pop("rgb")
+        found = {f"{camera}_image": rgb[..., 3 * k : 3 * k + 3] for k, camera in enumerate(cameras)}
+    if not state_parts:
+        return found | arrays
+    begin = 0
+    for name, size in state_parts:
+        found[name] = arrays["state"][:, begin : begin + size]
+        begin += size
+    return found | {"object": arrays["privileged"][:, begin:]}
 
 
 class _File:
@@ -218,16 +226,16 @@ def record(
 
 def _episodes(env, expert, seed: int, cameras: Sequence[str], tail: int) -> Iterator[tuple[dict, bool]]:
     """Endless episodes as dicts of arrays with leading dimension T, and whether each is a success at its end."""
-    n = env.num_envs
+    n, parts = env.num_envs, getattr(env, "layout", {}).get("state", ())
     steps: list[dict] = []  # of all worlds; row 0 is step number `first`
     start, first, held = np.zeros(n, int), 0, np.zeros(n, int)
-    obs = _file_obs(env.reset(seed), cameras)
+    obs = _file_obs(env.reset(seed), cameras, parts)
     expert.reset()
     while True:
         actions = expert.act()
         following, _, terminations, truncations, info = env.step(actions)
         success = info["success"].cpu().numpy().astype(bool)
-        final = _file_obs(info["final_obs"], cameras)
+        final = _file_obs(info["final_obs"], cameras, parts)
         steps.append({"obs": obs, "next_obs": final, "actions": actions.cpu().numpy(), "success": success})
         ends = (terminations | truncations).cpu().numpy().astype(bool)
         length = first + len(steps) - start
@@ -242,7 +250,7 @@ def _episodes(env, expert, seed: int, cameras: Sequence[str], tail: int) -> Iter
         start, held = np.where(ends, first + len(steps), start), np.where(ends, 0, held)
         expert.reset(torch.from_numpy(ends).to(env.device))
         steps, first = steps[start.min() - first :], start.min()
-        obs = _file_obs(following, cameras)
+        obs = _file_obs(following, cameras, parts)
 
 
 def _episode(steps: list[dict], world: int) -> dict[str, Any]:
@@ -261,9 +269,9 @@ def _contract_keys(available: Sequence[str], cameras: Sequence[str]) -> dict[str
     """Which observations of a file make up "rgb", "state" and "privileged"; see `read`."""
     images = [f"{c}_image" for c in cameras if f"{c}_image" in available]
     images += sorted(k for k in available if k.endswith("_image") and k not in images)
-    robots = sorted({k.split("_", 1)[0] for k in available if re.match(r"robot\d+_", k)})
     parts = ("eef_pos", "eef_quat", "gripper_qpos")
-    arms = [f"{r}_{part}" for r in robots for part in parts if f"{r}_{part}" in available]
+    matches = [re.fullmatch(rf"(robot\d+_(?:right_|left_)?)({'|'.join(parts)})", k) for k in available]
+    arms = [m[0] for m in sorted(filter(None, matches), key=lambda m: (m[1], parts.index(m[2])))]
     state = ["state"] if "state" in available else arms
     objects = [k for k in ("object", "object-state") if k in available][:1]
     privileged = ["privileged"] if "privileged" in available else [*arms, *objects] if objects else []
@@ -446,7 +454,7 @@ class Args:
     tries: int | None = None
     """Give up after so many episodes; None: ten times as many as wanted."""
     seed: int = 0
-    """Seed of starts, randomisation and errors: the same seed and settings, the same file."""
+    """Seed of starts, randomisation and errors: the same seed and settings, the same demonstrations."""
     show: Path | None = None
     """Record nothing; describe this file."""
 
