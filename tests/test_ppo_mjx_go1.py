@@ -373,6 +373,7 @@ def test_a_mirrored_world_learns_mirrored(learn_once):
     before, after, metrics = learn_once(symmetry=True, num_minibatches=1, update_epochs=1)
     alone = learn_once(num_minibatches=1, update_epochs=1)[2]
     assert float(metrics["loss/value"]) != float(alone["loss/value"])
+    assert float(metrics["train/kl"]) == pytest.approx(0, abs=1e-6), "of the data as it was, not of its mirror image"
     _, batch, last, model = random_batch()
     args, mirror = arguments(symmetry=True, num_minibatches=1, update_epochs=1), FakeEnv().mirror
     flat = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), batch) | {"last": last, "id": jnp.arange(N)}
@@ -510,10 +511,10 @@ def test_video_and_plot_are_written(fake, runs):
 def test_a_student_learns_from_its_teacher(fake, runs):
     """It sees neither the velocity nor what the teacher's critic sees, and comes closer to its actions."""
     folder, _ = runs
-    ppo.train(arguments(name="student", backend="mujoco-c", no_linvel=True, total_timesteps=12 * N * T,
+    ppo.train(arguments(name="student", backend="mujoco-c", no_linvel=True, total_timesteps=40 * N * T,
                         distill=str(folder / "runs/mjx-jax/last.npz"), target_kl=None))
     told = [float(row["loss/distill"]) for row in table("runs/student/metrics.csv")]
-    assert told[-1] < 0.3 * told[0]
+    assert told[-1] < 0.4 * told[0]
     assert weights("runs/student/last.npz")["stats/state/mean"].shape == (4,)
 
 
