@@ -496,6 +496,8 @@ def main(args: Args) -> None:
     if args.show is not None:
         print(describe(args.show))
         return
+    if args.episodes < 1:
+        raise ValueError(f"the number of episodes must be at least 1, not {args.episodes}")
     _h5py()
     pixels = f"__{args.render_size}px" if args.obs == "pixels" else ""
     name = f"{args.env_id.replace('/', '_')}__noise{args.noise:g}{pixels}__{args.episodes}__s{args.seed}.hdf5"
@@ -503,17 +505,20 @@ def main(args: Args) -> None:
     if out.exists() and not args.overwrite:
         raise ValueError(f"{out} exists; name another file with --out, or add --overwrite")
     env, human, about, cameras = make(args)
+    inode = lambda: out.stat().st_ino if out.exists() else None  # noqa: E731
+    before = inode()
     # A request to end is treated as Ctrl-C is: the file is finished with what there is.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    usual = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         tally = record(
             env, human, out, args.episodes, env_args=about, seed=args.seed, cameras=cameras, keep=args.keep,
             tries=args.tries,
         )  # fmt: skip
     except KeyboardInterrupt:
-        print(f"interrupted; {f'what was recorded is in {out}' if out.exists() else 'nothing was kept yet'}")
+        print(f"interrupted; {f'what was recorded is in {out}' if inode() != before else 'nothing was kept yet'}")
         sys.exit(130)
     finally:
+        signal.signal(signal.SIGTERM, usual)
         env.close()
     print(
         f"{out}: {tally['kept']} demonstrations, {tally['steps']} steps in {tally['seconds']:.0f} s; "

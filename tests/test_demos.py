@@ -328,23 +328,16 @@ def test_wrong_files_get_one_clear_line(tmp_path):
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
-def command(*arguments, **options):
-    return subprocess.run(
-        [sys.executable, "-m", "envs.demos", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-        timeout=200, **options,
-    )  # fmt: skip
-
-
-def test_command_records_the_so101_and_is_the_same_twice(tmp_path):
+def test_command_records_the_so101_and_is_the_same_twice(tmp_path, capsys):
     pytest.importorskip("mujoco_warp", reason='MuJoCo Warp is not installed: pip install -e ".[so101]"')
     files = [tmp_path / f"{k}.hdf5" for k in "ab"]
     for file in files:
-        done = command(
-            "--env-id", "SO101LiftCube-v1", "--episodes", 5, "--noise", 0.1, "--obs", "pixels", "--render-size", 16,
-            "--cameras", "third", "wrist", "--out", file,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-    assert "5 demonstrations" in done.stdout and "demo/s" in done.stderr
+        demos.main(demos.Args(
+            env_id="SO101LiftCube-v1", episodes=5, noise=0.1, obs="pixels", render_size=16, cameras=("third", "wrist"),
+            out=file,
+        ))  # fmt: skip
+    said = capsys.readouterr()
+    assert f"{files[1]}: 5 demonstrations, 250 steps" in said.out and "demo/s" in said.err
     one, two = (demos.read(file) for file in files)
     assert one[0]["obs"]["rgb"].shape == (50, 16, 16, 6) and one[0]["obs"]["privileged"].shape == (50, 47)
     assert all(d["success"][-1] for d in one)
@@ -354,22 +347,23 @@ def test_command_records_the_so101_and_is_the_same_twice(tmp_path):
     assert about["env_id"] == "SO101LiftCube-v1" and about["recorded"]["noise"] == 0.1
     assert about["env_kwargs"]["camera_names"] == ["third", "wrist"] and about["spec"]["control_hz"] == 10.0
     before = files[0].read_bytes()
-    refused = command("--env-id", "SO101LiftCube-v1", "--episodes", 5, "--out", files[0])
-    assert refused.returncode == 1 and "exists; name another file" in refused.stderr
-    assert "Traceback" not in refused.stderr and files[0].read_bytes() == before
-    assert "SO101LiftCube-v1" in command("--show", files[0]).stdout
+    with pytest.raises(ValueError, match="exists; name another file"):
+        demos.main(demos.Args(out=files[0]))
+    assert files[0].read_bytes() == before
+    demos.main(demos.Args(show=files[0]))
+    assert "SO101LiftCube-v1" in capsys.readouterr().out
 
 
 def test_command_speaks_plainly(tmp_path):
-    for arguments, line in (
-        (("--show", tmp_path / "none"), "does not exist"),
-        (("--env-id", "SO101Dance-v1", "--out", tmp_path / "f"), "unknown SO-101 task"),
-        (("--noise", -1, "--out", tmp_path / "f"), "noise must be at least 0"),
-    ):
-        done = command(*arguments)
-        last = done.stderr.strip().splitlines()[-1]
-        assert done.returncode == 1 and last.startswith("envs.demos: ") and line in last
-        assert "Traceback" not in done.stderr and not (tmp_path / "f").exists()
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        demos.main(demos.Args(show=tmp_path / "none"))
+    done = subprocess.run(
+        [sys.executable, "-m", "envs.demos", "--episodes", "0", "--out", str(tmp_path / "f")], cwd=ROOT,
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and last == "envs.demos: the number of episodes must be at least 1, not 0"
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 
 def test_request_to_end_finishes_the_file(tmp_path):
