@@ -498,6 +498,7 @@ class SO101Env:
     (N, 12): six joint positions (with noise under randomisation) and the six controller targets, radians; with
     `asymmetric` also `privileged` float32 (N, 47) for the critic.
     Actions: (N, 6) in [-1, 1], added to the controller targets times `ACTION_SCALE`.
+    With `end_on_success` an episode also terminates at its first success.
     """
 
     action_dim, state_dim, max_episode_steps, control_hz = 6, 12, HORIZON, CONTROL_HZ
@@ -507,6 +508,7 @@ class SO101Env:
         samples_per_pixel: int = 4, cameras: tuple[str, ...] = ("wrist",), domain_randomization: bool = True,
         randomization: Randomization | None = None, asymmetric: bool = False, stagger: bool = True,
         engine: str = "auto", asset_dir: str | None = None, threads: int | None = None, pictures: bool = True,
+        end_on_success: bool = False,
     ):  # fmt: skip
         if env_id not in TASKS:
             raise ValueError(f"unknown SO-101 task {env_id!r}; known: {', '.join(TASKS)}")
@@ -522,7 +524,8 @@ class SO101Env:
         if engine not in ("warp", "mujoco") or (engine == "mujoco" and self.device.type != "cpu"):
             raise ValueError(f"engine {engine!r} cannot run on {self.device}: 'mujoco' is for the CPU, 'warp' for both")
         self.engine, self.cameras, self.asymmetric, self.stagger = engine, tuple(cameras), asymmetric, stagger
-        self.pictures = pictures  # False: no rgb key; for tests and scripted controllers
+        self.pictures = pictures  # False: no rgb key; for tests, scripted controllers and policies of the true state
+        self.end_on_success = end_on_success  # True: success terminates an episode, as sparse rewards want it
         dr = randomization or Randomization()
         self.dr = dr if domain_randomization else dr.off()
         self.render_size, self.samples_per_pixel = render_size, samples_per_pixel
@@ -773,8 +776,12 @@ class SO101Env:
         rewards, success = rewards.masked_fill(bad, 0.0), success & sane
 
         self.clock += 1
-        worlds = np.flatnonzero(self.clock == HORIZON).tolist()
+        out, terminations = self.clock == HORIZON, torch.zeros_like(bad)
+        if self.end_on_success:
+            terminations, out = success, out | success.cpu().numpy()
+        worlds = np.flatnonzero(out).tolist()
         truncations = torch.from_numpy(self.clock == HORIZON).to(self.device, non_blocking=True) | bad
+        truncations &= ~terminations
         length = torch.from_numpy(self.clock - self.started).to(self.device, non_blocking=True)
         self.returns += rewards
         self.success_once |= success
@@ -790,7 +797,7 @@ class SO101Env:
         self.success_once &= sane
         self.obs = self._restart(worlds, before) if worlds else before
         info = {"final_obs": final_obs, "success": success, "episode": episode}
-        return self.obs, rewards, torch.zeros_like(truncations), truncations, info
+        return self.obs, rewards, terminations, truncations, info
 
     def _next_target(self, actions: torch.Tensor) -> torch.Tensor:
         """Targets (N, 6) after `actions`, by the rules that `hardware/governor.py` applies on the robot."""

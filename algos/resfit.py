@@ -1,0 +1,1497 @@
+"""ResFiT: a behaviour-cloned policy in chunks of actions, frozen, and an off-policy residual that makes it reliable.
+
+Paper: Ankile, Jiang, Duan, Shi, Abbeel and Nagabandi, "Residual Off-Policy RL for Finetuning Behavior Cloning
+Policies", arXiv 2509.19301. Written from the paper's equations alone: the authors' code has a non-commercial licence,
+and nobody who wrote this file has opened it. RLPD: Ball et al., arXiv 2302.02948. IBRL: Hu et al., arXiv 2311.02198.
+ACT: Zhao et al., arXiv 2304.13705. Flow matching: Lipman et al., arXiv 2210.02747. ResiP: arXiv 2407.16677 (PPO).
+
+    base      b_t = the next action of a chunk that the frozen policy predicted at the start of the chunk       (1)
+    action    a_t = clip(b_t + clip(pi(o_t, b_t) + e, -l, l), -1, 1), stored as it was executed                 (2)
+    target    y = sum of g^i r_(t+i), i < n, + g^n (1 - d) min over a random pair k of ten of Q'_k(o', a')      (3)
+              a' = (2) with pi', b' = b_(t+n), the action really queued there, and e = clip(N(0, s^2), -c, c)
+    critics   mean over the ten heads of E[(Q_k(o_t, a_t) - y)^2]; half of the batch from demonstrations        (4)
+    actor     -E[mean_k Q_k(o_t, clip(b_t + pi(o_t, b_t)))] + w E[(pi / l)^2], once in --policy-frequency       (5)
+    gate      (2) is executed where mean_k D_k - kappa std_k D_k > margin, D_k = Q'_k(o, a) - Q'_k(o, b); else b (6)
+
+Differences from the paper:
+ 1. Never below the base: --recipe ours turns on guards, each a flag (GUARDS); --recipe published has none of them.
+ 2. The bound of (2) is hard: it holds for residual plus noise, per dimension, in warm-up too.
+ 3. The base action after an episode's last step comes from the old queue, so that time-outs can bootstrap.
+ 4. Heads are trained by their own errors. (The paper's sentence leaves open whether the errors are averaged first.)
+ 5. The encoder's tokens are compressed by one linear layer for each of actor and critics, at any picture size.
+ 6. Warm-up steps count. Any number of environments; the buffer holds each frame once, n-step sums are made at sampling.
+ 7. Observations may be vectors: the simulator's true state beside the joints (--obs state).
+
+Commands, from the repository's root:
+    demonstrations python -m envs.demos --env-id SO101PlaceCube-v1 --episodes 200
+    train          python algos/resfit.py --env-id SO101PlaceCube-v1 --demos FILE.hdf5
+    evaluate       python algos/resfit.py --evaluate --checkpoint runs/NAME/best.pt
+    resume         python algos/resfit.py --resume runs/NAME    (exactly, if the run was given --save-buffer)
+    other modes    python algos/resfit.py --demos FILE.hdf5 --base-from runs/NAME/base.pt --mode rlpd
+
+Expected result: see docs/algos/resfit.md. Not yet measured on a GPU.
+
+Shapes: N environments, B batch, K actions of a chunk, H heads, A action dimensions, S state dimensions, C channels.
+"""
+# ruff: noqa: E402  (the lines down to the banner must run before the imports below it)
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+VENV = Path(__file__).resolve().parent.parent / ".venv"
+if __name__ == "__main__" and importlib.util.find_spec("envs") is None:
+    # `make` installs the project in .venv; going on in there lets `python algos/resfit.py` work as typed.
+    if Path(sys.prefix).resolve() == VENV or not (VENV / "bin/python").exists():
+        sys.exit(f"cleanrobot is not installed for {sys.executable}: run `make setup` (or `pip install -e .`) first")
+    os.execv(VENV / "bin/python", [VENV / "bin/python", *sys.argv])
+
+# --- Imports ----------------------------------------------------------------------------------------------------------
+import contextlib
+import copy
+import csv
+import json
+import math
+import multiprocessing
+import pickle
+import queue as queues
+import time
+import traceback
+from collections import defaultdict, deque
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from typing import Annotated, Literal
+
+import imageio.v2 as imageio
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from tqdm import tqdm
+
+START = time.time()  # `wall_time` counts from here
+EVAL_SEED = 10_000
+CLOCK = ("global_step", "wall_time", "train_time")  # the first columns of metrics.csv and eval.csv
+OFF_POLICY = ("resfit", "rlpd", "ibrl")  # the modes with Learner's updates
+ROLLING = 100  # episodes over which the success of training is averaged
+
+# --- Args -------------------------------------------------------------------------------------------------------------
+# What --recipe ours turns on; each was measured alone, see the page.
+GUARDS = dict(warmup_noise=0.05, warmup_clean=0.5, gate="agree")
+# (pattern of env ids, kind of device, mode, recipe) -> defaults other than the published ones below; later rows win
+TUNED = {
+    ("*", "*", "resfit", "ours"): GUARDS,
+    ("*", "*", "rlpd", "*"): dict(actor_lr=1e-4, tau=0.01, noise=0.1, warmup_noise=1.0, critic_warmup=0),
+    ("*", "*", "ibrl", "*"): dict(actor_lr=1e-4, tau=0.01, noise=0.1, gate="min", warmup_noise=0.0, critic_warmup=0),
+    ("*", "*", "ppo-residual", "*"): dict(actor_lr=3e-4, offline=0.0, gamma=0.99),
+    # what follows is ours
+    ("*", "cpu", "*", "*"): dict(hidden=128, batch_size=128, base_dim=64, encoder_dim=32, utd=1, total_timesteps=20_000,
+                                 bc_batch_size=64, base_dropout=0.0, bc_steps=3_000, bc_eval_freq=1_000, bc_lr=5e-4,
+                                 chunk=10, execute=5,
+                                 buffer_size=100_000, learning_starts=2_000, critic_warmup=2_000, lr=3e-4,
+                                 actor_lr=3e-5, eval_freq=1_000, num_envs=8),
+}
+
+
+@dataclass
+class Args:
+    # run
+    env_id: str = "SO101PlaceCube-v1"  # task: SO101... (envs/so101.py)
+    mode: Literal["resfit", "rlpd", "ibrl", "filtered-bc", "ppo-residual"] = "resfit"  # what learns after the cloning
+    recipe: Literal["ours", "published"] = "ours"  # whose defaults: with the guards against the first collapse, or not
+    seed: int = 1  # of weights, exploration, sampling and episodes
+    name: str = ""  # folder under runs/; empty: made from task, mode, seed and time
+    total_timesteps: int = 300_000  # environment transitions, warm-up included, over all environments
+    eval_freq: int = 10_000  # transitions between evaluations; each also saves checkpoint.pt, and best.pt if it is
+    eval_episodes: int = 64  # episodes of an evaluation, with the same seeds every time
+    eval_envs: int = 64  # of them at once; divides eval_episodes
+    log_freq: int = 500  # transitions between rows of metrics.csv
+    evaluate: bool = False  # only evaluate the weights of --checkpoint
+    checkpoint: str | None = None  # file to evaluate
+    resume: str | None = None  # run folder to continue, with its arguments, except those given again
+    save_buffer: bool = False  # put the replay buffer in checkpoint.pt: larger, but then --resume continues exactly
+    capture_video: bool = True  # write an mp4 of evaluation episodes (with --obs state: in the first and the last)
+    track: bool = False  # log to Weights & Biases too; its WANDB_* variables choose project, entity, offline mode
+
+    # environment
+    num_envs: int = 1  # parallel environments
+    obs: Literal["state", "pixels"] = "state"  # the simulator's true state and the joints, or pictures and the joints
+    image_size: int = 84  # pixels a side
+    cameras: tuple[str, ...] = ("wrist",)  # of the task
+    demos: str = ""  # demonstrations, a file in robomimic's layout: `python -m envs.demos` writes one
+    demo_limit: int = 0  # successful demonstrations used, the first ones; 0: all
+
+    judge: str = ""  # module:callable, a person's word: called with each new observation, says None, True or False
+
+    # base policy
+    base: Literal["act", "flow"] = "act"  # transformer that regresses chunks, or that draws them by flow matching
+    base_policy: str = ""  # module:callable instead; called with the environment, gives reset(mask) and act(obs)
+    base_from: str = ""  # base.pt of an earlier run: no cloning
+    chunk: int = 20  # K, actions of a chunk
+    execute: int = 20  # of them executed before the next query: K is open loop, 1 receding horizon
+    base_dim: int = 256  # width of the transformer
+    base_dropout: float = 0.1  # in its layers
+    bc_steps: int = 50_000  # updates of the cloning
+    bc_lr: float = 1e-4  # AdamW step size of the cloning
+    bc_batch_size: int = 256  # chunks an update
+    bc_eval_freq: int = 5_000  # updates between evaluations of the cloning
+    bc_only: bool = False  # stop after it
+
+    # algorithm
+    limit: tuple[float, ...] = (0.1,)  # l, largest residual, in units of actions; one number, or one a dimension
+    freeze_gripper: bool = False  # no residual on the last action
+    buffer_size: int = 200_000  # observations kept, over all environments
+    batch_size: int = 256  # transitions per update
+    offline: float = 0.5  # share of them from demonstrations
+    utd: float = 4.0  # critic updates per transition
+    policy_frequency: int = 4  # critic updates per update of actor and its target
+    gamma: float = 0.99  # discount per step
+    n_step: int = 3  # rewards summed before the bootstrap
+    bootstrap_on_timeout: bool = True  # a time-out is no end; off: it is one, as published
+    heads: int = 10  # H, critics; the target takes the smaller of a random pair
+    layer_norm: bool = True  # in critics and actor
+    see_phase: bool = False  # show actor and critics which share of the chunk is done
+    lr: float = 1e-4  # AdamW step size of encoder and critics
+    actor_lr: float = 1e-6  # AdamW step size of the actor
+    grad_clip: float = 1.0  # largest norm of a gradient
+    tau: float = 0.005  # share of critics and actor that moves into their targets
+    noise: float = 0.05  # s, standard deviation of exploration and of target smoothing, in units of actions
+    noise_clip: float = 0.3  # c, of the smoothing
+    learning_starts: int = 10_000  # transitions of warm-up: base and uniform noise
+    critic_warmup: int = 10_000  # critic-only updates after it
+    hidden: int = 1024  # width of the two layers of actor and critics
+    encoder_dim: int = 128  # width of the picture's tokens
+    pad: int = 4  # largest random shift, pixels each way
+
+    ppo_rollout: int = 2_048  # ppo-residual: transitions between its updates, each of 10 passes over them
+
+    # guards against the collapse at the start
+    warmup_noise: float = 0.2  # half width of the uniform noise of warm-up
+    warmup_clean: float = 0.0  # (a) share of warm-up episodes without noise
+    ramp_steps: int = 0  # (b) transitions after warm-up over which the residual grows from 0, in targets and losses too
+    gate: Literal["none", "min", "agree"] = "none"  # (c) execute the proposal only where the critics prefer it: eq. 6
+    margin: float = 0.0  # (c) by at least so much
+    kappa: float = 1.0  # (c) standard deviations of the heads' advantages that "agree" subtracts
+    trust: float = 0.0  # (d) w, weight of the squared residual in the actor's loss
+    fallback: float = 0.0  # (e) rolling success below the base's by so much halves the residual; 0: never
+    anchor: float = 0.0  # (f) share of the batch from warm-up
+
+    # compute
+    async_: Annotated[bool, tyro.conf.arg(name="async")] = False  # interaction in a process of its own
+    async_queue: int = 64  # its steps that may wait for the learner
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # of networks, environments and buffer
+
+    def check(self):
+        """Raises ValueError at the first choice that cannot work. (In __post_init__ the parser would reword it.)"""
+        cuda = self.device.startswith("cuda")
+        for message, wrong in {
+            "--resume continues a run, --checkpoint is for --evaluate: give only one": self.resume and self.checkpoint,
+            "--evaluate needs --checkpoint FILE": self.evaluate and not self.checkpoint,
+            "--eval-episodes must be a multiple of --eval-envs": self.eval_episodes % self.eval_envs,
+            "--execute must be from 1 to --chunk": not 1 <= self.execute <= self.chunk,
+            "--heads must be at least 2, --n-step, --policy-frequency, --num-envs, --batch-size and --hidden 1":
+                self.heads < 2 or min(self.n_step, self.policy_frequency, self.num_envs, self.batch_size,
+                                      self.hidden) < 1,
+            "--limit must be from 0 to 1": not all(0 <= limit <= 1 for limit in self.limit),
+            "--offline and --anchor are shares of the batch: together they must leave some of it":
+                min(self.offline, self.anchor) < 0 or self.offline + self.anchor >= 1,
+            "--anchor needs a --buffer-size above --total-timesteps, so that warm-up is never overwritten":
+                self.anchor and self.buffer_size < 2 * self.total_timesteps,
+            "--learning-starts must be at least (--n-step + 2) x --num-envs":
+                self.learning_starts < (self.n_step + 2) * self.num_envs,
+            "--buffer-size must be at least --learning-starts and (--n-step + 4) x --num-envs":
+                self.buffer_size < max((self.n_step + 4) * self.num_envs, self.learning_starts),
+            "give --demos FILE (`python -m envs.demos` writes one), or a --base-policy with --offline 0":
+                not self.demos and not self.evaluate and (self.offline or not (self.base_policy or self.base_from)),
+            "--judge needs --num-envs 1": self.judge and self.num_envs != 1,
+            "--async needs a mode of its own learner: resfit, rlpd or ibrl":
+                self.async_ and self.mode not in OFF_POLICY,
+            "there is no CUDA device here: use --device cpu": cuda and not torch.cuda.is_available(),
+        }.items():
+            if wrong:
+                raise ValueError(message)
+
+
+def tuned_defaults(env_id: str, device: str, mode: str, recipe: str) -> dict:
+    """The rows of TUNED that apply, merged."""
+    given = (env_id, device.partition(":")[0], mode, recipe)
+    rows = [row for patterns, row in TUNED.items() if all(map(fnmatch, given, patterns))]
+    return {key: value for row in rows for key, value in row.items()}
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Command line -> Args. The defaults, and so --help, are those of the task, device, mode and recipe given."""
+    words = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("-h", "--help")]
+    given = tyro.cli(Args, args=words, default=Args())  # a first look
+    source = Path(given.resume) / "checkpoint.pt" if given.resume else given.checkpoint
+    saved = load_file(source)["args"] if source else {}
+    choice = {key: getattr(given, key) for key in ("env_id", "mode", "recipe")} | {
+        key: saved[key] for key in ("env_id", "mode", "recipe") if key in saved}
+    for key in ("device", "evaluate", "checkpoint", "resume", *["name"] * bool(given.checkpoint)):  # of that run alone
+        saved.pop(key, None)
+    defaults = dict(device=given.device) | choice | tuned_defaults(device=given.device, **choice) | saved
+    return tyro.cli(Args, args=argv, default=Args(**defaults), description=__doc__.split("\n\n")[0])
+
+
+# --- make_envs --------------------------------------------------------------------------------------------------------
+def make_envs(args: Args, device: torch.device) -> tuple:
+    """-> training environment (None with --evaluate), evaluation environment.
+
+    Anything with the contract in envs/__init__.py can stand here, if it knows success and terminates at it.
+    """
+    pixels = args.obs == "pixels"
+    options = dict(pictures=pixels, asymmetric=not pixels, render_size=args.image_size, cameras=args.cameras,
+                   stagger=False, end_on_success=True)
+    try:
+        make = importlib.import_module("envs.so101").make
+        return (None if args.evaluate else make(args.env_id, args.num_envs, device, seed=args.seed, **options),
+                make(args.env_id, args.eval_envs, device, seed=EVAL_SEED, **options))
+    except (ImportError, RuntimeError) as error:  # the environment's own messages
+        raise ValueError(error) from error
+
+
+def observe(obs: dict) -> dict:
+    """What the networks see: "state" (N, S), the true state in front of it if there is one, and "rgb" (N, H, W, C)."""
+    state = torch.cat([obs[k].float() for k in ("privileged", "state") if k in obs], -1)
+    return {"state": state} | ({"rgb": obs["rgb"]} if "rgb" in obs else {})
+
+
+def read_demos(args: Args) -> tuple[list[dict], list[dict]]:
+    """Successful demonstrations, for training and for validation: dicts of obs, final_obs, actions (T, A), rewards.
+
+    Each ends at its first success. Validation is the file's list `mask/valid`, or else every tenth of them.
+    """
+    demos, keys = importlib.import_module("envs.demos"), ["state", "privileged" if args.obs == "state" else "rgb"]
+    try:
+        found = demos.read(args.demos, keys, until_success=True)
+        try:
+            valid = {demo["name"] for demo in demos.read(args.demos, ["state"], "valid")}
+        except ValueError:
+            valid = {demo["name"] for demo in found[9::10]}
+    except ImportError as error:
+        raise ValueError(error) from error
+    found = [demo for demo in found if demo["success"].any()]
+    parts = [[demo for demo in found if (demo["name"] in valid) == which] for which in (False, True)]
+    if not parts[0]:
+        raise ValueError(f"{args.demos} has no successful demonstration to train on: record more")
+    return parts[0][: args.demo_limit or None], parts[1]
+
+
+# --- Networks ---------------------------------------------------------------------------------------------------------
+class Tokens(nn.Module):
+    """uint8 (B, H, W, 3 x cameras) -> (B, T, D): two convolutions for each camera, 81 places of 84 x 84 pixels."""
+
+    def __init__(self, cameras: int, dim: int, size: int):
+        super().__init__()
+        side = ((size - 8) // 4 - 2) // 2 + 1
+        self.convs = nn.ModuleList(nn.Sequential(nn.Conv2d(3, dim, 8, 4), nn.ReLU(), nn.Conv2d(dim, dim, 3, 2))
+                                   for _ in range(cameras))
+        self.place = nn.Parameter(0.02 * torch.randn(cameras * side**2, dim))
+
+    def forward(self, rgb):
+        x = rgb.permute(0, 3, 1, 2).float() / 255 - 0.5
+        maps = [convs(part).flatten(2) for convs, part in zip(self.convs, x.split(3, 1), strict=True)]
+        return torch.cat(maps, -1).transpose(1, 2) + self.place
+
+
+def transformer_layer(kind: type, dim: int, dropout: float) -> nn.Module:
+    return kind(dim, 4, 4 * dim, dropout, "gelu", batch_first=True, norm_first=True)
+
+
+class Normalizer(nn.Module):
+    """States in units of their deviation over the demonstrations, cut off at 10."""
+
+    def __init__(self, dims: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dims))
+        self.register_buffer("std", torch.ones(dims))
+
+    def fit(self, states: torch.Tensor):
+        self.mean.copy_(states.mean(0))
+        self.std.copy_(states.std(0).clamp_min(0.01))
+
+    def forward(self, state):
+        return ((state - self.mean) / self.std).clamp(-10, 10)
+
+
+class ChunkPolicy(nn.Module):
+    """The base: obs -> the next K actions (B, K, A), by regression (ACT) or by the flow from noise to actions."""
+
+    def __init__(self, shapes: dict, args: Args):
+        super().__init__()
+        dim, self.flow, self.shape = args.base_dim, args.base == "flow", (args.chunk, shapes["action"])
+        self.normalize = Normalizer(shapes["state"])
+        self.state = nn.Sequential(nn.Linear(shapes["state"], dim), nn.GELU(), nn.Linear(dim, dim))
+        self.tokens = Tokens(shapes["cameras"], dim, args.image_size) if shapes["cameras"] else None
+        layer = lambda kind: transformer_layer(kind, dim, args.base_dropout)  # noqa: E731
+        self.encoder = nn.ModuleList(layer(nn.TransformerEncoderLayer) for _ in range(2))
+        self.decoder = layer(nn.TransformerDecoderLayer)
+        self.queries = nn.Parameter(0.02 * torch.randn(args.chunk, dim))
+        self.noisy = nn.Linear(shapes["action"] + 1, dim) if self.flow else None
+        self.norm, self.out = nn.LayerNorm(dim), nn.Linear(dim, shapes["action"])
+
+    def memory(self, obs: dict) -> torch.Tensor:
+        """What the decoder attends to, (B, T, D)."""
+        x = self.state(self.normalize(obs["state"]))[:, None]
+        if self.tokens:
+            x = torch.cat([x, self.tokens(obs["rgb"])], 1)
+        for layer in self.encoder:
+            x = layer(x)
+        return x
+
+    def decode(self, memory, noisy=None, when=None) -> torch.Tensor:
+        """Actions; or, of `noisy` (B, K, A) at times `when` (B,) from 0 to 1, the velocity of the flow."""
+        x = self.queries.expand(len(memory), -1, -1)
+        if self.flow:
+            x = x + self.noisy(torch.cat([noisy, when[:, None, None].expand(*noisy.shape[:2], 1)], -1))
+        return self.out(self.norm(self.decoder(x, memory)))
+
+    @torch.no_grad()
+    def predict_chunk(self, obs: dict, generator: torch.Generator, steps: int = 8) -> torch.Tensor:
+        memory = self.memory(observe(obs))
+        if not self.flow:
+            return self.decode(memory)
+        x = torch.randn((len(memory), *self.shape), generator=generator, device=memory.device)
+        for i in range(steps):  # Euler
+            x = x + self.decode(memory, x, torch.full((len(x),), i / steps, device=x.device)) / steps
+        return x
+
+
+class Encoder(nn.Module):
+    """obs -> (B, E): tokens of the pictures after one layer of attention, flattened, then state and chunk's phase."""
+
+    def __init__(self, shapes: dict, args: Args):
+        super().__init__()
+        self.normalize, self.tokens, dim = Normalizer(shapes["state"]), None, args.encoder_dim
+        self.picture, self.vector, self.phase = 0, shapes["state"] + args.see_phase, args.see_phase
+        if shapes["cameras"]:
+            self.tokens = Tokens(shapes["cameras"], dim, args.image_size)
+            self.layer, self.norm = transformer_layer(nn.TransformerEncoderLayer, dim, 0.0), nn.LayerNorm(dim)
+            self.picture = self.tokens.place.numel()
+
+    def forward(self, obs):
+        parts = [self.norm(self.layer(self.tokens(obs["rgb"]))).flatten(1)] if self.tokens else []
+        return torch.cat([*parts, self.normalize(obs["state"]), *[obs["phase"]] * self.phase], -1)
+
+
+class Trunk(nn.Module):
+    """(B, E) -> (B, 128 + vector): the pictures' part compressed, by a layer of the actor's or the critics' own."""
+
+    def __init__(self, encoder: Encoder):
+        super().__init__()
+        self.picture, self.width = encoder.picture, encoder.vector + 128 * bool(encoder.picture)
+        self.layers = nn.Sequential(nn.Linear(self.picture, 128), nn.LayerNorm(128), nn.ReLU()) if self.picture else 0
+
+    def forward(self, x):
+        return torch.cat([self.layers(x[:, : self.picture]), x[:, self.picture:]], -1) if self.picture else x
+
+
+class Actor(nn.Module):
+    """features (B, E), base action (B, A) -> residual in [-l, l]; zero at first."""
+
+    def __init__(self, encoder: Encoder, shapes: dict, args: Args):
+        super().__init__()
+        self.trunk, h = Trunk(encoder), args.hidden
+        self.register_buffer("limit", limits(args, shapes["action"]))
+        norm = nn.LayerNorm if args.layer_norm else lambda width: nn.Identity()
+        self.policy = nn.Sequential(nn.Linear(self.trunk.width + shapes["action"], h), norm(h), nn.ReLU(),
+                                    nn.Linear(h, h), norm(h), nn.ReLU(), nn.Linear(h, shapes["action"]))
+        if adds_to_base(args):
+            nn.init.zeros_(self.policy[-1].weight), nn.init.zeros_(self.policy[-1].bias)
+
+    def forward(self, x, base):
+        return torch.tanh(self.policy(torch.cat([self.trunk(x), base], -1))) * self.limit
+
+
+class Critics(nn.Module):
+    """features (B, E), executed action (B, A) -> values (H, B): one trunk and H perceptrons as stacked weights."""
+
+    def __init__(self, encoder: Encoder, shapes: dict, args: Args):
+        super().__init__()
+        self.trunk, self.layer_norm = Trunk(encoder), args.layer_norm
+        sizes = [self.trunk.width + shapes["action"], args.hidden, args.hidden, 1]
+        heads, pairs = args.heads, list(zip(sizes, sizes[1:], strict=False))
+        self.weights = nn.ParameterList(torch.stack([nn.init.orthogonal_(torch.empty(o, i)).T for _ in range(heads)])
+                                        for i, o in pairs)
+        self.biases = nn.ParameterList(torch.zeros(heads, 1, o) for _, o in pairs)
+        self.gains = nn.ParameterList(torch.ones(heads, 1, args.hidden) for _ in range(2))
+        self.shifts = nn.ParameterList(torch.zeros(heads, 1, args.hidden) for _ in range(2))
+
+    def forward(self, x, actions, heads=slice(None)):
+        """`heads`: which of them, an index tensor; the default is all."""
+        x = torch.cat([self.trunk(x), actions], -1)
+        x = x.expand(len(self.weights[0][heads]), *x.shape)
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.baddbmm(bias[heads], x, weight[heads])
+            if i < 2:
+                if self.layer_norm:
+                    x = F.layer_norm(x, x.shape[-1:]) * self.gains[i][heads] + self.shifts[i][heads]
+                x = F.relu(x)
+        return x.squeeze(-1)
+
+
+class Still:
+    """The base of those who have none: no motion."""
+
+    def __init__(self, action_dim: int):
+        self.action_dim = action_dim
+
+    def act(self, obs: dict) -> torch.Tensor:
+        return obs["state"].new_zeros((len(obs["state"]), self.action_dim))
+
+
+def adds_to_base(args: Args) -> bool:
+    """Whether the actor's output is added to the base's action (or is an action by itself)."""
+    return args.mode in ("resfit", "ppo-residual")
+
+
+def limits(args: Args, action_dim: int) -> torch.Tensor:
+    """l of every dimension (A,). Raises ValueError where --limit has neither 1 nor A numbers."""
+    limit = torch.tensor(args.limit if adds_to_base(args) else (1.0,))
+    if len(limit) not in (1, action_dim):
+        raise ValueError(f"--limit has {len(limit)} numbers; give one, or one for each of {action_dim} actions")
+    limit = limit.expand(action_dim).clone()
+    limit[-1] *= not (args.freeze_gripper and adds_to_base(args))
+    return limit
+
+
+class Agent(nn.Module):
+    """All that learns by reinforcement: encoder, actor, critics, the targets of both, and the optimisers."""
+
+    def __init__(self, args: Args, shapes: dict, device: torch.device):
+        super().__init__()
+        self.encoder = Encoder(shapes, args)
+        self.actor, self.critics = Actor(self.encoder, shapes, args), Critics(self.encoder, shapes, args)
+        self.actor_target, self.critics_target = (copy.deepcopy(net).requires_grad_(False)
+                                                  for net in (self.actor, self.critics))
+        self.to(device)
+        values = [*self.encoder.parameters(), *self.critics.parameters()]
+        self.optimizers = {"critics": torch.optim.AdamW(values, args.lr, fused=True),
+                           "actor": torch.optim.AdamW(self.actor.parameters(), args.actor_lr, fused=True)}
+
+
+# --- Storage ----------------------------------------------------------------------------------------------------------
+class Queue:
+    """Executes a policy of chunks in N environments: asks it again where `execute` actions of the last one are done.
+
+    `policy` has `predict_chunk(obs, generator)` or, as a black box, `act(obs)`, and then perhaps `reset(mask)`. It is
+    asked about all N observations when any is due, so that a row's answer does not depend on who else is due.
+    """
+
+    def __init__(self, policy, num_envs: int, args: Args, action_dim: int, device):
+        self.policy, self.execute, self.device = policy, args.execute, torch.device(device)
+        self.generator = torch.Generator(device).manual_seed(args.seed)
+        self.own = hasattr(policy, "predict_chunk")
+        if not self.own:
+            self.execute = 1
+        self.chunks = torch.zeros((num_envs, self.execute, action_dim), device=device)
+        self.reset()
+
+    def reset(self, worlds: torch.Tensor | None = None):
+        """Forget the rest of the chunk in `worlds`, a mask (N,) (None: in all): an episode begins."""
+        worlds = torch.ones(len(self.chunks), dtype=torch.bool, device=self.device) if worlds is None else worlds
+        everywhere = torch.full((len(self.chunks),), self.execute, device=self.device)
+        self.age = torch.where(worlds, everywhere, getattr(self, "age", everywhere))
+        if hasattr(self.policy, "reset"):
+            self.policy.reset(worlds)
+
+    def act(self, obs: dict) -> dict:
+        """-> "base" (N, A), the action to be executed now, and "phase" (N, 1), the share of the chunk that is done."""
+        due = self.age >= self.execute
+        if due.any():
+            new = self.policy.predict_chunk(obs, self.generator) if self.own else self.policy.act(obs)[:, None]
+            new = new[:, : self.execute].clamp(-1, 1)
+            self.chunks, self.age = torch.where(due[:, None, None], new, self.chunks), torch.where(due, 0, self.age)
+        base = self.chunks[torch.arange(len(due), device=self.device), self.age]
+        phase = self.age[:, None] / self.execute
+        self.age = self.age + 1
+        return dict(base=base, phase=phase)
+
+    def peek(self, obs: dict) -> dict:
+        """What `act` would say, without taking anything from the queue."""
+        before = self.chunks, self.age, self.policy, self.generator.get_state()
+        if not self.own:
+            self.policy = copy.deepcopy(self.policy)
+        answer = self.act(obs)
+        self.chunks, self.age, self.policy = before[:3]
+        self.generator.set_state(before[3])
+        return answer
+
+    def state_dict(self) -> dict:
+        return dict(chunks=self.chunks, age=self.age, generator=self.generator.get_state())
+
+    def load_state_dict(self, state: dict):
+        self.chunks, self.age = state["chunks"].to(self.device), state["age"].to(self.device)
+        self.generator.set_state(state["generator"])
+
+
+class Replay:
+    """A ring of F slots for each of N environments. A slot holds one observation, and every one is stored once.
+
+    An episode of L steps takes L + 1 slots in a row. Slot i has the observation before step i, with the base's action
+    and its phase there, and that step's executed action, reward and discount (0 where it terminates); the slot after
+    the last step has the final observation alone and is marked `last`. `good` marks the steps of successful episodes.
+    `head` (N,) numbers the slot of the present observation, counted from the start of the run.
+    """
+
+    def __init__(self, obs: dict, action_dim: int, slots: int, n_step: int, gamma: float, device):
+        self.slots, self.n_step, self.gamma, self.device = slots, n_step, gamma, torch.device(device)
+        n = len(obs["state"])
+        zeros = torch.zeros(n)
+        self.keys = tuple(obs)
+        slot = obs | dict(actions=torch.zeros(n, action_dim), rewards=zeros, discounts=zeros, last=zeros.bool(),
+                          good=zeros.bool())
+        self.data = {k: torch.zeros((slots, *v.shape), dtype=v.dtype, device=device) for k, v in slot.items()}
+        self.head, self.worlds = torch.zeros(n, dtype=torch.int64, device=device), torch.arange(n, device=device)
+        self.start = self.head.clone()  # slot of the present episode's first observation
+        for k in self.keys:
+            self.data[k][0] = obs[k]
+
+    def add(self, actions, rewards, discounts, dones, success, final_obs: dict, next_obs: dict):
+        """Store one step of every environment; all (N, ...).
+
+        final_obs: the true next observation; next_obs: the one to act on, of another episode where `dones`.
+        """
+        data, dones = self.data, dones.to(self.device)
+        now, after = (self.head % self.slots, self.worlds), ((self.head + 1) % self.slots, self.worlds)
+        begin = ((self.head + 1 + dones) % self.slots, self.worlds)  # of the next episode; without an end, = after
+        for k, v in dict(actions=actions, rewards=rewards, discounts=discounts).items():
+            data[k][now] = v.to(self.device)
+        data["last"][after] = dones
+        data["last"][begin] = data["last"][begin] & False
+        data["last"][after] = dones
+        data["good"][now] = False
+        for k in self.keys:
+            data[k][after] = final_obs[k].to(self.device)
+            data[k][begin] = next_obs[k].to(self.device)
+        for world in (dones & success.to(self.device)).nonzero()[:, 0].tolist():
+            steps = torch.arange(int(self.start[world]), int(self.head[world]) + 1, device=self.device)
+            data["good"][steps[-self.slots:] % self.slots, world] = True
+        self.head += 1 + dones
+        self.start = torch.where(dones, self.head, self.start)
+
+    def cut(self, obs: dict):
+        """Begin new episodes everywhere with `obs`: the present ones end here, as by time-outs."""
+        self.data["last"][self.head % self.slots, self.worlds] = True
+        self.head += 1
+        self.start = self.head.clone()
+        place = (self.head % self.slots, self.worlds)
+        self.data["last"][place] = False
+        for k in self.keys:
+            self.data[k][place] = obs[k].to(self.device)
+
+    def __len__(self) -> int:
+        """Slots in use, those of final observations included."""
+        return int((self.head + 1).clamp(max=self.slots).sum())
+
+    def _observe(self, slot, world) -> dict:
+        return {k: self.data[k][slot % self.slots, world] for k in self.keys}
+
+    def _draw(self, batch_size: int, generator, newest, oldest=None) -> tuple:
+        """Slots (B,) and environments (B,) of steps, uniform from oldest to newest (N,); never a final observation."""
+        draw = torch.rand((5, batch_size), dtype=torch.float64, generator=generator, device=self.device)
+        world = (draw[0] * len(self.worlds)).long()
+        newest = newest[world]
+        span = (newest + 1).clamp(min=1, max=self.slots - self.n_step - 2)
+        slot = newest - (draw[1] * span).long()
+        for again in draw[2:]:  # no step starts at a final observation: draw anew, three times
+            slot = torch.where(self.data["last"][slot % self.slots, world], newest - (again * span).long(), slot)
+        return slot - self.data["last"][slot % self.slots, world].long(), world  # once in length^4: the step before
+
+    def sample(self, batch_size: int, generator: torch.Generator, until: torch.Tensor | None = None) -> dict:
+        """B transitions of n steps, uniform over environments and their stored steps, or those before `until` (N,).
+
+        -> obs, next_obs (dicts), actions (B, A), rewards (B,) = sum of gamma^i x discounts before x r_i,
+        discounts (B,) = gamma^n x product of the n discounts. At an episode's end the sum stops, with fewer steps, and
+        next_obs is the final observation. Windows that the write head crosses are left out.
+        """
+        data, n = self.data, self.n_step
+        slot, world = self._draw(batch_size, generator, (self.head if until is None else until) - n)
+        end, rewards = slot, torch.zeros(batch_size, device=self.device)
+        discounts, running = torch.ones_like(rewards), torch.ones_like(world, dtype=torch.bool)
+        for _ in range(n):
+            at = (end % self.slots, world)
+            rewards = rewards + running * discounts * data["rewards"][at]
+            discounts = torch.where(running, discounts * self.gamma * data["discounts"][at], discounts)
+            end = end + running
+            running = running & ~data["last"][end % self.slots, world]
+        return dict(obs=self._observe(slot, world), next_obs=self._observe(end, world), rewards=rewards,
+                    discounts=discounts, actions=data["actions"][slot % self.slots, world])
+
+    def sample_chunks(self, batch_size: int, chunk: int, generator: torch.Generator) -> dict:
+        """For cloning: obs, the `chunk` actions from there on (B, K, A), weights (B, K): 0 beyond a good episode."""
+        slot, world = self._draw(batch_size, generator, self.head - 1)
+        at = slot[:, None] + torch.arange(chunk, device=self.device)
+        inside = at < self.head[world, None]
+        at, world_of = at % self.slots, world[:, None]
+        ended = (self.data["last"][at, world_of] | ~inside).long().cumsum(1) > 0
+        weights = (~ended & self.data["good"][at, world_of]).float()
+        return dict(obs=self._observe(slot, world), actions=self.data["actions"][at, world_of], weights=weights)
+
+    def state_dict(self) -> dict:
+        used = min(self.slots, int(self.head.max()) + 1)
+        return {k: v if used == self.slots else v[:used].clone() for k, v in self.data.items()} | dict(
+            head=self.head, start=self.start)
+
+    def load_state_dict(self, state: dict):
+        self.head.copy_(state["head"]), self.start.copy_(state["start"])
+        for k, v in self.data.items():
+            v[: len(state[k])] = state[k]
+
+
+@torch.no_grad()
+def store_demos(demos: list[dict], policy, args: Args, device) -> Replay:
+    """Demonstrations as a buffer of one environment, relabelled: at each step the base's action, from a queue that
+
+    begins anew with every demonstration. All demonstrations step through the base side by side.
+    """
+    lengths = [len(demo["actions"]) for demo in demos]
+    whole = [{k: torch.from_numpy(np.concatenate([v, (demo["final_obs"] or {k: v[-1] for k, v in demo["obs"].items()}
+                                                      )[k][None]])).to(device) for k, v in demo["obs"].items()}
+             for demo in demos]  # T + 1 observations; where the file lacks the last one, success hides it
+    queue, labels = Queue(policy, len(demos), args, demos[0]["actions"].shape[1], device), []
+    for t in range(max(lengths) + 1):
+        labels.append(queue.act({k: torch.stack([obs[k][min(t, n)] for obs, n in zip(whole, lengths, strict=True)])
+                                 for k in whole[0]}))
+    replay = None
+    for i, (demo, obs, length) in enumerate(zip(demos, whole, lengths, strict=True)):
+        rows = [observe({k: v[t:t + 1] for k, v in obs.items()}) | {k: v[i:i + 1] for k, v in labels[t].items()}
+                for t in range(length + 1)]
+        if replay is None:
+            replay = Replay(rows[0], queue.chunks.shape[-1], sum(lengths) + len(lengths) + args.n_step + 3,
+                            args.n_step, args.gamma, device)
+        for k in replay.keys:  # the first observation, in the slot that the episode before left open
+            replay.data[k][replay.head] = rows[0][k]
+        for t in range(length):
+            end = torch.tensor([t == length - 1])
+            replay.add(torch.from_numpy(demo["actions"][t:t + 1]), end.float(), 1 - end.float(), end, end,
+                       rows[t + 1], rows[t + 1])
+    return replay
+
+
+# --- Update functions -------------------------------------------------------------------------------------------------
+def clone_loss(base: ChunkPolicy, batch: dict, generator: torch.Generator):
+    """Mean absolute error of the chunks (ACT), or mean squared error of the flow's velocity; weights (B, K) say where.
+
+    Flow: at x = (1 - u) noise + u actions, with u uniform in [0, 1], the velocity is actions - noise.
+    """
+    actions, weights, memory = batch["actions"], batch["weights"], base.memory(batch["obs"])
+    if base.flow:
+        noise = torch.randn(actions.shape, generator=generator, device=actions.device)
+        u = torch.rand(len(actions), generator=generator, device=actions.device)
+        x = noise + u[:, None, None] * (actions - noise)
+        error = (base.decode(memory, x, u) - (actions - noise)).square()
+    else:
+        error = (base.decode(memory) - actions).abs()
+    return (error.mean(-1) * weights).sum() / weights.sum().clamp(min=1)
+
+
+def propose(base, residual, args: Args):
+    """Eq. 2 (B, A): base and residual, or the actor's own action, kept in [-1, 1] without losing the gradient."""
+    actions = base + residual if adds_to_base(args) else residual
+    return actions + (actions.clamp(-1, 1) - actions).detach()
+
+
+def bounded(residual, noise, limit):
+    """Residual and noise, together within [-l, l]."""
+    return torch.clamp(residual + noise, -limit, limit)
+
+
+@torch.no_grad()
+def select(agent: Agent, x, base, proposal, args: Args, heads=slice(None)):
+    """Eq. 6: the proposal (B, A) where the target critics prefer it, elsewhere the base's action. -> actions, took (B,)
+
+    "agree" asks all heads, whether their mean advantage exceeds kappa standard deviations; "min" is IBRL's choice by
+    the smaller value of `heads`.
+    """
+    if args.gate == "none" or args.mode == "rlpd":
+        return proposal, torch.ones(len(base), dtype=torch.bool, device=base.device)
+    heads = slice(None) if args.gate == "agree" else heads
+    new, old = agent.critics_target(x.repeat(2, 1), torch.cat([proposal, base]), heads).chunk(2, 1)  # (H, B) each
+    gain = new.amin(0) - old.amin(0)
+    if args.gate == "agree":
+        gain = (new - old).mean(0) - args.kappa * (new - old).std(0)
+    took = gain > args.margin
+    return torch.where(took[:, None], proposal, base), took
+
+
+def draw_chance(args: Args, batch_size: int, action_dim: int, generator: torch.Generator) -> dict:
+    """All chance of one update but the batch: noise (B, A), two heads for the target, two shifts (B, 2)."""
+    on = dict(generator=generator, device=generator.device)
+    shifts = [torch.randint(0, 2 * args.pad + 1, (batch_size, 2), **on) for _ in range(2)]
+    return dict(noise=torch.randn((batch_size, action_dim), **on), heads=torch.randperm(args.heads, **on)[:2],
+                shift=shifts[0], next_shift=shifts[1])
+
+
+def random_shift(obs: dict, offsets: torch.Tensor, pad: int) -> dict:
+    """Its pictures moved by `offsets` (B, 2) - pad pixels, edges repeated; the rest as it is."""
+    if "rgb" not in obs:
+        return obs
+    b, h, w, _ = obs["rgb"].shape
+    y = (torch.arange(h, device=offsets.device) + offsets[:, :1] - pad).clamp(0, h - 1)  # (B, H)
+    x = (torch.arange(w, device=offsets.device) + offsets[:, 1:] - pad).clamp(0, w - 1)
+    picture = torch.arange(b, device=offsets.device)
+    return obs | {"rgb": obs["rgb"][picture[:, None, None], y[:, :, None], x[:, None, :]]}
+
+
+def critic_loss(agent: Agent, batch: dict, chance: dict, scale: float, args: Args):
+    """Eqs. 3 and 4; `scale` is the share of the residual that is let through. -> loss, features, metrics"""
+    with torch.no_grad():
+        after = agent.encoder(random_shift(batch["next_obs"], chance["next_shift"], args.pad))
+        base = batch["next_obs"]["base"]
+        noise = (args.noise * chance["noise"]).clamp(-args.noise_clip, args.noise_clip)
+        following = propose(base, bounded(scale * agent.actor_target(after, base), noise, agent.actor.limit), args)
+        next_q = agent.critics_target(after, following, chance["heads"]).amin(0)
+        if args.gate != "none":  # the better of proposal and base, by the same pair of heads
+            old = agent.critics_target(after, base, chance["heads"]).amin(0)
+            next_q = torch.maximum(next_q, old)
+        targets = batch["rewards"] + batch["discounts"] * next_q
+    x = agent.encoder(random_shift(batch["obs"], chance["shift"], args.pad))
+    q = agent.critics(x, batch["actions"])
+    loss = (q - targets).square().mean()  # differs (4)
+    metrics = {"loss/qf": loss, "train/q": q.mean(), "train/q_spread": q.std(0).mean(), "train/target": targets.mean()}
+    return loss, x.detach(), {name: v.detach() for name, v in metrics.items()}
+
+
+def actor_loss(agent: Agent, batch: dict, x, scale: float, args: Args):
+    """Eq. 5, on features (B, E) without their gradient. -> loss, metrics"""
+    base = batch["obs"]["base"]
+    residual = agent.actor(x, base)
+    share = residual / agent.actor.limit.clamp(min=1e-6)
+    q = agent.critics(x, propose(base, scale * residual, args)).mean(0)
+    loss = -q.mean() + args.trust * share.square().mean()
+    return loss, {"loss/actor": loss.detach(), "train/residual": share.detach().abs().mean()}
+
+
+def descend(loss, optimizer, clip: float):
+    """One step, the gradient's norm at most `clip`."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    for group in optimizer.param_groups:
+        nn.utils.clip_grad_norm_(group["params"], clip)
+    optimizer.step()
+
+
+@torch.no_grad()
+def target_update(target: nn.Module, net: nn.Module, tau: float):
+    """Polyak: target <- (1 - tau) target + tau net."""
+    torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), tau)
+
+
+def update(agent: Agent, batch: dict, chance: dict, scale: float, with_actor: bool, args: Args) -> dict:
+    """One step of encoder and critics, with `with_actor` one of the actor too, then their targets."""
+    loss, x, metrics = critic_loss(agent, batch, chance, scale, args)
+    descend(loss, agent.optimizers["critics"], args.grad_clip)
+    if with_actor:
+        agent.critics.requires_grad_(False)  # spares the critics' own gradients, which nobody would use
+        loss, more = actor_loss(agent, batch, x, scale, args)
+        agent.critics.requires_grad_(True)
+        descend(loss, agent.optimizers["actor"], args.grad_clip)
+        target_update(agent.actor_target, agent.actor, args.tau)
+        metrics |= more
+    target_update(agent.critics_target, agent.critics, args.tau)
+    return metrics
+
+
+def join(batches: list[dict]) -> dict:
+    """Batches (dicts of tensors or of dicts) one after the other."""
+    return {k: join([batch[k] for batch in batches]) if isinstance(v, dict) else torch.cat([b[k] for b in batches])
+            for k, v in batches[0].items()}
+
+
+class Learner:
+    """Runs the updates that are owed, and keeps means of their metrics."""
+
+    def __init__(self, agent: Agent, replay: Replay, demos: Replay | None, args: Args, generator: torch.Generator):
+        self.agent, self.replay, self.demos, self.args, self.generator = agent, replay, demos, args, generator
+        self.now = dict(owed=0.0, updates=0)
+        self.until = None  # head of the buffer at the end of warm-up
+        self.optimizers = agent.optimizers
+        self.totals, self.counts = defaultdict(float), defaultdict(int)
+
+    def add(self, step: dict):
+        """Store a step of every environment, as `Collector.step` gives it."""
+        self.replay.add(**{k: v for k, v in step.items() if k != "log"})
+
+    def batch(self) -> dict:
+        """Online steps, demonstrations and, with --anchor, steps of warm-up."""
+        args, parts = self.args, []
+        share = args.offline
+        if args.mode == "ibrl":  # demonstrations lie in one buffer with the rest
+            share = len(self.demos) / (len(self.demos) + len(self.replay)) if self.demos else 0.0
+        offline, anchor = round(share * args.batch_size), round(args.anchor * args.batch_size)
+        if offline:
+            parts.append(self.demos.sample(offline, self.generator))
+        if anchor and self.until is not None:
+            parts.append(self.replay.sample(anchor, self.generator, self.until))
+        left = args.batch_size - sum(len(part["rewards"]) for part in parts)
+        return join([*parts, self.replay.sample(left, self.generator)])
+
+    def step(self, scale: float, with_actor: bool):
+        batch = self.batch()
+        chance = draw_chance(self.args, *batch["actions"].shape, self.generator)
+        for name, value in update(self.agent, batch, chance, scale, with_actor, self.args).items():
+            self.totals[name] += float(value)
+            self.counts[name] += 1
+
+    def run(self, transitions: int, scale: float, hold: bool, most: int):
+        """The updates owed for `transitions` more of them, at most so many; with `hold` the actor rests."""
+        self.now["owed"] += transitions * self.args.utd
+        for _ in range(min(int(self.now["owed"]), most)):
+            self.now["owed"] -= 1
+            self.now["updates"] += 1
+            self.step(scale, not hold and self.now["updates"] % self.args.policy_frequency == 0)
+
+    def state_dict(self) -> dict:
+        return dict(now=self.now, until=self.until, generator=self.generator.get_state(),
+                    optimizers={use: optimizer.state_dict() for use, optimizer in self.optimizers.items()})
+
+    def load_state_dict(self, state: dict):
+        self.now, self.until = state["now"], state["until"]
+        self.generator.set_state(state["generator"])
+        for use, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][use])
+
+    def read(self) -> dict[str, float]:
+        """Mean metrics since the last reading."""
+        means = {name: total / self.counts[name] for name, total in self.totals.items()}
+        self.totals.clear(), self.counts.clear()
+        return means
+
+
+class Cloner(Learner):
+    """--mode filtered-bc: the base goes on being cloned, half from demonstrations, half from its own successes."""
+
+    def __init__(self, base: ChunkPolicy, *rest):
+        super().__init__(*rest)
+        self.base, self.optimizers = base, {"base": torch.optim.AdamW(base.parameters(), self.args.bc_lr)}
+
+    def step(self, scale: float, with_actor: bool):
+        half = self.args.bc_batch_size // 2
+        batch = join([buffer.sample_chunks(half, self.args.chunk, self.generator)
+                      for buffer in (self.demos, self.replay)])
+        self.base.train()
+        loss = clone_loss(self.base, batch, self.generator)
+        descend(loss, self.optimizers["base"], 10.0)
+        self.base.eval()
+        self.totals["loss/clone"] += float(loss.detach())
+        self.counts["loss/clone"] += 1
+
+
+class OnPolicy(Learner):
+    """--mode ppo-residual: instead of all above, clipped policy gradients on the steps since the last update.
+
+    The deviation stays --noise, and the value of a state is the mean of the critics at the base's action.
+    """
+
+    def __init__(self, *rest):
+        super().__init__(*rest)
+        self.steps, values = [], [*self.agent.encoder.parameters(), *self.agent.critics.parameters()]
+        self.optimizers = {"ppo": torch.optim.Adam([{"params": self.agent.actor.parameters(), "lr": self.args.actor_lr},
+                                                    {"params": values, "lr": self.args.lr}], eps=1e-5)}
+
+    def add(self, step: dict):
+        self.steps.append(step)
+
+    def value(self, obs: dict) -> torch.Tensor:
+        return self.agent.critics(self.agent.encoder(obs), obs["base"]).mean(0)
+
+    def run(self, transitions: int, scale: float, hold: bool, most: int):
+        if len(self.steps) * transitions < self.args.ppo_rollout:
+            return
+        args, rows, n = self.args, [step["log"] for step in self.steps], transitions
+        obs = join([row["obs"] for row in rows])
+        with torch.no_grad():
+            value, after = (self.value(part).view(-1, n) for part in (obs, join([s["final_obs"] for s in self.steps])))
+            rewards, discounts, dones = (torch.stack([s[k] for s in self.steps]).float()
+                                         for k in ("rewards", "discounts", "dones"))
+            advantages = rewards + args.gamma * discounts * after - value
+            for t in range(len(advantages) - 2, -1, -1):  # generalised advantages, lambda 0.95
+                advantages[t] += args.gamma * 0.95 * (1 - dones[t]) * advantages[t + 1]
+            returns, advantages = (advantages + value).flatten(), advantages.flatten()
+            mean, raw = (torch.cat([row[k] for row in rows]) for k in ("mean", "raw"))
+            chance = -((raw - mean) / args.noise).square().sum(-1) / 2  # log probability, but for a constant
+        for _ in range(10):
+            for at in torch.randperm(len(raw), generator=self.generator, device=raw.device).split(256):
+                part, a = {k: v[at] for k, v in obs.items()}, advantages[at]
+                x = self.agent.encoder(part)
+                move = (raw[at] - self.agent.actor(x.detach(), part["base"])) / args.noise
+                ratio = (-move.square().sum(-1) / 2 - chance[at]).exp()
+                a = (a - a.mean()) / (a.std() + 1e-8)
+                policy = -torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a).mean()
+                values = (self.agent.critics(x, part["base"]) - returns[at]).square().mean()
+                descend(policy + 0.5 * values, self.optimizers["ppo"], 0.5)
+                for name, v in {"loss/actor": policy, "loss/qf": values, "train/q": returns.mean()}.items():
+                    self.totals[name] += float(v.detach())
+                    self.counts[name] += 1
+        self.steps.clear()
+
+    def state_dict(self) -> dict:
+        return super().state_dict() | {"steps": self.steps}
+
+    def load_state_dict(self, state: dict):
+        super().load_state_dict(state)
+        self.steps = state["steps"]
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def evaluate(policy, env, args: Args, video: Path | None = None) -> dict:
+    """Whole episodes without noise, fixed seeds. -> metrics; ci_low and ci_high: Wilson's interval, 95 %"""
+    n, frames, success, lengths, took = args.eval_episodes, [], [], [], []
+    for seed in range(EVAL_SEED, EVAL_SEED + n // env.num_envs):
+        obs, running = env.reset(seed=seed), torch.ones(env.num_envs, dtype=torch.bool, device=env.device)
+        policy.reset(env.num_envs)
+        solved, length = torch.zeros_like(running), torch.zeros(env.num_envs, device=env.device)
+        for _ in range(env.max_episode_steps):
+            if video and seed == EVAL_SEED:
+                frames.append(np.concatenate(list(env.render(range(min(4, env.num_envs)), size=160)), 1))
+            actions = policy.act(obs)
+            took.append(policy.took[running].float().mean())
+            obs, _, terminations, truncations, info = env.step(actions)
+            ends = terminations | truncations
+            solved |= running & ends & info["episode"]["success_at_end"]
+            length += running
+            running &= ~ends  # each world counts once
+            if not running.any():
+                break
+            policy.begin(ends)
+        success.append(solved), lengths.append(length)
+    if video:
+        video.parent.mkdir(parents=True, exist_ok=True)
+        imageio.mimwrite(video, frames, fps=max(1, round(env.control_hz)), macro_block_size=1)
+    rate, z = float(torch.cat(success).float().mean()), 1.96
+    middle, wide = (rate + z * z / (2 * n)) / (1 + z * z / n), z / (1 + z * z / n) * math.sqrt(
+        rate * (1 - rate) / n + z * z / (4 * n * n))
+    return {"eval/success_rate": rate, "eval/ci_low": middle - wide, "eval/ci_high": middle + wide,
+            "eval/length": float(torch.cat(lengths).mean()), "eval/took": float(torch.stack(took).mean())}
+
+
+# --- save / load ------------------------------------------------------------------------------------------------------
+def save(path: Path, content: dict):
+    """Write under a temporary name, then rename: an interrupted save leaves the old file whole."""
+    torch.save(content, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def load_file(path: str | Path) -> dict:
+    """A checkpoint, on the CPU; runs no code from the file. Raises FileNotFoundError, or ValueError if it is none."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch names many kinds of damage; the reader needs one line
+        raise ValueError(f"{path} cannot be read as a checkpoint: it is damaged or another kind of file") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("algo") != "resfit":
+        raise ValueError(f"{path} is not a checkpoint of resfit")
+    return checkpoint
+
+
+def check_fits(checkpoint: dict, args: Args, shapes: dict, fields: tuple[str, ...]):
+    """Raises ValueError naming the first of `fields` or `shapes` in which the checkpoint differs from this run."""
+    theirs, mine = checkpoint["args"] | checkpoint["shapes"], asdict(args) | shapes
+    for field in (*fields, *shapes):
+        if theirs[field] != mine[field]:
+            raise ValueError(f"the checkpoint differs in {field}: it has {theirs[field]}, this run {mine[field]}")
+
+
+def load_named(text: str):
+    """What `module:name` stands for, modules of the working folder included."""
+    module, _, name = text.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{text} must be module:callable ({error})") from error
+
+
+def load_base(args: Args, shapes: dict, env, device, weights: dict | None = None):
+    """-> the base: nothing, the black box of --base-policy (called with `env`), or a ChunkPolicy with `weights`."""
+    if args.mode == "rlpd":
+        return Still(shapes["action"])
+    if args.base_policy:
+        return load_named(args.base_policy)(env)
+    base = ChunkPolicy(shapes, args).to(device)
+    if weights:
+        base.load_state_dict(weights)
+    return base.eval()
+
+
+# --- Policy -----------------------------------------------------------------------------------------------------------
+class Policy:
+    """Observation in, action out: base, its queue, residual and gate, from one checkpoint (file or its content).
+
+    A black-box base is called with `env`, None on a robot.
+    """
+
+    def __init__(self, source: str | Path | dict, device: str | torch.device = "cpu", env=None):
+        checkpoint = source if isinstance(source, dict) else load_file(source)
+        self.args, self.spec, self.shapes = Args(**checkpoint["args"]), checkpoint["spec"], checkpoint["shapes"]
+        self.device, self.now = torch.device(device), checkpoint["now"]
+        self.base = load_base(self.args, self.shapes, env, device, checkpoint["base"])
+        self.agent = None
+        if checkpoint.get("agent"):
+            self.agent = Agent(self.args, self.shapes, self.device)
+            self.agent.load_state_dict(checkpoint["agent"])
+        self.reset(1)
+
+    def reset(self, num_envs: int = 1):
+        """Begin episodes in `num_envs` environments."""
+        self.queue = Queue(self.base, num_envs, self.args, self.shapes["action"], self.device)
+
+    def begin(self, worlds: torch.Tensor):
+        """Begin episodes in `worlds`, a mask (N,)."""
+        self.queue.reset(worlds)
+
+    @torch.no_grad()
+    def act(self, obs: dict) -> torch.Tensor:
+        """obs of the environment, (N, ...) -> actions (N, A). `took` (N,) tells where the residual was let through."""
+        obs = {k: torch.as_tensor(v, device=self.device) for k, v in obs.items()}
+        label, self.took = self.queue.act(obs), torch.zeros(len(obs["state"]), dtype=torch.bool)
+        if self.agent is None or self.args.mode == "filtered-bc":
+            return label["base"]
+        x = self.agent.encoder(observe(obs) | label)
+        proposal = propose(label["base"], self.now["scale"] * self.agent.actor(x, label["base"]), self.args)
+        actions, self.took = select(self.agent, x, label["base"], proposal, self.args)
+        return actions
+
+
+# --- train ------------------------------------------------------------------------------------------------------------
+class Collector:
+    """Steps the training environments by (2) and (6) and says what the buffer is to store."""
+
+    def __init__(self, args: Args, env, queue: Queue, agent: Agent, device):
+        self.args, self.env, self.queue, self.agent = args, env, queue, agent
+        self.generator = torch.Generator(device).manual_seed(1_000_003 * args.seed)
+        self.judge, self.left = load_named(args.judge) if args.judge else None, []
+        self.now = self.see(env.reset(seed=args.seed), None)
+        self.noisy = self.coin()
+
+    def see(self, obs: dict, begun: torch.Tensor | None) -> dict:
+        """Observation to act on; `begun` (N,): where an episode begins, None: everywhere."""
+        self.queue.reset(begun)
+        return observe(obs) | self.queue.act(obs)
+
+    def coin(self) -> torch.Tensor:
+        """Which warm-up episodes have noise (N,)."""
+        draw = torch.rand(self.env.num_envs, generator=self.generator, device=self.generator.device)
+        return draw >= self.args.warmup_clean
+
+    def collect(self, warm: bool, scale: float, wait: bool) -> list[dict]:
+        """Steps that are there: one, taken now. (`Remote` has others.)"""
+        return [self.step(warm, scale)]
+
+    def close(self):
+        self.env.close()
+
+    @torch.no_grad()
+    def step(self, warm: bool, scale: float) -> dict:
+        """One step of every environment -> arguments for `Replay.add`, and under "log" what else to count."""
+        args, limit, base = self.args, self.agent.actor.limit, self.now["base"]
+        shape, on, more = base.shape, dict(generator=self.generator, device=base.device), {}
+        took = torch.zeros(len(base), dtype=torch.bool, device=base.device)
+        if args.mode == "filtered-bc":
+            actions = base
+        elif warm:
+            noise = (torch.rand(shape, **on) * 2 - 1) * torch.clamp(limit, max=args.warmup_noise)
+            start = base if args.mode != "rlpd" else torch.zeros_like(base)
+            actions = (start + noise * self.noisy[:, None]).clamp(-1, 1)
+        else:
+            x, noise = self.agent.encoder(self.now), args.noise * torch.randn(shape, **on)
+            mean = scale * self.agent.actor(x, base)
+            residual = bounded(mean, noise, limit)
+            if args.mode == "ppo-residual":
+                more = dict(obs=self.now, mean=mean, raw=mean + noise)
+            heads = torch.randperm(args.heads, **on)[:2]
+            actions, took = select(self.agent, x, base, propose(base, residual, args), args, heads)
+        obs, _, terminations, truncations, info = self.env.step(actions)
+        verdict = self.judge(info["final_obs"]) if self.judge else None
+        if verdict is not None:  # a person ends the episode
+            terminations = torch.ones_like(terminations)
+            info["success"], obs = terminations & verdict, self.env.reset()
+        dones, final = terminations | truncations, observe(info["final_obs"])
+        label = self.queue.peek(info["final_obs"]) if dones.any() else None  # from the old queue; differs (3)
+        self.now = self.see(obs, dones)
+        final |= label or {k: self.now[k] for k in ("base", "phase")}
+        self.noisy = torch.where(dones, self.coin(), self.noisy)
+        ended = ~terminations if args.bootstrap_on_timeout else ~dones
+        success = info["success"] & dones
+        return dict(actions=actions, rewards=info["success"].float(), discounts=ended.float(), dones=dones,
+                    success=success, final_obs=final, next_obs=self.now,
+                    log=dict(outcomes=success[dones].tolist(), took=float(took.float().mean()),
+                             moved=float((actions - base).abs().mean()), **more))
+
+    def state_dict(self) -> dict:
+        return dict(env=pickle.dumps(self.env.state_dict()), queue=self.queue.state_dict(), now=self.now,
+                    noisy=self.noisy, generator=self.generator.get_state())
+
+    def load_state_dict(self, state: dict):
+        self.env.load_state_dict(pickle.loads(state["env"]))
+        self.queue.load_state_dict(state["queue"])
+        self.now, self.noisy = state["now"], state["noisy"]
+        self.generator.set_state(state["generator"])
+
+
+def act_apart(make, args: Args, content: dict, state: dict | None, orders, results):
+    """The actor's process under --async: steps until it is told to stop; what goes wrong is handed over too."""
+    torch.set_num_threads(1)
+    try:
+        device = torch.device(args.device)
+        env, eval_env = make(args, device)
+        eval_env.close()
+        policy = Policy(content, device, env)
+        collector = Collector(args, env, Queue(policy.base, args.num_envs, args, content["shapes"]["action"], device),
+                              policy.agent, device)
+        if state:
+            collector.load_state_dict(state)
+        results.put(pickle.dumps({"first": collector.now}))
+        warm, scale, parent = True, 1.0, multiprocessing.parent_process()
+        while True:
+            while not orders.empty():
+                order = orders.get()
+                if order == "state":
+                    results.put(pickle.dumps({"state": collector.state_dict()}))
+                    continue
+                warm, scale, weights = pickle.loads(order)
+                policy.agent.load_state_dict(weights)
+            step = pickle.dumps(collector.step(warm, scale))
+            while parent.is_alive():  # waits where the queue is full
+                with contextlib.suppress(queues.Full):
+                    results.put(step, timeout=1.0)
+                    break
+            else:
+                return
+    except Exception:
+        results.put(pickle.dumps({"error": traceback.format_exc()}))
+
+
+class Remote:
+    """A collector in a process of its own: a bounded queue of steps comes from there, weights go there."""
+
+    def __init__(self, args: Args, agent: Agent, content: dict, state: dict | None):
+        context = multiprocessing.get_context("spawn")
+        self.agent, self.orders, self.results = agent, context.Queue(), context.Queue(args.async_queue)
+        self.process = context.Process(target=act_apart, daemon=True, args=(
+            make_envs, args, content, state, self.orders, self.results))
+        self.process.start()
+        self.now, self.sent = self.next(True)["first"], 0.0
+
+    def next(self, wait: bool) -> dict | None:
+        """What the actor sent; None without one, if not to `wait`. Raises ChildProcessError where the actor died."""
+        while True:
+            try:
+                found = pickle.loads(self.results.get(wait, 0.5))
+            except queues.Empty:
+                if not self.process.is_alive():
+                    raise ChildProcessError(f"the actor's process died, status {self.process.exitcode}") from None
+                if wait:
+                    continue
+                return None
+            if "error" in found:
+                raise ChildProcessError("the actor's process failed: " + found["error"].strip().splitlines()[-1])
+            return found
+
+    def collect(self, warm: bool, scale: float, wait: bool) -> list[dict]:
+        """All steps that wait to be stored, at least one with `wait`. Hands new weights over, twice a second."""
+        if time.monotonic() - self.sent > 0.5:
+            self.orders.put(pickle.dumps((warm, scale, {k: v.cpu() for k, v in self.agent.state_dict().items()})))
+            self.sent = time.monotonic()
+        steps = [self.next(True)] if wait else []
+        while not self.results.empty() and len(steps) < 16 and (step := self.next(False)):
+            steps.append(step)
+        return steps
+
+    def state_dict(self) -> dict:
+        """The collector's state; `left` holds the steps before it that nobody has stored yet."""
+        self.orders.put("state")
+        self.left = []
+        while "state" not in (found := self.next(True)):
+            self.left.append(found)
+        return found["state"]
+
+    def rest(self) -> list[dict]:
+        """The steps that are still in the queue of an actor that is to stop."""
+        steps = []
+        with contextlib.suppress(ChildProcessError):
+            while step := self.next(False):
+                steps += [step] * ("log" in step)
+        return steps
+
+    def close(self):
+        self.process.terminate()
+
+
+def check_finite(modules: dict, metrics: dict, when: str, checkpoint: Path):
+    """Raises FloatingPointError that names the first tensor or metric that is not finite."""
+    values = {f"{name}.{k}": v for name, module in modules.items() for k, v in module.state_dict().items()}
+    for name, value in (values | {k: torch.tensor(v) for k, v in metrics.items()}).items():
+        if not value.isfinite().all():
+            good = checkpoint if checkpoint.exists() else "none yet"
+            raise FloatingPointError(f"{name} is not finite at {when}; last good checkpoint: {good}")
+
+
+def write_row(path: Path, row: dict, track: bool, video: Path | None = None):
+    """Append to a CSV file, whose first row names the columns; with `track` it goes to Weights & Biases too."""
+    rows = [row.values()] if path.exists() else [row.keys(), row.values()]
+    with path.open("a", newline="") as file:
+        csv.writer(file).writerows(rows)
+    if track:
+        import wandb
+        wandb.log(row | ({"eval/video": wandb.Video(str(video))} if video else {}))
+
+
+def clone(args: Args, base: ChunkPolicy, demos: tuple[Replay, Replay | None], run: Path, evaluate_base, content,
+          saved: dict | None, generator: torch.Generator):
+    """Phase 1: trains `base` in place. `content()` is what a checkpoint needs besides; `saved`: one to go on from."""
+    optimizer = torch.optim.AdamW(base.parameters(), args.bc_lr, weight_decay=1e-4, fused=True)
+    first, losses = 0, []
+    if saved:
+        base.load_state_dict(saved["base"]), optimizer.load_state_dict(saved["clone"]["optimizer"])
+        first = saved["clone"]["done"]
+        generator.set_state(saved["clone"]["generator"]), torch.set_rng_state(saved["clone"]["rng"])
+    for done in tqdm(range(first + 1, args.bc_steps + 1), initial=first, total=args.bc_steps, unit="update",
+                     desc="cloning", mininterval=1):
+        base.train()
+        batch = demos[0].sample_chunks(args.bc_batch_size, args.chunk, generator)
+        loss = clone_loss(base, batch, generator)
+        descend(loss, optimizer, 10.0)
+        losses.append(float(loss.detach()))
+        if done % args.bc_eval_freq and done < args.bc_steps:
+            continue
+        base.eval()
+        row = {"bc_step": done, "wall_time": time.time() - START, "loss/clone": sum(losses) / len(losses)}
+        if demos[1]:
+            test = torch.Generator(generator.device).manual_seed(0)
+            with torch.no_grad():
+                batch = demos[1].sample_chunks(1024, args.chunk, test)
+                row["loss/valid"] = float(clone_loss(base, batch, test))
+        losses.clear()
+        check_finite({"base": base}, row, f"update {done} of cloning", run / "checkpoint.pt")
+        row["eval/success_rate"] = evaluate_base()["eval/success_rate"]
+        write_row(run / "clone.csv", row, args.track)
+        print(f"cloning, {done} updates: success {row['eval/success_rate']:.3f}")
+        save(run / "checkpoint.pt", content() | dict(phase="clone", clone=dict(
+            optimizer=optimizer.state_dict(), done=done, generator=generator.get_state(), rng=torch.get_rng_state())))
+
+
+def train(args: Args) -> dict:
+    """Clone, then train the residual; or with --evaluate only evaluate.
+
+    -> metrics of the last evaluation, counters, and `run`, the folder. Raises ValueError or FileNotFoundError for
+    arguments that do not fit, FloatingPointError at the first NaN.
+    """
+    args.check()
+    device = torch.device(args.device)
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(args.seed)
+    name = args.name or time.strftime(f"{args.env_id}__resfit-{args.mode}__s{args.seed}__%Y%m%d-%H%M%S")
+    run = Path(args.resume or Path("runs") / name)
+    if not args.resume and (run / "args.json").exists():
+        raise ValueError(f"{run} exists: continue it with --resume {run}, or choose another --name")
+    source = run / "checkpoint.pt" if args.resume else args.checkpoint
+    saved = load_file(source) if source else None
+    given = load_file(args.base_from) if args.base_from and not saved else None
+
+    env, eval_env = make_envs(args, device)
+    pixels = args.obs == "pixels"
+    shapes = dict(cameras=eval_env.image_shape[2] // 3 if pixels else 0, action=eval_env.action_dim,
+                  state=eval_env.state_dim + eval_env.privileged_dim)
+    for source in (saved, given):
+        if source:
+            check_fits(source, args, shapes, ("env_id", "obs", "image_size", "base", "chunk", "base_dim"))
+    if saved:
+        check_fits(saved, args, shapes, ("mode", "hidden", "heads", "encoder_dim", "layer_norm", "see_phase"))
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
+    print(f"{run}: {args.env_id}, {args.mode}, recipe {args.recipe}; defaults changed by TUNED: "
+          f"{tuned_defaults(args.env_id, args.device, args.mode, args.recipe)}")
+    now = dict(global_step=0, best=-1.0, wall_time=0.0, train_time=0.0, scale=1.0, fallback=1.0, base_success=0.0,
+               lowest=1.0)
+    now |= saved["now"] if saved else {}
+    base = load_base(args, shapes, env, device, (saved or given or {}).get("base"))
+    agent = None
+
+    def content() -> dict:  # all that Policy needs
+        own = isinstance(base, ChunkPolicy)
+        return dict(algo="resfit", args=asdict(args), shapes=shapes, spec=json.loads(json.dumps(eval_env.spec)),
+                    versions=dict(torch=str(torch.__version__), numpy=np.__version__), now=dict(now),
+                    base=base.state_dict() if own else None, agent=agent.state_dict() if agent else None)
+
+    def evaluate_now(parts: dict, video: str = "") -> dict:
+        return evaluate(Policy(parts, device, eval_env), eval_env, args,
+                        run / f"videos/{video}.mp4" if video and args.capture_video else None)
+
+    if args.evaluate:
+        results = evaluate_now(saved, "evaluate")
+        print(json.dumps(results))
+        eval_env.close()
+        return results | {"run": str(run)}
+    if args.track:
+        import wandb
+        wandb.init(project=os.environ.get("WANDB_PROJECT", "cleanrobot"), name=run.name, config=asdict(args))
+
+    # phase 1: cloning
+    generator = torch.Generator(device).manual_seed(1_000_003 * args.seed + 1)
+    demos, parts = None, read_demos(args) if args.demos else None
+    if isinstance(base, ChunkPolicy) and not given and (saved is None or saved["phase"] == "clone"):
+        stored = [store_demos(part, Still(shapes["action"]), args, device) if part else None for part in parts]
+        base.normalize.fit(stored[0].data["state"][: len(stored[0]) - 1, 0])
+        clone(args, base, stored, run, lambda: evaluate_now(content()), content, saved, generator)
+        saved = None
+    if isinstance(base, ChunkPolicy):
+        base.eval().requires_grad_(args.mode == "filtered-bc")
+        save(run / "base.pt", content())
+    if args.bc_only:
+        return {"run": str(run)}
+
+    # phase 2: the residual
+    demos = store_demos(parts[0], base, args, device) if parts else None
+    if saved is None:
+        now |= {"base_success": evaluate_now(content())["eval/success_rate"]}
+    torch.manual_seed(args.seed + 1)  # so that the first weights do not depend on the cloning
+    agent = Agent(args, shapes, device)
+    if demos:
+        agent.encoder.normalize.fit(demos.data["state"][: len(demos) - 1, 0])
+    elif isinstance(base, ChunkPolicy):
+        agent.encoder.normalize.load_state_dict(base.normalize.state_dict())
+    if args.async_:
+        env.close()
+        collector = Remote(args, agent, content(), saved["collector"] if saved else None)
+    else:
+        collector = Collector(args, env, Queue(base, args.num_envs, args, shapes["action"], device), agent, device)
+    replay = Replay(collector.now, shapes["action"], args.buffer_size // args.num_envs, args.n_step, args.gamma, device)
+    rest = (agent, replay, demos, args, generator)
+    own = {"filtered-bc": lambda: Cloner(base, *rest), "ppo-residual": lambda: OnPolicy(*rest)}
+    learner = own.get(args.mode, lambda: Learner(*rest))()
+    outcomes, window = deque(maxlen=ROLLING), deque(maxlen=ROLLING // 2)
+    if saved:
+        agent.load_state_dict(saved["agent"])
+        learner.load_state_dict(saved["learner"])
+        if not args.async_:
+            collector.load_state_dict(saved["collector"])
+        outcomes.extend(saved["outcomes"]), window.extend(saved["window"])
+        torch.set_rng_state(saved["rng"])
+        if saved["replay"]:
+            replay.load_state_dict(saved["replay"])
+        else:
+            raise ValueError("no replay buffer was saved (--save-buffer), so this run cannot go on")
+    sums, ended, results = defaultdict(float), 0, {}
+    first, born, begin = dict(now), START - now["wall_time"], time.perf_counter() - now["train_time"]
+    bar = tqdm(total=args.total_timesteps, initial=now["global_step"], unit="step", mininterval=1)
+    journal = run / "journal.pkl"  # --async: steps since the last checkpoint
+
+    def take(step: dict):
+        nonlocal ended
+        learner.add(step)
+        log, now["global_step"] = step["log"], now["global_step"] + args.num_envs
+        outcomes.extend(log["outcomes"]), window.extend(log["outcomes"])
+        ended += len(log["outcomes"])
+        for key, value in (("took", log["took"]), ("moved", log["moved"]), ("steps", 1)):
+            sums[key] += value
+        if len(outcomes) == ROLLING:
+            now["lowest"] = min(now["lowest"], sum(outcomes) / ROLLING)
+
+    def save_all(state: dict | None):
+        save(run / "checkpoint.pt", content() | dict(
+            phase="residual", learner=learner.state_dict(), collector=state, outcomes=list(outcomes), ended=ended,
+            window=list(window), rng=torch.get_rng_state(), replay=replay.state_dict() if args.save_buffer else None))
+        journal.unlink(missing_ok=True)
+
+    def evaluate_and_save(last: bool):
+        nonlocal results, begin
+        pause = time.perf_counter()
+        state = collector.state_dict()
+        for step in collector.left:  # of an actor apart, taken before it told its state
+            take(step)
+        now["wall_time"], now["train_time"] = time.time() - born, pause - begin
+        video = f"step_{now['global_step']:09d}" if last or not now["global_step"] or args.obs == "pixels" else ""
+        results = evaluate_now(content(), video)
+        rolling = sum(outcomes) / len(outcomes) if outcomes else now["base_success"]
+        row = {k: now[k] for k in CLOCK} | results | {
+            "train/rolling_success": rolling, "train/lowest": now["lowest"], "train/base_success": now["base_success"]}
+        write_row(run / "eval.csv", row, args.track, args.capture_video and video and run / f"videos/{video}.mp4")
+        bar.write(f"{now['global_step']} steps: success {results['eval/success_rate']:.3f}, training {rolling:.3f}")
+        if results["eval/success_rate"] >= now["best"]:
+            now["best"] = results["eval/success_rate"]
+            save(run / "best.pt", content())
+        save_all(state)
+        begin += time.perf_counter() - pause
+
+    try:
+        if not saved:
+            evaluate_and_save(last=False)
+        elif args.async_ and journal.exists():  # killed: what was recorded after the checkpoint, then new episodes
+            with journal.open("rb") as file, contextlib.suppress(EOFError, pickle.UnpicklingError):
+                while True:
+                    take(pickle.load(file))
+        if saved and not saved["collector"] or args.async_ and journal.exists():
+            replay.cut(collector.now)
+        while now["global_step"] < args.total_timesteps:
+            # act, step and store
+            before, warm = now["global_step"], now["global_step"] < args.learning_starts and args.mode in OFF_POLICY
+            ramp = (before - args.learning_starts) / args.ramp_steps if args.ramp_steps else 1.0
+            now["scale"] = min(max(ramp, 0.0), 1.0) * now["fallback"]
+            owed = learner.now["owed"]  # an actor far ahead waits
+            steps = [] if owed > args.async_queue * args.num_envs * max(args.utd, 1) else collector.collect(
+                warm, now["scale"], owed < 1)
+            for step in steps:
+                take(step)
+                if args.async_ and args.save_buffer:
+                    with journal.open("ab") as file:
+                        pickle.dump(step, file)
+            bar.update(now["global_step"] - before)
+            if args.fallback and len(window) == window.maxlen and not warm:  # guard (e)
+                worse = sum(window) / len(window) < now["base_success"] - args.fallback
+                now["fallback"] = now["fallback"] / 2 if worse else min(1.0, now["fallback"] * 2)
+                window.clear()
+
+            # update
+            if not warm:
+                if learner.until is None:
+                    learner.until = replay.head.clone()
+                    for _ in tqdm(range(args.critic_warmup * (args.mode in OFF_POLICY)), desc="critic warm-up",
+                                  mininterval=1, leave=False):
+                        learner.step(0.0, False)
+                learner.run(args.num_envs * len(steps), now["scale"], now["fallback"] < 1, 1 if args.async_ else 10**9)
+
+            # log
+            last = now["global_step"] >= args.total_timesteps
+            eval_due = last or before // args.eval_freq != now["global_step"] // args.eval_freq
+            if eval_due or before // args.log_freq != now["global_step"] // args.log_freq:
+                metrics = learner.read()
+                check_finite({"agent": agent}, metrics, f"step {now['global_step']}", run / "checkpoint.pt")
+                now |= dict(wall_time=time.time() - born, train_time=time.perf_counter() - begin)
+                speed = (now["global_step"] - first["global_step"]) / (now["train_time"] - first["train_time"])
+                rolling, count = sum(outcomes) / max(len(outcomes), 1), max(sums["steps"], 1)
+                metrics = {"train/rolling_success": rolling, "train/episodes": ended, "train/scale": now["scale"],
+                           "train/took": sums["took"] / count, "train/moved": sums["moved"] / count,
+                           "train/nan_resets": int(env.nan_resets), "time/sps": speed} | metrics
+                sums.clear()
+                bar.set_postfix_str(f"success {rolling:.2f}")
+                if "loss/actor" in metrics or "loss/clone" in metrics:  # the first row names the columns
+                    write_row(run / "metrics.csv", {k: now[k] for k in CLOCK} | metrics, args.track)
+            if eval_due:
+                evaluate_and_save(last)
+    except (ChildProcessError, KeyboardInterrupt) as error:
+        if args.async_:
+            for step in collector.rest():
+                take(step)
+            save_all(None)
+            print(f"stopped; what was recorded is in {run}/checkpoint.pt: --resume {run}", file=sys.stderr)
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise ValueError(error) from None
+    finally:
+        for part in (bar, collector, eval_env):
+            part.close()
+    return results | {k: now[k] for k in (*CLOCK, "lowest", "base_success")} | {"run": str(run)}
+
+
+if __name__ == "__main__":
+    try:
+        train(parse_args())
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
