@@ -16,25 +16,27 @@ step(a)      actions (N, A) in [-1, 1] -> obs, rewards (N,), terminations (N,), 
 detach()     begins a window: the gradient ends here, and the memory of older steps is free again
 state_dict, load_state_dict (exact), render(world, size) -> uint8 (size, size, 3), close
 
-    mpm.py         particles and grid: kernels, checkpointing, the bridge to torch
-    kinematics.py  where colliders are and how they move, in torch
-    mpm_tasks.py   RollingFlat, FluidMove, HandFlip
-    fem.py         tetrahedra with muscles, and their bridge to torch
-    fem_tasks.py   SoftJumper
-    base.py        episodes, resets, NaN, saved states
-    render.py      pictures for people
+    mpm.py                       particles and grid: kernels, checkpointing, the bridge to torch
+    kinematics.py                where colliders are and how they move, in torch
+    mpm_tasks.py                 RollingFlat, FluidMove, HandFlip
+    fem.py, rigid.py             tetrahedra with muscles; articulated rigid bodies
+    substeps.py                  the bridge to torch for both
+    fem_tasks.py, rigid_tasks.py SoftJumper; AntRun
+    base.py                      episodes, resets, NaN, saved states
+    render.py                    pictures for people
 """
 
 import torch
 
-PLANNED = ("AntRun", "HandReorient")  # of the six published tasks, those that are not here yet
+PLANNED = ("HandReorient",)  # of the six published tasks, those that are not here yet
 
 
 def tasks() -> dict[str, type]:
     """Name -> class of every task that is here."""
-    from envs.rewarped import fem_tasks, mpm_tasks  # Warp is loaded when a task is made
+    from envs.rewarped import fem_tasks, mpm_tasks, rigid_tasks  # Warp is loaded when a task is made
 
-    found = (mpm_tasks.RollingFlat, mpm_tasks.FluidMove, mpm_tasks.HandFlip, fem_tasks.SoftJumper)
+    found = (mpm_tasks.RollingFlat, mpm_tasks.FluidMove, mpm_tasks.HandFlip, fem_tasks.SoftJumper,
+             rigid_tasks.AntRun)  # fmt: skip
     return {task.__name__: task for task in found}
 
 
@@ -46,7 +48,7 @@ def make(env_id: str, num_envs: int, device: str | torch.device = "cpu", **optio
     size="full"        as published, or "small": for two CPU cores
     window=32          most steps between two calls of `detach` (a bound only without `checkpoint`)
     checkpoint=True    keep one state a step and compute the rest again in the backward pass
-    graph=True         replay captured graphs of a step, forward and backward
+    graph=None         replay captured graphs of a step, forward and backward; None: on a GPU
     dtype              torch.float32, or float64 for tests of gradients
     stagger=False      spread the clocks, so that worlds do not reset in lockstep
     Raises ValueError for an unknown id or an impossible option, in one line.

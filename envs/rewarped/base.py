@@ -37,7 +37,7 @@ class DifferentiableEnv:
     obs_dims: dict[str, tuple[int, ...]]
 
     def __init__(self, env_id: str, num_envs: int, device="cpu", *, seed: int = 0, reward: str = "default",
-                 size: str = "full", window: int = 32, graph: bool = True, checkpoint: bool = True,
+                 size: str = "full", window: int = 32, graph: bool | None = None, checkpoint: bool = True,
                  dtype: torch.dtype = torch.float32, stagger: bool = False):  # fmt: skip
         for wrong, message in (
             (reward not in REWARDS, f"reward {reward!r}: {' or '.join(REWARDS)}"),
@@ -50,6 +50,8 @@ class DifferentiableEnv:
                 raise ValueError(message)
         self.env_id, self.num_envs, self.device, self.dtype = env_id, num_envs, torch.device(device), dtype
         self.reward_name, self.size, self.window, self.graph, self.checkpoint = reward, size, window, graph, checkpoint
+        if graph is None:  # a CPU gains nothing, and without graphs it need not look at empty nodes
+            self.graph = self.device.type == "cuda"
         self.stagger, self.generator = stagger, torch.Generator().manual_seed(seed)
         self.nan_resets = torch.zeros((), dtype=torch.int64, device=self.device)
         self.setup()

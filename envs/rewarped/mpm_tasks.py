@@ -41,7 +41,7 @@ class MPMEnv(DifferentiableEnv):
     SIZES: dict[str, dict]
     MATERIAL: dict
     SCALE: tuple[float, ...]
-    OPACITY = 0.9  # of the colliders, in pictures
+    HOLLOW = False  # draw only the edges of colliders
 
     def tree(self) -> Tree:
         """The robot."""
@@ -183,7 +183,7 @@ class FluidMove(MPMEnv):
     thinner wall those beyond its middle, where the nearest face is the outer one, would let it through.
     """
 
-    MARGIN, OPACITY = 0.03, 0.12
+    MARGIN, HOLLOW = 0.03, True
 
     SIZES = {
         "full": dict(grid=48, dt=5e-4, substeps=40, steps=300, observed=250, counts=(16, 12, 15), spacing=1 / 80,

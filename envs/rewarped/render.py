@@ -1,50 +1,68 @@
-"""Pictures for people, by Matplotlib: particles as dots coloured by height, colliders as surfaces. Needs no display."""
+"""Pictures for people, by Matplotlib. Needs no display.
+
+Particles, and the surfaces of colliders and bodies sampled as points, are dots of one scatter plot, which sorts them by
+depth; so what is in front hides what is behind. y is up; in plot order the axes are z, x, y.
+"""
 
 import numpy as np
 
 from envs.rewarped import mpm
 
-DOMAIN, ROUND = 0.06, 14  # of the domain's side that is cut off in a picture; points around a capsule
+LIGHT = np.array((0.35, 0.85, -0.4)) / np.linalg.norm((0.35, 0.85, -0.4))
+ORANGE, BLUE = np.array((0.95, 0.55, 0.15)), np.array((0.25, 0.45, 0.75))
 
 
-def capsule(half: float, radius: float) -> np.ndarray:
-    """Points (rows, ROUND, 3) of a capsule's surface; its axis is y."""
-    turn = np.linspace(0, 2 * np.pi, ROUND)
-    cap = np.linspace(0, np.pi / 2, 5)
-    rings = [(radius * np.sin(a), -half - radius * np.cos(a)) for a in cap]
-    rings += [(radius * np.cos(a), half + radius * np.sin(a)) for a in cap]
-    return np.array([[(r * np.cos(t), y, r * np.sin(t)) for t in turn] for r, y in rings])
+def capsule(half: float, radius: float, gap: float) -> tuple[np.ndarray, np.ndarray]:
+    """Points of a capsule's surface and their normals, (M, 3) each, about `gap` apart; its axis is y."""
+    turns = np.arange(0, 2 * np.pi, gap / radius)
+    caps = np.arange(0, np.pi / 2, gap / radius)
+    rings = [(1.0, 0.0, y) for y in np.arange(-half, half + gap / 2, gap)]
+    rings += [(np.cos(a), side * np.sin(a), side * half) for a in caps for side in (-1, 1)]
+    normals = np.array([(r * np.cos(t), n, r * np.sin(t)) for r, n, _ in rings for t in turns])
+    shift = np.array([(0.0, y, 0.0) for _, _, y in rings for _ in turns])
+    return normals * radius + shift, normals
 
 
-def box(half) -> list[np.ndarray]:
-    """The six faces of a box, each (2, 2, 3)."""
-    faces = []
+def box(half, gap: float) -> tuple[np.ndarray, np.ndarray]:
+    """The same of a box with half extents `half`."""
+    points, normals = [], []
     for axis in range(3):
-        others = [i for i in range(3) if i != axis]
+        u, v = (i for i in range(3) if i != axis)
+        grid = [np.linspace(-half[i], half[i], max(2, round(2 * half[i] / gap))) for i in (u, v)]
+        a, b = (g.ravel() for g in np.meshgrid(*grid))
         for side in (-1, 1):
-            face = np.zeros((2, 2, 3))
-            face[..., axis] = side * half[axis]
-            face[..., others[0]], face[..., others[1]] = np.meshgrid((-half[others[0]], half[others[0]]),
-                                                                     (-half[others[1]], half[others[1]]))  # fmt: skip
-            faces.append(face)
-    return faces
+            p, n = np.zeros((len(a), 3)), np.zeros((len(a), 3))
+            p[:, axis], p[:, u], p[:, v], n[:, axis] = side * half[axis], a, b, side
+            points.append(p)
+            normals.append(n)
+    return np.concatenate(points), np.concatenate(normals)
+
+
+def shade(colour: np.ndarray, normals: np.ndarray) -> np.ndarray:
+    """Colours (M, 3) of a surface in the light."""
+    return colour * (0.45 + 0.55 * np.clip(normals @ LIGHT, 0, 1))[:, None]
 
 
 def stage(size: int, low, high, floor: float):
-    """An empty picture: canvas and axes of the region from low to high (3,), in plot order z, x, y, with a floor."""
+    """An empty picture: canvas and axes of the region from low to high (3,), with a floor."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4, 4), dpi=size / 4)
     canvas = FigureCanvasAgg(figure)
-    axes = figure.add_axes((-0.12, -0.12, 1.24, 1.24), projection="3d")
-    axes.view_init(elev=22, azim=-62)
+    axes = figure.add_axes((-0.1, -0.1, 1.2, 1.2), projection="3d", computed_zorder=False)
+    axes.view_init(elev=24, azim=-58)
     axes.set_axis_off()
     axes.set(xlim=(low[2], high[2]), ylim=(low[0], high[0]), zlim=(low[1], high[1]))
-    axes.set_box_aspect((high[2] - low[2], high[0] - low[0], high[1] - low[1]), zoom=1.25)
+    axes.set_box_aspect((high[2] - low[2], high[0] - low[0], high[1] - low[1]), zoom=1.2)
     a, b = np.meshgrid((low[2], high[2]), (low[0], high[0]))
-    axes.plot_surface(a, b, np.full((2, 2), floor), color="0.88", shade=False)
+    axes.plot_surface(a, b, np.full((2, 2), floor), color="0.9", shade=False, zorder=0)
     return canvas, axes
+
+
+def dots(axes, x: np.ndarray, colours: np.ndarray, width) -> None:
+    """Points (M, 3) as dots; width in points of 1/72 inch, of a picture 4 inches wide."""
+    axes.scatter(x[:, 2], x[:, 0], x[:, 1], c=colours, s=np.square(width), linewidths=0, depthshade=False, zorder=2)
 
 
 def pixels(canvas) -> np.ndarray:
@@ -52,36 +70,67 @@ def pixels(canvas) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
+def draw(env, world: int = 0, size: int = 256) -> np.ndarray:
+    """A picture of one world of a task on particles, uint8 (size, size, 3)."""
+    from matplotlib import colormaps
+
+    low, high, gap = (0.1, env.floor - 0.02, 0.1), (0.9, env.floor + 0.56, 0.9), 0.008
+    canvas, axes = stage(size, low, high, env.floor - 0.5 / env.s["grid"])  # where particles come to rest
+    x = env.state["x"][world].detach().cpu().numpy()
+    span = np.ptp(x[:, 1]) + 0.02
+    points, colours = [x], [colormaps["viridis"](0.15 + 0.8 * (x[:, 1] - x[:, 1].min()) / span)[:, :3]]
+    widths = [np.full(len(x), 260 * (0.35 / env.s["grid"]))]
+    for kind, extent, position, rotation in env.shapes(world):
+        surface, normals = capsule(*extent[:2], gap) if kind == mpm.CAPSULE else box(extent, gap)
+        surface, normals = surface @ rotation.T + position, normals @ rotation.T
+        if env.HOLLOW:  # walls that one looks through: their edges alone
+            keep = (np.abs(np.abs(surface - position) - np.array(extent)) < 1e-4).sum(1) >= 2
+            surface, normals = surface[keep], normals[keep]
+        points.append(surface)
+        colours.append(shade(ORANGE, normals))
+        widths.append(np.full(len(surface), 1.2 if env.HOLLOW else 4.0))
+    if "target" in env.state:
+        points.append(env.state["target"][world].cpu().numpy()[None])
+        colours.append(np.array([[0.9, 0.0, 0.0]]))
+        widths.append(np.full(1, 9.0))
+    dots(axes, np.concatenate(points), np.concatenate(colours), np.concatenate(widths))
+    return pixels(canvas)
+
+
 def draw_body(env, world: int = 0, size: int = 256) -> np.ndarray:
-    """A picture of one world's body of tetrahedra, uint8 (size, size, 3), 6 units wide around it."""
+    """A picture of one world's body of tetrahedra, uint8 (size, size, 3), 4 units wide."""
     from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
     x = env.state["x"][world].detach().cpu().numpy()
     faces = env.tets[:, [[0, 1, 2], [0, 1, 3], [0, 2, 3], [1, 2, 3]]].reshape(-1, 3).numpy()
     _, first, count = np.unique(np.sort(faces, 1), axis=0, return_index=True, return_counts=True)
-    middle = x.mean(0)
-    low, high = middle - 2, middle + 2
-    low[1], high[1] = -0.1, 3.9
+    low, high = x.mean(0) - 1.7, x.mean(0) + 1.7
+    low[1], high[1] = -0.05, 2.35
     canvas, axes = stage(size, low, high, 0.0)
     skin = Poly3DCollection(x[faces[first[count == 1]]][..., [2, 0, 1]], facecolors="tab:green", edgecolors="0.2",
-                            linewidths=0.3, shade=True)  # fmt: skip
+                            linewidths=0.3, shade=True, zorder=2)  # fmt: skip
     axes.add_collection3d(skin)
     return pixels(canvas)
 
 
-def draw(env, world: int = 0, size: int = 256) -> np.ndarray:
-    """A picture of one world of a task on particles, uint8 (size, size, 3); y is up."""
-    canvas, axes = stage(size, (DOMAIN,) * 3, (1 - DOMAIN,) * 3, env.floor)
-    x = env.state["x"][world].detach().cpu().numpy()
-    axes.scatter(x[:, 2], x[:, 0], x[:, 1], c=x[:, 1] - 0.3 * x[:, 2], s=36 * env.s["grid"] ** -0.6 * 4, linewidths=0,
-                 cmap="viridis", depthshade=False)  # fmt: skip
-    for kind, extent, position, rotation in env.shapes(world):
-        faces = [capsule(extent[0], extent[1])] if kind == mpm.CAPSULE else box(extent)
-        for face in faces:
-            p = face @ rotation.T + position
-            axes.plot_surface(p[..., 2], p[..., 0], p[..., 1], color="tab:orange", alpha=env.OPACITY, linewidth=0)
-    goal = env.state.get("target")
-    if goal is not None:
-        p = goal[world].cpu().numpy()
-        axes.scatter([p[2]], [p[0]], [p[1]], c="red", s=60, marker="x")
+def draw_rigid(env, world: int, size: int, ball: float, radius: float, parts) -> np.ndarray:
+    """A picture of one ant, 2.6 m wide: a ball, and capsules along x axes; parts: (length, first of four bodies)."""
+    import torch
+
+    from envs.rewarped.rigid import rotate
+
+    p, q = env.state["p"][world].detach().cpu(), env.state["q"][world].detach().cpu()
+    low, high = p[0].numpy() - 1.3, p[0].numpy() + 1.3
+    low[1], high[1] = -0.05, 1.8
+    canvas, axes = stage(size, low, high, 0.0)
+    shapes = [(capsule(0.0, ball, 0.025), 0)]
+    shapes += [(capsule(length / 2, radius, 0.02), first + i) for length, first in parts for i in range(4)]
+    points, colours = [], []
+    for surface, b in shapes:
+        x, n = (torch.as_tensor(a[:, [1, 0, 2]] if b else a).to(q) for a in surface)
+        turn = q[b].expand(len(x), 4)
+        points.append((rotate(turn, x) + p[b]).numpy())
+        colours.append(shade(ORANGE if b else BLUE, rotate(turn, n).numpy()))
+    x = np.concatenate(points)
+    dots(axes, x, np.concatenate(colours), np.full(len(x), 4.0))
     return pixels(canvas)
