@@ -754,8 +754,8 @@ def main(args: Args) -> dict:
     """What the arguments ask for. -> summary. Raises what `command` knows how to tell."""
     args.check()
     policy = load_policy(args.checkpoint)
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)  # one small network: more threads only make its time vary
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)  # one small network: more threads only make its time vary
     if args.replay:
         recording = Recording.load(args.replay)
         differences = replay(policy, recording)

@@ -5,6 +5,7 @@ Most of it runs the real driver against emulated servos in virtual time. The sce
 
 import csv
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from conftest import ROOT
 from fake_checkpoint import SPEC, write_checkpoint
 
 from hardware import deploy_so101 as deploy
+from hardware import export
 from hardware.camera import ArraySource, Camera, CameraError, frame_around
 from hardware.deploy_so101 import Args, Deployment, Fault, Interrupted, Recorder, Recording, Refused, check_policy
 from hardware.emulate import calibrate, joints_of, place, recorded_calibration, shafts
@@ -639,11 +641,15 @@ def test_an_error_is_one_line_with_its_status(tmp_path):
 
 # --- A port, a process, a watchdog ------------------------------------------------------------------------------------
 class Live:
-    """The command as a process, at emulated servos behind a pseudo-terminal; no simulator can be imported."""
+    """The command as a process, at emulated servos behind a pseudo-terminal. No simulator can be imported, and torch
+    only in a first run."""
 
     def __init__(self, folder, server, *words, first=False):
         """first: as in the first run of a policy on an arm, with a keyboard on `keys`."""
         checkpoint, calibration = write_checkpoint(folder / "best.pt"), folder / "arm.json"
+        if not first:  # an export starts faster: no torch
+            export.export(export.Args(str(checkpoint), format="numpy", start_view=False))
+            checkpoint = folder / "best.npz"
         CALIBRATION.to_json(calibration)
         imageio.imwrite(folder / "still.png", picture())
         transport = SerialTransport(server.port)
@@ -652,7 +658,9 @@ class Live:
         for servo, encoder in enumerate(shafts(START), start=1):
             server.ask(set="encoder", id=servo, value=encoder)
         # Generous with time: a busy computer must not look like a fault.
-        code = ("import sys; sys.modules.update({name: None for name in ('mujoco', 'warp', 'mujoco_warp')})\n"
+        absent = ["mujoco", "warp", "mujoco_warp", *([] if first else ["torch"])]
+        code = (f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+                f"import fake_absence; fake_absence.of({absent})\n"
                 "from hardware import deploy_so101 as d\n"
                 "d.BUS_TIMEOUT, d.HEARTBEAT, d.LATE_TICKS = 1.0, 20.0, 10**6; sys.exit(d.command())")  # fmt: skip
         arguments = ["--checkpoint", checkpoint, "--port", server.port, "--calibration", calibration, "--camera",
@@ -770,8 +778,6 @@ def test_unplugging_the_port_in_a_run(tmp_path):
 
 
 def test_exports_run_the_arm_where_torch_cannot_be_imported(tmp_path):
-    from hardware import export
-
     checkpoint = write_checkpoint(tmp_path / "best.pt")
     export.export(export.Args(str(checkpoint), format="numpy", start_view=False))
     code = (
@@ -812,6 +818,18 @@ def test_a_policy_on_the_emulated_arm_is_within_five_points_of_the_simulator():
         assert all(int(row["episodes"]) == 64 for row in rows) and ("emulated arm", "2") in rates
         for where in ("simulator", "simulator, noise and jitter"):
             assert abs(rates["emulated arm", "0"] - rates[where, "0"]) <= 0.05
+
+
+@pytest.mark.parametrize("page", ["hardware.md", "sim2sim_go1.md"])
+def test_every_test_that_a_page_names_is_there(page):
+    """In full, or its beginning before an ellipsis, which must leave no doubt."""
+    text = "\n".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+    there, missing = set(re.findall(r"^def (test_\w+)", text, re.M)), []
+    named = re.findall(r"`(?:(test_\w+)\.py::)?(test_\w+)(…?)`", (ROOT / "docs" / page).read_text())
+    for _, name, cut in named:
+        found = {name} & there if not cut else {full for full in there if full.startswith(name)}
+        missing += [name] * (len(found) != 1)
+    assert len(named) > 5 and not missing
 
 
 def test_registers_of_the_start_up_are_known():

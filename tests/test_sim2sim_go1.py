@@ -239,7 +239,7 @@ def test_motors_that_are_too_weak_let_it_fall(standing):
     row = judge(Condition(torque=0.1), [fallen], 0.25, 0.3)
     assert not row["passed"] and row["falls"] == 1 and row["reason"] == f"fell: stand after {fallen.fell:.1f} s"
     assert math.isnan(row["speed_error"])
-    assert "| **fail** | 1 of 1 | – | – |" in sim.markdown([row], 1)
+    assert "| **fail** | 1 | 1 | 0 | – | – |" in sim.markdown([row])
 
 
 def test_the_verdict_by_hand():
@@ -253,11 +253,15 @@ def test_the_verdict_by_hand():
     assert row["passed"] and row["condition"] == "noise 1" and row["noise"] == 1.0
     assert abs(row["speed_error"] - math.hypot(0.1, 0.1)) < 1e-9 and abs(row["turn_error"] - 0.2) < 1e-9
     assert not judge(Condition(), [*good, walked("turn", (0, 0, 0.45))], 0.25, 0.3)["passed"]
-    assert judge(Condition(), [*good, walked("fast", (1, 0, 0), 2.0)], 0.25, 0.3)["reason"] == "fell: fast after 2.0 s"
-    assert "| turn | 0.00, 0.00, 0.80 | 0.00, 0.00, 0.60 | no |" in sim.by_command(good)
+    bad = judge(Condition(), [*good, walked("fast", (1, 0, 0), 2.0), walked("turn", (0, 0, 0.4))], 0.25, 0.3)
+    assert bad["reason"] == "fell: fast after 2.0 s; turn: 0.00 m/s and 0.40 rad/s off"
+    assert (bad["trials"], bad["falls"], bad["missed"], bad["worst"]) == (4, 1, 1, "turn")
+    assert "| turn | 0.00, 0.00, 0.80 | 0.00, 0.00, 0.60 | 0 of 1 |" in sim.by_command(good)
 
 
 def test_the_same_seed_gives_the_same_trial(policy):
+    starts = [trial(policy, Condition(), "stand", 1.1, seed).path[0, 7:] for seed in (1, 2)]
+    assert 0.005 < np.abs(starts[0] - starts[1]).max() < 0.1
     condition = Condition(noise=1.0, zero=0.03)
     one, same, other = (trial(policy, condition, "walk", 1.5, seed) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one.path, same.path)
@@ -348,14 +352,14 @@ def test_the_command_writes_table_and_video(folder, policy, standing, monkeypatc
     monkeypatch.setattr(sim, "sweep_conditions", lambda: [Condition(), Condition(torque=0.1, payload=5.0)])
     monkeypatch.setattr(sim, "FILMED", (Condition(), Condition(friction=0.3)))
     out = folder / "out"
-    rows = sim.main(sim.Args(str(standing.path), str(out), seconds=1.1, video=egl.works))
+    rows = sim.main(sim.Args(str(standing.path), str(out), seconds=1.1, repeats=1, video=egl.works))
     assert [row["falls"] for row in rows] == [0, 7] and "0 of 2 passed" in capsys.readouterr().out
     with (out / "sweep.csv").open(newline="") as file:
         saved = list(csv.DictReader(file))
     assert [row["condition"] for row in saved] == ["nominal", "payload 5, torque 0.1"]
     assert saved[1]["passed"] == "False" and saved[0]["falls"] == "0" and saved[1]["payload"] == "5"
     text = (out / "sweep.md").read_text()
-    assert "| nominal | **fail** | 0 of 7 |" in text and "| stand | 0.00, 0.00, 0.00 | 0.00" in text
+    assert "| nominal | **fail** | 7 | 0 | 6 |" in text and "| stand | 0.00, 0.00, 0.00 | 0.00" in text
     if not egl.works:
         pytest.skip(f"the video needs EGL: sudo apt-get install libegl1 libgl1-mesa-dri ({egl.detail})")
     video = imageio.get_reader(out / "walk.mp4")
@@ -423,3 +427,16 @@ def test_keys_drive_the_robot_in_the_window(policy, monkeypatch, capsys):
     assert seen[4] > seen[0] and seen[5] < seen[4], "backspace begins anew"
     np.testing.assert_allclose(waits, 0.02, atol=1e-9)
     assert "forward +0.2 m/s" in capsys.readouterr().out
+
+
+# --- Results ----------------------------------------------------------------------------------------------------------
+def test_the_table_of_the_page_is_that_of_the_results():
+    with (ROOT / "docs/results/hardware/go1/sweep.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row["passed"] = row["passed"] == "True"
+        row |= {key: float(row[key]) for key in ("speed_error", "turn_error", "torque_share")}
+    page = (ROOT / "docs/sim2sim_go1.md").read_text()
+    assert sim.markdown(rows) in page
+    assert f"{sum(row['passed'] for row in rows)} of {len(rows)} conditions" in page
+    assert [row["condition"] for row in rows] == [condition.label for condition in sim.sweep_conditions()]
