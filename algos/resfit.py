@@ -79,26 +79,28 @@ ROLLING = 100  # episodes over which the success of training is averaged
 
 # --- Args -------------------------------------------------------------------------------------------------------------
 # What --recipe ours turns on; each was measured alone, see the page.
-GUARDS = dict(warmup_noise=0.05, warmup_clean=0.5, gate="agree")
+GUARDS = dict(warmup_clean=0.5, ramp_steps=6_400, gate="agree", trust=0.02, offline=0.25)
 # (pattern of env ids, kind of device, mode, recipe) -> defaults other than the published ones below; later rows win
 TUNED = {
     ("*", "*", "resfit", "ours"): GUARDS,
+    # a CPU's sizes and rates, ours
+    ("*", "cpu", "*", "*"): dict(
+        num_envs=16, total_timesteps=30_000, eval_freq=3_200, log_freq=800, hidden=128, batch_size=128, encoder_dim=32,
+        base_dim=64, base_dropout=0.0, bc_batch_size=64, bc_steps=3_000, bc_eval_freq=1_000, bc_lr=5e-4, chunk=10,
+        execute=5, utd=0.3, lr=5e-4, tau=0.01, learning_starts=3_200, critic_warmup=1_500),
     ("*", "*", "rlpd", "*"): dict(actor_lr=1e-4, tau=0.01, noise=0.1, warmup_noise=1.0, critic_warmup=0),
     ("*", "*", "ibrl", "*"): dict(actor_lr=1e-4, tau=0.01, noise=0.1, gate="min", warmup_noise=0.0, critic_warmup=0),
-    ("*", "*", "ppo-residual", "*"): dict(actor_lr=3e-4, offline=0.0, gamma=0.99),
-    # what follows is ours
-    ("*", "cpu", "*", "*"): dict(hidden=128, batch_size=128, base_dim=64, encoder_dim=32, utd=1, total_timesteps=20_000,
-                                 bc_batch_size=64, base_dropout=0.0, bc_steps=3_000, bc_eval_freq=1_000, bc_lr=5e-4,
-                                 chunk=10, execute=5,
-                                 buffer_size=100_000, learning_starts=2_000, critic_warmup=2_000, lr=3e-4,
-                                 actor_lr=3e-5, eval_freq=1_000, num_envs=8),
+    ("*", "*", "ppo-residual", "*"): dict(actor_lr=3e-4, offline=0.0),
+    ("*", "cpu", "resfit", "*"): dict(actor_lr=1e-4, limit=(0.3,), noise=0.04),
+    ("*", "cpu", "resfit", "ours"): dict(policy_frequency=2),
+    ("SO101Reach*", "cpu", "*", "*"): dict(gamma=0.95, bc_steps=1_500, bc_eval_freq=500),
 }
 
 
 @dataclass
 class Args:
     # run
-    env_id: str = "SO101PlaceCube-v1"  # task: SO101... (envs/so101.py)
+    env_id: str = "SO101PlaceCube-v1"  # task: SO101... (envs/so101.py) or robosuite/... (envs/robosuite_tasks.py)
     mode: Literal["resfit", "rlpd", "ibrl", "filtered-bc", "ppo-residual"] = "resfit"  # what learns after the cloning
     recipe: Literal["ours", "published"] = "ours"  # whose defaults: with the guards against the first collapse, or not
     seed: int = 1  # of weights, exploration, sampling and episodes
@@ -149,7 +151,7 @@ class Args:
     policy_frequency: int = 4  # critic updates per update of actor and its target
     gamma: float = 0.99  # discount per step
     n_step: int = 3  # rewards summed before the bootstrap
-    bootstrap_on_timeout: bool = True  # a time-out is no end; off: it is one, as published
+    bootstrap_on_timeout: bool = False  # a time-out is no end; off: it is one, as published
     heads: int = 10  # H, critics; the target takes the smaller of a random pair
     layer_norm: bool = True  # in critics and actor
     see_phase: bool = False  # show actor and critics which share of the chunk is done
@@ -239,17 +241,27 @@ def parse_args(argv: list[str] | None = None) -> Args:
 def make_envs(args: Args, device: torch.device) -> tuple:
     """-> training environment (None with --evaluate), evaluation environment.
 
-    Anything with the contract in envs/__init__.py can stand here, if it knows success and terminates at it.
+    Anything with the contract in envs/__init__.py can stand here, if it knows success, and terminates at it or has
+    `restart(worlds)`.
     """
-    pixels = args.obs == "pixels"
+    pixels, robosuite = args.obs == "pixels", args.env_id.startswith("robosuite/")
     options = dict(pictures=pixels, asymmetric=not pixels, render_size=args.image_size, cameras=args.cameras,
-                   stagger=False, end_on_success=True)
+                   stagger=False) | ({} if robosuite else {"end_on_success": True})
     try:
-        make = importlib.import_module("envs.so101").make
+        make = importlib.import_module("envs.robosuite_tasks" if robosuite else "envs.so101").make
         return (None if args.evaluate else make(args.env_id, args.num_envs, device, seed=args.seed, **options),
                 make(args.env_id, args.eval_envs, device, seed=EVAL_SEED, **options))
     except (ImportError, RuntimeError) as error:  # the environment's own messages
         raise ValueError(error) from error
+
+
+def step_to_success(env, actions: torch.Tensor) -> tuple:
+    """`env.step` without its rewards; success terminates an episode also where the environment would go on."""
+    obs, _, terminations, truncations, info = env.step(actions)
+    solved = info["success"] & ~terminations
+    if (going := solved & ~truncations).any():
+        obs = env.restart(going)
+    return obs, terminations | solved, truncations & ~solved, info
 
 
 def observe(obs: dict) -> dict:
@@ -950,9 +962,9 @@ def evaluate(policy, env, args: Args, video: Path | None = None) -> dict:
                 frames.append(np.concatenate(list(env.render(range(min(4, env.num_envs)), size=160)), 1))
             actions = policy.act(obs)
             took.append(policy.took[running].float().mean())
-            obs, _, terminations, truncations, info = env.step(actions)
+            obs, terminations, truncations, info = step_to_success(env, actions)
             ends = terminations | truncations
-            solved |= running & ends & info["episode"]["success_at_end"]
+            solved |= running & info["success"]
             length += running
             running &= ~ends  # each world counts once
             if not running.any():
@@ -1106,7 +1118,7 @@ class Collector:
                 more = dict(obs=self.now, mean=mean, raw=mean + noise)
             heads = torch.randperm(args.heads, **on)[:2]
             actions, took = select(self.agent, x, base, propose(base, residual, args), args, heads)
-        obs, _, terminations, truncations, info = self.env.step(actions)
+        obs, terminations, truncations, info = step_to_success(self.env, actions)
         verdict = self.judge(info["final_obs"]) if self.judge else None
         if verdict is not None:  # a person ends the episode
             terminations = torch.ones_like(terminations)

@@ -468,6 +468,39 @@ def test_time_outs_bootstrap_unless_told_otherwise():
         assert torch.equal(discounts, (~(success if bootstrap else ended)).float())
 
 
+def test_success_terminates_where_the_environment_goes_on():
+    """An environment that only truncates, with `restart`: successes become terminations, at a time-out too."""
+    class Goes:
+        def step(self, actions):
+            success = torch.tensor([True, True, False, False])
+            truncations = torch.tensor([False, True, True, False])
+            return "old", None, torch.zeros(4, dtype=torch.bool), truncations, dict(success=success)
+
+        def restart(self, worlds):
+            self.restarted = worlds.tolist()
+            return "new"
+
+    env = Goes()
+    obs, terminations, truncations, _ = rf.step_to_success(env, None)
+    assert obs == "new" and env.restarted == [True, False, False, False]
+    assert terminations.tolist() == [True, True, False, False]
+    assert truncations.tolist() == [False, False, True, False]
+
+
+def test_so101_episodes_end_at_success_without_pictures():
+    pytest.importorskip("mujoco_warp", reason='the SO-101 needs MuJoCo Warp: pip install -e ".[so101]"')
+    args = rf.Args(env_id="SO101ReachCube-v1", device="cpu", num_envs=2, eval_envs=1)
+    env, eval_env = rf.make_envs(args, CPU)
+    obs = env.reset(seed=0)
+    assert rf.observe(obs)["state"].shape == (2, 59) and "rgb" not in obs
+    env.reward = lambda: (torch.zeros(2), torch.tensor([False, True]))
+    before = env.clock.copy()
+    _, _, terminations, truncations, info = env.step(torch.zeros(2, 6))
+    assert terminations.tolist() == [False, True] and not truncations.any()
+    assert (env.clock - before).tolist() == [1, 0] and info["episode"]["success_at_end"].tolist() == [False, True]
+    env.close(), eval_env.close()
+
+
 # --- Networks ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("size, cameras", [(16, 1), (84, 2), (48, 3)])
 def test_pictures_of_any_size_and_number(size, cameras):
@@ -645,7 +678,7 @@ def test_a_killed_learner_finds_its_steps_in_the_journal(dots, monkeypatch):
         return before(self, *rest)
 
     monkeypatch.setattr(rf.Learner, "run", run)
-    changes = dict(name="a", async_=True, save_buffer=True, eval_freq=10_000, total_timesteps=900, buffer_size=6000)
+    changes = dict(name="a", async_=True, save_buffer=True, eval_freq=10_000, total_timesteps=450, buffer_size=6000)
     with pytest.raises(RuntimeError, match="killed"):
         rf.train(arguments(dots, **changes))
     before_kill, recorded = rf.load_file("runs/a/checkpoint.pt")["now"]["global_step"], 0
@@ -656,7 +689,7 @@ def test_a_killed_learner_finds_its_steps_in_the_journal(dots, monkeypatch):
     seen, take = [], rf.Learner.add
     monkeypatch.setattr(rf.Learner, "add", lambda self, step: (seen.append(len(step["rewards"])), take(self, step)))
     out = rf.train(arguments(dots, resume="runs/a", **changes))
-    assert recorded >= 30 and before_kill + sum(seen) == out["global_step"] >= 900
+    assert recorded >= 30 and before_kill + sum(seen) == out["global_step"] >= 450
     whole = rf.load_file("runs/a/checkpoint.pt")["replay"]
     assert int(whole["head"].sum()) >= out["global_step"]
 
@@ -699,7 +732,7 @@ def test_help_shows_the_defaults_of_mode_and_device():
     args = rf.parse_args(["--device", "cpu", "--mode", "rlpd", "--demos", "x"])
     assert args.noise == 0.1 and args.hidden == rf.TUNED[("*", "cpu", "*", "*")]["hidden"]
     ours, published = (rf.parse_args(["--device", "cpu", "--demos", "x", "--recipe", r]) for r in ("ours", "published"))
-    assert published.gate == "none" and published.warmup_noise == 0.2
+    assert published.gate == "none" and published.warmup_noise == 0.2 and published.offline == 0.5
     assert all(getattr(ours, k) == v for k, v in rf.GUARDS.items())
 
 
