@@ -48,7 +48,7 @@ def make(env_id: str, num_envs: int, device: str | torch.device = "cpu", **optio
     size="full"        as published, or "small": for two CPU cores
     window=32          most steps between two calls of `detach` (a bound only without `checkpoint`)
     checkpoint=True    keep one state a step and compute the rest again in the backward pass
-    graph=None         replay captured graphs of a step, forward and backward; None: on a GPU
+    graph=None         replay captured graphs of a step, forward and backward; None: where that is faster
     dtype              torch.float32, or float64 for tests of gradients
     stagger=False      spread the clocks, so that worlds do not reset in lockstep
     Raises ValueError for an unknown id or an impossible option, in one line.

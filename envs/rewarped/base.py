@@ -35,6 +35,7 @@ class DifferentiableEnv:
     max_episode_steps: int
     control_hz: float
     obs_dims: dict[str, tuple[int, ...]]
+    GRAPH_ON_CPU = True  # what graph=None means there
 
     def __init__(self, env_id: str, num_envs: int, device="cpu", *, seed: int = 0, reward: str = "default",
                  size: str = "full", window: int = 32, graph: bool | None = None, checkpoint: bool = True,
@@ -50,8 +51,8 @@ class DifferentiableEnv:
                 raise ValueError(message)
         self.env_id, self.num_envs, self.device, self.dtype = env_id, num_envs, torch.device(device), dtype
         self.reward_name, self.size, self.window, self.graph, self.checkpoint = reward, size, window, graph, checkpoint
-        if graph is None:  # a CPU gains nothing, and without graphs it need not look at empty nodes
-            self.graph = self.device.type == "cuda"
+        if graph is None:
+            self.graph = self.device.type == "cuda" or self.GRAPH_ON_CPU
         self.stagger, self.generator = stagger, torch.Generator().manual_seed(seed)
         self.nan_resets = torch.zeros((), dtype=torch.int64, device=self.device)
         self.setup()

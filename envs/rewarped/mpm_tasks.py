@@ -41,6 +41,7 @@ class MPMEnv(DifferentiableEnv):
     SIZES: dict[str, dict]
     MATERIAL: dict
     SCALE: tuple[float, ...]
+    GRAPH_ON_CPU = False  # without a graph the host knows how many nodes are touched, and leaves out the empty ones
     HOLLOW = False  # draw only the edges of colliders
 
     def tree(self) -> Tree:
