@@ -20,7 +20,7 @@ PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check lint figures
+.PHONY: help setup train test check lint figures robosuite
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /  make \1:/p' Makefile | awk -F: '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -41,6 +41,14 @@ lint: $(STAMP)  ## ruff
 
 figures: $(STAMP)  ## rebuild every figure and table of the docs from docs/results
 	$(PY) scripts/plot_results.py
+
+robosuite: .venv-robosuite/.installed  ## create robosuite's environment, .venv-robosuite: it needs older packages
+
+.venv-robosuite/.installed: requirements-robosuite.txt
+	test -x .venv-robosuite/bin/pip || $(PYTHON) -m venv .venv-robosuite
+	.venv-robosuite/bin/python -m pip install --requirement requirements-robosuite.txt
+	.venv-robosuite/bin/python -m pip install --no-deps --editable .
+	@touch $@
 
 # pip is looked for, not python: a Debian without python3-venv leaves a python behind that has no pip.
 $(STAMP): pyproject.toml
