@@ -27,13 +27,15 @@ SHAPES = dict(state=6, privileged_state=61, action=2)
 N, T = 16, 5
 
 
+# Half the compile time, and nothing is compiled twice, in later runs of the tests neither
+SETTINGS = dict(jax_disable_most_optimizations=True, jax_persistent_cache_min_compile_time_secs=0.2,
+                jax_compilation_cache_dir=str(Path(__file__).parent.parent / ".pytest_cache/jax"))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation():
-    """Half the compile time, and nothing is compiled twice, in later runs of the tests neither."""
-    names = dict(jax_disable_most_optimizations=True, jax_persistent_cache_min_compile_time_secs=0.2,
-                 jax_compilation_cache_dir=str(Path(__file__).parent.parent / ".pytest_cache/jax"))
-    before = {name: jax.config.values[name] for name in names}
-    for name, value in names.items():
+    before = {name: jax.config.values[name] for name in SETTINGS}
+    for name, value in SETTINGS.items():
         jax.config.update(name, value)
     yield
     for name, value in before.items():
@@ -489,6 +491,15 @@ def test_evaluation_counts_the_first_episode_of_each_world():
     assert len(trace) == lengths[0]
 
 
+def test_the_point_learns_to_go_where_it_is_told(fake):
+    """Of 20, less what the way there costs."""
+    ppo.train(arguments(name="learns", num_envs=64, unroll_length=10, update_epochs=4, std="constant", init_std=0.5,
+                        head_scale=0.01, learning_rate=3e-3, total_timesteps=20_480, eval_freq=10**9, log_freq=5120,
+                        eval_episodes=64))  # fmt: skip
+    rows = table("runs/learns/eval.csv")
+    assert float(rows[-1]["eval/return"]) > 16, rows
+
+
 def test_checkpoint_starts_from_weights_alone(fake, runs):
     folder, _ = runs
     result = ppo.train(arguments(name="second", backend="mujoco-c", total_timesteps=2 * N * T,
@@ -560,12 +571,14 @@ def test_files_that_do_not_fit_are_refused(fake, runs):
     with pytest.raises(ValueError, match="^the checkpoint differs in shapes"):
         ppo.train(arguments(name="b", checkpoint=good, no_linvel=True))
     with pytest.raises(ValueError, match="exists: continue it with --resume"):
-        ppo.train(arguments(name="a"))
+        ppo.train(arguments(name=str(folder / "runs/mjx-jax")))
     Path("text.npz").write_text("no weights")
     with pytest.raises(ValueError, match="^text.npz cannot be read as weights"):
         ppo.load_file("text.npz")
+    before = (folder / "runs/mujoco-c/args.json").read_bytes()
     with pytest.raises(ValueError, match="does not fit this run, or is damaged"):
         ppo.train(arguments(resume=str(folder / "runs/mujoco-c"), backend="mujoco-c", hidden=(8, 8)))
+    assert (folder / "runs/mujoco-c/args.json").read_bytes() == before, "what is refused changes nothing"
 
 
 # --- Many devices -----------------------------------------------------------------------------------------------------
@@ -574,7 +587,8 @@ import sys, numpy as np
 sys.path[:0] = {paths}
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_disable_most_optimizations", True)
+for name, value in {settings}.items():
+    jax.config.update(name, value)
 import ppo_mjx_go1 as ppo, test_ppo_mjx_go1 as test
 ppo.make_envs = test.make_fakes
 for devices in (8, 1):
@@ -585,7 +599,7 @@ for devices in (8, 1):
 
 
 def test_eight_devices_compute_what_one_does(tmp_path):
-    script = DEVICES.format(paths=[str(SCRIPT.parent), str(Path(__file__).parent)])
+    script = DEVICES.format(paths=[str(SCRIPT.parent), str(Path(__file__).parent)], settings=SETTINGS)
     result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     eight, one = (tmp_path / "runs" / name for name in ("8", "1"))
@@ -597,17 +611,17 @@ def test_eight_devices_compute_what_one_does(tmp_path):
 
 # --- Command line -----------------------------------------------------------------------------------------------------
 def test_help_shows_each_task_its_defaults(capsys):
-    for env_id in ("Go1JoystickFlat", "Go1JoystickRough", "Go1Stand"):
-        for backend in ("mjx-jax", "mujoco-c"):
-            with pytest.raises(SystemExit) as stop:
-                ppo.parse_args(["--env-id", env_id, "--backend", backend, "--help"])
-            assert stop.value.code == 0
-            text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-            args = ppo.parse_args(["--env-id", env_id, "--backend", backend])
-            assert args.env_id == env_id and args.backend == backend
-            assert f"parallel worlds of each seed, over all devices (default: {args.num_envs})" in text
-            for key, value in ppo.tuned_defaults(env_id, backend).items():
-                assert getattr(args, key) == value
+    for env_id, backend, worlds in (("Go1JoystickRough", "mjx-jax", 8192), ("Go1JoystickFlat", "mujoco-c", 512),
+                                    ("Go1Stand", "mjx-jax", 128)):  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            ppo.parse_args(["--env-id", env_id, "--backend", backend, "--help"])
+        assert stop.value.code == 0
+        text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        args = ppo.parse_args(["--env-id", env_id, "--backend", backend])
+        assert args.env_id == env_id and args.backend == backend
+        assert f"parallel worlds of each seed, over all devices (default: {worlds})" in text
+        for key, value in ppo.tuned_defaults(env_id, backend).items():
+            assert getattr(args, key) == value
 
 
 def test_published_values_are_the_defaults():
