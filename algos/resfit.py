@@ -23,11 +23,12 @@ Differences from the paper:
  7. Observations may be vectors: the simulator's true state beside the joints (--obs state).
 
 Commands, from the repository's root:
-    demonstrations python -m envs.demos --env-id SO101PlaceCube-v1 --episodes 200
-    train          python algos/resfit.py --env-id SO101PlaceCube-v1 --demos FILE.hdf5
+    demonstrations python -m envs.demos --env-id SO101ReachCube-v1 --episodes 100 --noise 0.3 --out reach.hdf5
+    train          python algos/resfit.py --env-id SO101ReachCube-v1 --demos reach.hdf5
+    smallest run   python algos/resfit.py --env-id SO101ReachCube-v1 --demos reach.hdf5 --device cpu
     evaluate       python algos/resfit.py --evaluate --checkpoint runs/NAME/best.pt
     resume         python algos/resfit.py --resume runs/NAME    (exactly, if the run was given --save-buffer)
-    other modes    python algos/resfit.py --demos FILE.hdf5 --base-from runs/NAME/base.pt --mode rlpd
+    other modes    python algos/resfit.py --demos reach.hdf5 --base-from runs/NAME/base.pt --mode rlpd
 
 Expected result: see docs/algos/resfit.md. Not yet measured on a GPU.
 
@@ -56,6 +57,7 @@ import math
 import multiprocessing
 import pickle
 import queue as queues
+import signal
 import time
 import traceback
 from collections import defaultdict, deque
@@ -78,7 +80,7 @@ OFF_POLICY = ("resfit", "rlpd", "ibrl")  # the modes with Learner's updates
 ROLLING = 100  # episodes over which the success of training is averaged
 
 # --- Args -------------------------------------------------------------------------------------------------------------
-# What --recipe ours turns on; each was measured alone, see the page.
+# What --recipe ours turns on; the page has what was measured.
 GUARDS = dict(warmup_clean=0.5, ramp_steps=6_400, gate="agree", trust=0.02, offline=0.25)
 # (pattern of env ids, kind of device, mode, recipe) -> defaults other than the published ones below; later rows win
 TUNED = {
@@ -100,7 +102,7 @@ TUNED = {
 @dataclass
 class Args:
     # run
-    env_id: str = "SO101PlaceCube-v1"  # task: SO101... (envs/so101.py) or robosuite/... (envs/robosuite_tasks.py)
+    env_id: str = "SO101ReachCube-v1"  # task: SO101... (envs/so101.py) or robosuite/... (envs/robosuite_tasks.py)
     mode: Literal["resfit", "rlpd", "ibrl", "filtered-bc", "ppo-residual"] = "resfit"  # what learns after the cloning
     recipe: Literal["ours", "published"] = "ours"  # whose defaults: with the guards against the first collapse, or not
     seed: int = 1  # of weights, exploration, sampling and episodes
@@ -246,7 +248,7 @@ def make_envs(args: Args, device: torch.device) -> tuple:
     """
     pixels, robosuite = args.obs == "pixels", args.env_id.startswith("robosuite/")
     options = dict(pictures=pixels, asymmetric=not pixels, render_size=args.image_size, cameras=args.cameras,
-                   stagger=False) | ({} if robosuite else {"end_on_success": True})
+                   stagger=False) | ({} if robosuite else {"end_on_success": True, "samples_per_pixel": 1})  # as demos
     try:
         make = importlib.import_module("envs.robosuite_tasks" if robosuite else "envs.so101").make
         return (None if args.evaluate else make(args.env_id, args.num_envs, device, seed=args.seed, **options),
@@ -1061,7 +1063,7 @@ class Policy:
     def act(self, obs: dict) -> torch.Tensor:
         """obs of the environment, (N, ...) -> actions (N, A). `took` (N,) tells where the residual was let through."""
         obs = {k: torch.as_tensor(v, device=self.device) for k, v in obs.items()}
-        label, self.took = self.queue.act(obs), torch.zeros(len(obs["state"]), dtype=torch.bool)
+        label, self.took = self.queue.act(obs), torch.zeros(len(obs["state"]), dtype=torch.bool, device=self.device)
         if self.agent is None or self.args.mode == "filtered-bc":
             return label["base"]
         x = self.agent.encoder(observe(obs) | label)
@@ -1149,6 +1151,7 @@ class Collector:
 def act_apart(make, args: Args, content: dict, state: dict | None, orders, results):
     """The actor's process under --async: steps until it is told to stop; what goes wrong is handed over too."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the learner's: it stores what is there
     try:
         device = torch.device(args.device)
         env, eval_env = make(args, device)
@@ -1381,7 +1384,7 @@ def train(args: Args) -> dict:
     if saved:
         agent.load_state_dict(saved["agent"])
         learner.load_state_dict(saved["learner"])
-        if not args.async_:
+        if not args.async_ and saved["collector"]:
             collector.load_state_dict(saved["collector"])
         outcomes.extend(saved["outcomes"]), window.extend(saved["window"])
         torch.set_rng_state(saved["rng"])

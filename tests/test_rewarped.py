@@ -371,6 +371,18 @@ def test_a_reset_cuts_its_own_gradient_and_nobody_elses():
     assert (free[:3, 0].norm(dim=-1) > 0).all() and (cut[:3, 0] == 0).all() and (cut[3:, 0].norm(dim=-1) > 0).all()
 
 
+def test_the_box_holds_the_water():
+    """Lifted and moved for 30 steps; a wall that leaks would have lost most of it by then."""
+    env = make("FluidMove", 1)
+    with torch.no_grad():
+        for k in range(30):
+            env.step(torch.tensor([[0.5, 0.5, -0.5]]) if k < 15 else torch.zeros(1, 3))
+    box = env.state["joints"] + torch.tensor(env.start)
+    inner = env.outer - env.MARGIN
+    out = (env.state["x"] - box[:, None]).abs() - inner
+    assert (out[..., [0, 2]] < env.sim.dx).all() and (env.state["x"][..., 1] > box[:, 1] - inner[1] - env.sim.dx).all()
+
+
 def test_detach_begins_a_window():
     env = make("FluidMove", 1)
     first = actions(env).requires_grad_()

@@ -181,3 +181,27 @@ def test_a_fall_cuts_its_own_gradient_and_nobody_elses():
         grads.append(torch.stack(torch.autograd.grad(rewards[-1].sum(), acts)))
     assert torch.equal(grads[0][:, 1], grads[1][:, 1]) and (grads[0][:, 1].norm(dim=-1) > 0).all()
     assert (grads[1][:3, 0] == 0).all() and (grads[1][3:, 0].norm(dim=-1) > 0).all()
+
+
+# --- The scripts ------------------------------------------------------------------------------------------------------
+def test_pictures_and_throughput_are_written_and_wrong_choices_named(tmp_path, monkeypatch, capsys):
+    import picture_rewarped
+    from conftest import ROOT
+
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import throughput_rewarped
+
+    out = tmp_path / "pictures"
+    assert picture_rewarped.main(picture_rewarped.Args(tasks=("AntRun",), size="small", steps=2, out=out)) == 0
+    assert (out / "AntRun.png").read_bytes().startswith(b"\x89PNG")
+    table = throughput_rewarped.Args("AntRun", "small", (1,), 1, 1, out=tmp_path / "table.csv")
+    assert throughput_rewarped.main(table) == 0
+    lines = (tmp_path / "table.csv").read_text().splitlines()
+    assert lines[0].startswith("task,what,worlds,env_steps_per_second")
+    assert [line.startswith('"AntRun, small",forward') for line in lines[-3:]] == [False, True, True]
+    capsys.readouterr()
+    assert picture_rewarped.main(picture_rewarped.Args(tasks=("AntWalk",))) == 2
+    assert throughput_rewarped.main(throughput_rewarped.Args("AntWalk")) == 2
+    assert throughput_rewarped.main(throughput_rewarped.Args(window=0)) == 2
+    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "--tasks", "--task AntWalk", "--num-envs, --window, --repeats"]  # fmt: skip
