@@ -41,11 +41,15 @@ def operations(bus: Bus) -> dict[str, tuple[Callable[[], object], int]]:
         bus.sync_write(41, GOALS)
         return answers
 
+    def sync_write():
+        bus.sync_write(41, GOALS)
+        bus.read(1, 55, 1)  # nothing answers a sync write: without this the line's queue would grow, and nothing be measured
+
     return {
         "cycle: read 15 bytes x 6, write 7 x 6": (cycle, 14 + 6 * 21 + 8 + 6 * 8),
         "sync read, 15 bytes x 6": (lambda: bus.sync_read(IDS, 56, 15), 14 + 6 * 21),
         "sync read, 2 bytes x 6": (lambda: bus.sync_read(IDS, 56, 2), 14 + 6 * 8),
-        "sync write, 7 bytes x 6": (lambda: bus.sync_write(41, GOALS), 8 + 6 * 8),
+        "sync write, 7 bytes x 6, read 1 byte": (sync_write, 8 + 6 * 8 + 8 + 7),
         "read, 15 bytes": (lambda: bus.read(1, 56, 15), 8 + 21),
         "write, 2 bytes": (lambda: bus.write(1, 44, b"\0\0"), 9 + 6),
     }
