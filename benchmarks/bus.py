@@ -43,7 +43,7 @@ def operations(bus: Bus) -> dict[str, tuple[Callable[[], object], int]]:
 
     def sync_write():
         bus.sync_write(41, GOALS)
-        bus.read(1, 55, 1)  # nothing answers a sync write: without this the line's queue would grow, and nothing be measured
+        bus.read(1, 55, 1)  # a sync write is not answered: without this only the queue would grow
 
     return {
         "cycle: read 15 bytes x 6, write 7 x 6": (cycle, 14 + 6 * 21 + 8 + 6 * 8),
