@@ -87,14 +87,14 @@ TUNED = {
     ("*", "*", "resfit", "ours"): GUARDS,
     # a CPU's sizes and rates, ours
     ("*", "cpu", "*", "*"): dict(
-        num_envs=16, total_timesteps=30_000, eval_freq=3_200, log_freq=800, hidden=128, batch_size=128, encoder_dim=32,
+        num_envs=16, total_timesteps=40_000, eval_freq=3_200, log_freq=800, hidden=128, batch_size=128, encoder_dim=32,
         base_dim=64, base_dropout=0.0, bc_batch_size=64, bc_steps=3_000, bc_eval_freq=1_000, bc_lr=5e-4, chunk=10,
         execute=5, utd=0.3, lr=5e-4, tau=0.01, learning_starts=3_200, critic_warmup=1_500),
     ("*", "*", "rlpd", "*"): dict(actor_lr=1e-4, tau=0.01, noise=0.1, warmup_noise=1.0, critic_warmup=0),
     ("*", "*", "ibrl", "*"): dict(actor_lr=1e-4, tau=0.01, noise=0.1, gate="min", warmup_noise=0.0, critic_warmup=0),
     ("*", "*", "ppo-residual", "*"): dict(actor_lr=3e-4, offline=0.0),
     ("*", "cpu", "resfit", "*"): dict(actor_lr=1e-4, limit=(0.3,), noise=0.04),
-    ("*", "cpu", "resfit", "ours"): dict(policy_frequency=2),
+    ("*", "cpu", "resfit", "ours"): dict(policy_frequency=2, anneal=0.3),
     ("SO101Reach*", "cpu", "*", "*"): dict(gamma=0.95, bc_steps=1_500, bc_eval_freq=500),
 }
 
@@ -159,6 +159,7 @@ class Args:
     see_phase: bool = False  # show actor and critics which share of the chunk is done
     lr: float = 1e-4  # AdamW step size of encoder and critics
     actor_lr: float = 1e-6  # AdamW step size of the actor
+    anneal: float = 0.0  # last share of the run, in which both fall to 0
     grad_clip: float = 1.0  # largest norm of a gradient
     tau: float = 0.005  # share of critics and actor that moves into their targets
     noise: float = 0.05  # s, standard deviation of exploration and of target smoothing, in units of actions
@@ -850,6 +851,12 @@ class Learner:
             self.totals[name] += float(value)
             self.counts[name] += 1
 
+    def anneal(self, share: float):
+        """Set all step sizes to this share of what they were at first."""
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = share * group.setdefault("first_lr", group["lr"])
+
     def run(self, transitions: int, scale: float, hold: bool, most: int):
         """The updates owed for `transitions` more of them, at most so many; with `hold` the actor rests."""
         self.now["owed"] += transitions * self.args.utd
@@ -1469,6 +1476,8 @@ def train(args: Args) -> dict:
                     for _ in tqdm(range(args.critic_warmup * (args.mode in OFF_POLICY)), desc="critic warm-up",
                                   mininterval=1, leave=False):
                         learner.step(0.0, False)
+                if args.anneal:
+                    learner.anneal(min(1.0, (1 - before / args.total_timesteps) / args.anneal))
                 learner.run(args.num_envs * len(steps), now["scale"], now["fallback"] < 1, 1 if args.async_ else 10**9)
 
             # log

@@ -579,6 +579,15 @@ def test_resume_continues_the_residual_exactly(dots, changes):
     assert ends[0][:1] + ends[0][3:] == ends[1][:1] + ends[1][3:]  # all but the two times
 
 
+def test_step_sizes_fall_over_the_last_share_of_the_run_also_when_resumed(dots):
+    rf.train(arguments(dots, name="a", anneal=0.5, save_buffer=True, learning_starts=60))
+    rf.train(arguments(dots, name="a", anneal=0.5, save_buffer=True, learning_starts=60, resume="runs/a",
+                       total_timesteps=180))
+    optimizers = rf.load_file("runs/a/checkpoint.pt")["learner"]["optimizers"].values()
+    for group in (group for optimizer in optimizers for group in optimizer["param_groups"]):
+        assert group["lr"] == pytest.approx(1e-3 * (1 - 177 / 180) / 0.5)  # the last updates begin at step 177
+
+
 def test_resume_continues_the_cloning_exactly(dots):
     rf.train(arguments(dots, name="whole", bc_steps=8))
     rf.train(arguments(dots, name="part", bc_steps=4, bc_only=True))
