@@ -59,12 +59,12 @@ def wait(device: str) -> None:
 
 
 def without_grid(task: str) -> bool:
-    return task in ("SoftJumper", "AntRun")
+    return task in ("SoftJumper", "AntRun", "HandReorient")
 
 
 def elements(env) -> int:
     """Particles, tetrahedra or bodies."""
-    return len(env.tets if env.env_id == "SoftJumper" else env.sim.bodies if env.env_id == "AntRun" else env.particles0)
+    return len(env.particles0 if hasattr(env, "particles0") else env.tets if hasattr(env, "tets") else env.sim.bodies)
 
 
 def memory(env) -> float:

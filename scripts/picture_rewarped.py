@@ -4,7 +4,7 @@
     python scripts/picture_rewarped.py --tasks RollingFlat --size small --steps 60
 
 The actions are scripted, not learnt: the pin presses and rolls to and fro, the box goes to its
-target, fingers curl, the table's two halves swell by turns, the ant paddles.
+target, fingers curl, the table's two halves swell by turns, the ant paddles, the hand kneads the cube.
 Output: docs/images/rewarped/<task>.png, at most 120 kB each. At full size a task takes minutes on a CPU.
 """
 
@@ -52,6 +52,9 @@ def act(env, step: int) -> torch.Tensor:
         legs, beat = torch.arange(4), 1.0 if (step // 10) % 2 else -1.0
         actions[0, 0::2] = beat * (1.0 - 2.0 * (legs % 2)) * 0.5
         actions[0, 1::2] = 1.0  # push down
+    elif env.env_id == "HandReorient":
+        wave = torch.arange(16) // 4 * 0.5 * np.pi  # one finger after the other
+        actions[0] = torch.sin(2 * np.pi * step / 80 + wave)
     else:
         curl = torch.tensor([joint.high > 1.5 for joint in env.robot.joints])
         actions[0, curl] = 1.0 if step < 60 else 0.0

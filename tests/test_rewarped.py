@@ -477,7 +477,6 @@ def test_paper_flip_takes_its_first_distance_after_a_step():
 def test_ids_and_options_are_named_in_one_line():
     for call, message in (
         (lambda: rewarped.make("AntWalk", 1), "unknown: there are"),
-        (lambda: rewarped.make("HandReorient", 1), "not here yet"),
         (lambda: make("FluidMove", 0), "at least 1"),
         (lambda: make("FluidMove", reward="best"), "default or paper"),
         (lambda: make("FluidMove", size="tiny"), "full or small"),

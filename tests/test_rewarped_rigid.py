@@ -1,4 +1,4 @@
-"""Articulated rigid bodies: free fall, spin, hinges and contact against closed forms; gradients; AntRun."""
+"""Articulated rigid bodies: free fall, spin, hinges, contact against closed forms; gradients; AntRun, HandReorient."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("warp", reason='needs Warp: pip install -e ".[so101]"')
 from envs import rewarped  # noqa: E402
-from envs.rewarped.rigid import Body, Hinge, Rigid, Sphere, Springs, about, multiply, rotate  # noqa: E402
+from envs.rewarped.rigid import Body, Box, Hinge, Rigid, Sphere, Springs, about, multiply, rotate  # noqa: E402
 
 D = torch.float64
 
@@ -67,7 +67,7 @@ def test_a_motor_against_the_parallel_axis_theorem():
 def test_limits_hold_and_a_ball_rests_in_the_ground():
     """At rest a ball of mass m sinks by m g / k."""
     sim = Rigid(1, [Body(1.0, (0.1,) * 3)], [], [Sphere(0, (0.0, 0.0, 0.0), 0.2)], dt=1 / 960, substeps=2000, dtype=D,
-                springs=Springs(ground_kd=40.0))  # fmt: skip
+                springs=Springs(contact_kd=40.0))  # fmt: skip
     p, q, v, w = quiet(1, 1)
     p[..., 1] = 0.25
     p, _, v, _ = sim.step(p, q, v, w, torch.zeros(1, 1, dtype=D))
@@ -79,8 +79,58 @@ def test_limits_hold_and_a_ball_rests_in_the_ground():
     assert abs(float(limited.angles(q, w)[0]) - (0.3 + 20.0 / 1e3)) < 1e-3  # the limit is a spring of 1000 N m / rad
 
 
-def ant(dtype=D, **options):
-    return rewarped.make("AntRun", 2, "cpu", **({"seed": 1, "size": "small", "graph": False, "dtype": dtype} | options))
+def plate(**options):
+    """A ball of 1 kg and radius 0.2 above a fixed plate whose top is at y = 0."""
+    options = dict(dt=1 / 960, substeps=960, dtype=D, ground=False) | options
+    return Rigid(1, [Body(1.0, (1.0, 1.0, 1.0), fixed=True), Body(1.0, (1e9,) * 3)], [], [Sphere(1, (0.0,) * 3, 0.2)],
+                 boxes=(Box(0, (5.0, 0.5, 5.0)),), **options)  # fmt: skip
+
+
+def test_a_ball_on_a_box_sinks_by_its_weight_and_is_braked_by_coulombs_friction():
+    """A ball that cannot turn slides v^2 / (2 mu g); what is fixed stays, whatever presses on it."""
+    sim = plate(springs=Springs(contact_ke=1e4, contact_kd=60.0, contact_kf=1e6, friction=0.5))
+    p, q, v, w = quiet(1, 2)
+    p[0, 0, 1], p[0, 1, 1] = -0.5, 0.2 - 9.8e-4
+    idle = torch.zeros(1, 1, dtype=D)
+    still = sim.step(p, q, v, w, idle)
+    assert (still[0] - p).norm() < 1e-9 and still[2].norm() < 1e-9
+    v[0, 1, 0] = 2.0
+    slid, _, v1, _ = sim.step(p, q, v, w, idle)
+    assert abs(float(slid[0, 1, 0]) - 4 / (2 * 0.5 * 9.8)) < 0.005 and v1.norm() < 0.02
+    assert slid[0, 0].equal(p[0, 0])
+
+
+@pytest.mark.parametrize("at", [(0.45, 0.1, 0.05), (0.4, 0.3, 0.05), (0.4, 0.3, -0.15), (0.25, 0.1, 0.0)],
+                         ids=["face", "edge", "corner", "inside"])  # fmt: skip
+def test_the_force_on_a_box_is_that_on_the_ball(at):
+    """Away from the nearest point of the box; linear and angular momentum are kept."""
+    bodies = [Body(1.0, (0.1, 0.2, 0.3)), Body(2.0, (0.2, 0.1, 0.1))]
+    options = dict(dt=1e-5, substeps=1, gravity=0.0, ground=False, dtype=D)
+    sim = Rigid(1, bodies, [], [Sphere(0, (0.05, 0.1, 0.0), 0.2)], boxes=(Box(1, (0.3, 0.2, 0.1)),),
+                springs=Springs(contact_ke=100.0, contact_kd=1.0, contact_kf=1.0), **options)  # fmt: skip
+    g, (p, q, v, w), idle = torch.Generator().manual_seed(0), quiet(1, 2), torch.zeros(1, 1, dtype=D)
+    axis = torch.nn.functional.normalize(torch.randn(3, generator=g, dtype=D), dim=0)
+    q[0, 1] = about(axis, torch.tensor(1.0, dtype=D))
+    at, half = torch.tensor(at, dtype=D), torch.tensor((0.3, 0.2, 0.1), dtype=D)
+    p[0, 1] = torch.randn(3, generator=g, dtype=D)
+    p[0, 0] = p[0, 1] + rotate(q[0, 1], at) - torch.tensor((0.05, 0.1, 0.0), dtype=D)
+    out = at - torch.maximum(torch.minimum(at, half), -half)
+    # Inside, the face across x is the nearest, 0.05 away.
+    away, distance = (out / out.norm(), out.norm()) if out.norm() > 0 else (torch.eye(3, dtype=D)[0], -0.05)
+    _, _, v1, _ = sim.step(p, q, v, w, idle)
+    assert (v1[0, 0] / 1e-5).allclose(100.0 * (0.2 - distance) * rotate(q[0, 1], away), rtol=1e-9)
+    v, w = (torch.randn(1, 2, 3, generator=g, dtype=D) for _ in range(2))
+    _, _, v1, w1 = sim.step(p, q, v, w, idle)
+    _, _, v2, w2 = Rigid(1, bodies, [], [], **options).step(p, q, v, w, idle)  # the same without contact
+    mass, inertia = (torch.tensor([getattr(b, name) for b in bodies], dtype=D) for name in ("mass", "inertia"))
+    push = mass[:, None] * (v1 - v2)[0]
+    assert push.sum(0).norm() < 1e-12 < 1e-6 < push.norm()
+    turn = rotate(q[0], inertia * rotate(q[0] * torch.tensor((-1.0, -1.0, -1.0, 1.0), dtype=D), (w1 - w2)[0]))
+    assert (torch.cross(p[0], push, dim=-1) + turn).sum(0).norm() < 1e-12
+
+
+def ant(dtype=D, n=2, **options):
+    return rewarped.make("AntRun", n, "cpu", **({"seed": 1, "size": "small", "graph": False, "dtype": dtype} | options))
 
 
 def scene(env, low=0.5):
@@ -183,6 +233,129 @@ def test_a_fall_cuts_its_own_gradient_and_nobody_elses():
     assert (grads[1][:3, 0] == 0).all() and (grads[1][3:, 0].norm(dim=-1) > 0).all()
 
 
+# --- HandReorient -----------------------------------------------------------------------------------------------------
+def hand(dtype=torch.float32, n=2, **options):
+    options = {"seed": 1, "size": "small", "graph": False, "dtype": dtype} | options
+    return rewarped.make("HandReorient", n, "cpu", **options)
+
+
+@pytest.fixture(scope="module")
+def grip():
+    """A hand and what a step depends on, float64: the cube has come to rest between fingers, then all of it moves."""
+    env, g = hand(D), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _ in range(40):
+            env.step(torch.full((2, 16), 0.05, dtype=D))
+    p, q, v, w = (env.state[name] for name in "pqvw")
+    v, w = (t + s * torch.randn(t.shape, generator=g, dtype=D) for t, s in ((v, 0.02), (w, 0.5)))
+    v[:, 0] = w[:, 0] = 0
+    return env, [p, q, v, w, torch.randn(2, 16, generator=g, dtype=D)]
+
+
+def test_the_cube_is_in_contact(grip):
+    env, (p, q, *_) = grip
+    depths = []
+    for s in env.sim.spheres:
+        x = p[:, s.body] + rotate(q[:, s.body], torch.tensor(s.offset, dtype=D).expand(2, 3)) - p[:, env.cube]
+        x = rotate(q[:, env.cube] * torch.tensor((-1.0, -1.0, -1.0, 1.0), dtype=D), x).abs() - 0.065 / 2
+        depths.append(s.radius - x.clamp_min(0).norm(dim=1))
+    depths = torch.stack(depths)
+    bodies = {env.sim.spheres[k].body for k in (depths[:, 0] > 0).nonzero()[:, 0].tolist()}
+    assert ((depths > 0).sum(0) > 4).all() and 0 in bodies and len(bodies) > 2, "palm and fingers hold the cube"
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_gradients_of_the_hand_against_central_differences(grip, steps):
+    env, tensors = grip
+    g = torch.Generator().manual_seed(4)
+    for i, grad in enumerate(gradient(env.sim, tensors, steps)):
+        d = torch.randn(tensors[i].shape, generator=g, dtype=D)
+        d, errors = d / d.norm() + 2 * grad / grad.norm(), []
+        for eps in (1e-6, 1e-7, 1e-5 if i == 4 else 1e-8):
+            with torch.no_grad():
+                up, down = (run(env.sim, [*tensors[:i], tensors[i] + s * eps * d, *tensors[i + 1 :]], steps)
+                            for s in (1, -1))  # fmt: skip
+            errors.append(float(abs((grad * d).sum() / ((up - down) / (2 * eps)) - 1)))
+        assert min(errors) < 1e-6, (i, errors)
+
+
+def test_the_hand_in_float32_from_graphs_and_alone(grip):
+    env, tensors = grip
+    exact = gradient(env.sim, tensors, 2)
+    single = gradient(hand().sim, [t.float() for t in tensors], 2)
+    assert all((a - b).norm() < 1e-3 * b.norm() for a, b in zip(single, exact, strict=True))
+    graphs = hand(D, graph=True).sim
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(gradient(graphs, tensors, 2), exact, strict=True))
+    alone = hand(D, 1).sim
+    for n in range(2):
+        one = [t[n : n + 1] for t in tensors]
+        assert all(torch.equal(a[0], b[n]) for a, b in zip(alone.step(*one), env.sim.step(*tensors), strict=True))
+
+
+def test_hand_sizes_and_start():
+    env = hand(size="full")
+    assert env.obs_dims == {"state": (72,)} and env.action_dim == 16 and env.max_episode_steps == 600
+    assert env.control_hz == 120.0 and env.sim.substeps == 64
+    angles, rates = env.sim.angles(env.state["q"], env.state["w"])
+    low, high = (torch.tensor([getattr(h, k) for h in env.sim.hinges]) for k in ("low", "high"))
+    assert (angles > low).all() and (angles < high).all() and (rates == 0).all()
+    assert env.obs["state"][:, :16].allclose(angles)
+    start = env.state["p"][:, env.cube] - env.goal_position - torch.tensor((0.0, 0.04, 0.0))
+    assert (start.abs() <= 0.01).all() and env.state["q"][:, env.cube].norm(dim=1).allclose(torch.ones(2))
+    assert not env.state["q"][0, env.cube].allclose(env.state["q"][1, env.cube])
+    tips = env.state["p"][:, [4, 8, 12, 16]]  # above the palm, and the thumb beside the index finger
+    assert (tips[..., 1] > 0.03).all() and (tips[:, 0, 2] > tips[:, 1, 2]).all() and (tips[:, 3, 2] > 0.04).all()
+
+
+def test_hand_reward_goals_and_falls():
+    env = hand(n=3)
+    about_y = about(torch.tensor((0.0, 1.0, 0.0)), torch.tensor(0.05))
+    near = multiply(about_y, env.state["q"][0, env.cube])  # world 0 is within 0.1 of its goal, world 2 falls
+    goal = torch.stack((near, *env.state["goal"][1:]))
+    p = env.state["p"].clone()
+    p[2, env.cube] += torch.tensor((0.0, -0.3, 0.0))
+    env.state = {**env.state, "goal": goal, "p": p}
+    a = torch.full((3, 16), 0.2, requires_grad=True)
+    obs, rewards, terminations, truncations, info = env.step(a)
+    last = info["final_obs"]["state"]
+    d = (last[:, 32:35] - last[:, 45:48]).norm(dim=1)
+    assert torch.equal(last[:, 45:48], env.goal_position.expand(3, 3)) and last[:, 56:].equal(a)
+    conjugate = goal * torch.tensor((-1.0, -1.0, -1.0, 1.0))
+    theta = 2 * multiply(last[:, 35:39], conjugate)[:, 3].abs().clamp_max(1).acos()
+    assert theta[0] < 0.1 < theta[1:].min()
+    bonus = 250 * torch.sigmoid((0.1 - theta) / 1e-3)
+    assert rewards.allclose(-10 * d + 1 / (theta + 0.1) - 2e-4 * 16 * 0.04 + bonus, rtol=1e-3, atol=1e-3)
+    assert rewards[0] > 200 and rewards[1] < 11
+    # The goal that was reached is followed by another, which the observation shows; the others stay.
+    assert torch.equal(last[1, 48:52], goal[1]) and not last[0, 48:52].allclose(goal[0], atol=0.1)
+    assert last[:, 52:56].allclose(multiply(last[:, 35:39], last[:, 48:52] * torch.tensor((-1.0, -1.0, -1.0, 1.0))))
+    assert terminations.tolist() == [False, False, True] and d[2] > 0.24 and not truncations.any()
+    assert torch.autograd.grad(rewards.sum(), a)[0].norm(dim=1).gt(0).all() and env.render(0, 48).std() > 5
+
+
+def test_a_fallen_cube_and_a_nan_cut_their_own_gradient_alone():
+    grads = []
+    for trouble in ("", "falls", "nan"):
+        env, acts = hand(seed=2), []
+        for k in range(4):
+            acts.append(torch.full((2, 16), 0.3 * k - 0.4).requires_grad_())
+            if trouble and k == 1:
+                name, change = ("p", -1.0) if trouble == "falls" else ("w", 1e30)  # its square is no float
+                shift = torch.zeros(2, 18, 3)
+                shift[0, env.cube, 1] = change
+                env.state = {**env.state, name: env.state[name] + shift}
+            obs, rewards, terminations, truncations, info = env.step(acts[-1])
+            assert terminations.tolist() == [trouble == "falls" and k == 1, False]
+            assert truncations.tolist() == info["nan"].tolist() == [trouble == "nan" and k == 1, False]
+            assert all(t.isfinite().all() for t in (obs["state"], rewards, info["final_obs"]["state"]))
+        assert int(env.nan_resets) == (trouble == "nan")
+        grads.append(torch.stack(torch.autograd.grad(rewards.sum() + obs["state"].sum(), acts)))
+    for free, cut in ((grads[0], grads[1]), (grads[0], grads[2])):
+        assert torch.equal(free[:, 1], cut[:, 1]) and (free.norm(dim=-1) > 0).all()
+        assert (cut[:2, 0] == 0).all() and (cut[2:, 0].norm(dim=-1) > 0).all() and cut.isfinite().all()
+
+
 # --- The scripts ------------------------------------------------------------------------------------------------------
 def test_pictures_and_throughput_are_written_and_wrong_choices_named(tmp_path, monkeypatch, capsys):
     import picture_rewarped
@@ -198,7 +371,7 @@ def test_pictures_and_throughput_are_written_and_wrong_choices_named(tmp_path, m
     assert throughput_rewarped.main(table) == 0
     lines = (tmp_path / "table.csv").read_text().splitlines()
     assert lines[0].startswith("task,what,worlds,env_steps_per_second")
-    assert [line.startswith('"AntRun, small",forward') for line in lines[-3:]] == [False, True, True]
+    assert [line.startswith('"AntRun, small","forward') for line in lines[-3:]] == [False, True, True]
     capsys.readouterr()
     assert picture_rewarped.main(picture_rewarped.Args(tasks=("AntWalk",))) == 2
     assert throughput_rewarped.main(throughput_rewarped.Args("AntWalk")) == 2

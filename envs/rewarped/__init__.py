@@ -21,14 +21,12 @@ state_dict, load_state_dict (exact), render(world, size) -> uint8 (size, size, 3
     mpm_tasks.py                 RollingFlat, FluidMove, HandFlip
     fem.py, rigid.py             tetrahedra with muscles; articulated rigid bodies
     substeps.py                  the bridge to torch for both
-    fem_tasks.py, rigid_tasks.py SoftJumper; AntRun
+    fem_tasks.py, rigid_tasks.py SoftJumper; AntRun, HandReorient
     base.py                      episodes, resets, NaN, saved states
     render.py                    pictures for people
 """
 
 import torch
-
-PLANNED = ("HandReorient",)  # of the six published tasks, those that are not here yet
 
 
 def tasks() -> dict[str, type]:
@@ -36,7 +34,7 @@ def tasks() -> dict[str, type]:
     from envs.rewarped import fem_tasks, mpm_tasks, rigid_tasks  # Warp is loaded when a task is made
 
     found = (mpm_tasks.RollingFlat, mpm_tasks.FluidMove, mpm_tasks.HandFlip, fem_tasks.SoftJumper,
-             rigid_tasks.AntRun)  # fmt: skip
+             rigid_tasks.AntRun, rigid_tasks.HandReorient)  # fmt: skip
     return {task.__name__: task for task in found}
 
 
@@ -55,6 +53,5 @@ def make(env_id: str, num_envs: int, device: str | torch.device = "cpu", **optio
     """
     known = tasks()
     if env_id not in known:
-        planned = "published, but not here yet" if env_id in PLANNED else "unknown"
-        raise ValueError(f"{env_id!r} is {planned}: there are {', '.join(known)}")
+        raise ValueError(f"{env_id!r} is unknown: there are {', '.join(known)}")
     return known[env_id](env_id, num_envs, device, **options)

@@ -113,24 +113,54 @@ def draw_body(env, world: int = 0, size: int = 256) -> np.ndarray:
     return pixels(canvas)
 
 
-def draw_rigid(env, world: int, size: int, ball: float, radius: float, parts) -> np.ndarray:
-    """A picture of one ant, 2.6 m wide: a ball, and capsules along x axes; parts: (length, first of four bodies)."""
+def draw_solids(size: int, low, high, floor: float, solids) -> np.ndarray:
+    """A picture of solids, each of them points (M, 3) of its surface, normals, colours, position and quaternion."""
     import torch
 
     from envs.rewarped.rigid import rotate
 
-    p, q = env.state["p"][world].detach().cpu(), env.state["q"][world].detach().cpu()
-    low, high = p[0].numpy() - 1.3, p[0].numpy() + 1.3
-    low[1], high[1] = -0.05, 1.8
-    canvas, axes = stage(size, low, high, 0.0)
-    shapes = [(capsule(0.0, ball, 0.025), 0)]
-    shapes += [(capsule(length / 2, radius, 0.02), first + i) for length, first in parts for i in range(4)]
+    canvas, axes = stage(size, low, high, floor)
     points, colours = [], []
-    for surface, b in shapes:
-        x, n = (torch.as_tensor(a[:, [1, 0, 2]] if b else a).to(q) for a in surface)
-        turn = q[b].expand(len(x), 4)
-        points.append((rotate(turn, x) + p[b]).numpy())
-        colours.append(shade(ORANGE if b else BLUE, rotate(turn, n).numpy()))
+    for surface, normals, colour, p, q in solids:
+        x, n = (rotate(q.expand(len(a), 4), torch.as_tensor(a).to(q)) for a in (surface, normals))
+        points.append((x + p).numpy())
+        colours.append(shade(colour, n.numpy()))
     x = np.concatenate(points)
     dots(axes, x, np.concatenate(colours), np.full(len(x), 4.0))
     return pixels(canvas)
+
+
+def draw_ant(env, world: int, size: int, ball: float, radius: float, parts) -> np.ndarray:
+    """A picture of one ant, 2.6 m wide: a ball, and capsules along x axes; parts: (length, first of four bodies)."""
+    p, q = env.state["p"][world].detach().cpu(), env.state["q"][world].detach().cpu()
+    low, high = p[0].numpy() - 1.3, p[0].numpy() + 1.3
+    low[1], high[1] = -0.05, 1.8
+    solids = [(*capsule(0.0, ball, 0.025), BLUE, p[0], q[0])]
+    for length, first in parts:
+        along_x = [a[:, [1, 0, 2]] for a in capsule(length / 2, radius, 0.02)]
+        solids += [(*along_x, ORANGE, p[first + i], q[first + i]) for i in range(4)]
+    return draw_solids(size, low, high, 0.0, solids)
+
+
+def draw_hand(env, world: int, size: int, side: float) -> np.ndarray:
+    """A picture of one hand with its cube, 0.32 m wide; beside it a cube that is turned as the goal is."""
+    from envs.rewarped.kinematics import turn_to
+
+    p, q, goal = (env.state[name][world].detach().cpu() for name in ("p", "q", "goal"))
+    solids = []
+    for body, a, b, radius in env.capsules:
+        a, b = np.array(a), np.array(b)
+        turn, middle = np.array(turn_to(b - a)), (a + b) / 2
+        surface, normals = capsule(float(np.linalg.norm(b - a)) / 2, radius, 0.0026)
+        colour = np.array((0.35, 0.37, 0.42)) if body == 0 else ORANGE
+        solids.append((surface @ turn.T + middle, normals @ turn.T, colour, p[body], q[body]))
+    surface, normals = box((side / 2,) * 3, 0.0022)
+    face = (np.abs(surface) > side / 2 - 1e-6).sum(1) == 1  # not on an edge, which is of two colours
+    surface, normals = surface[face], normals[face]
+    paint = np.array(((0.85, 0.2, 0.2), (0.2, 0.65, 0.3), (0.2, 0.4, 0.85)))  # of the faces across x, y, z
+    colours = paint[np.abs(normals).argmax(1)]
+    colours = np.where(normals.sum(1, keepdims=True) < 0, 0.45 * colours + 0.55, colours)  # the opposite ones paler
+    solids.append((surface, normals, colours, p[env.cube], q[env.cube]))
+    away = p.new_tensor((-0.02, 0.11, -0.115))
+    solids.append((0.6 * surface, normals, colours, away, goal))
+    return draw_solids(size, (-0.11, -0.045, -0.15), (0.15, 0.16, 0.09), -0.035, solids)

@@ -1,4 +1,4 @@
-"""Batched, differentiable articulated rigid bodies in Warp: stiff joints, penalty contact with the ground.
+"""Batched, differentiable articulated rigid bodies in Warp: stiff joints, penalty contact with the ground and boxes.
 
 Every body keeps its own position, orientation and velocities; a hinge is a stiff spring and damper between two bodies.
 (Joint coordinates would need no such springs, but a mass matrix, whose adjoint wants every factor of every substep.
@@ -6,10 +6,11 @@ Here each kernel touches one joint, one contact or one body, and its adjoint is 
 
     joints     a thread a hinge: holds its two anchors and its two axes together; about the axis: motor, damping, limits
     contacts   a thread a sphere fixed to a body: ground at y = 0 by a spring, a damper and Coulomb friction
+    touches    a thread a sphere and a box on another body: the same along the normal of the box's signed distance
     integrate  a thread a body: v <- v + dt (f / m + g), w by Euler's equations, then position and orientation
 
 A quaternion is (x, y, z, w); positions, velocities and angular velocities are the world's. Gradients: see substeps.py.
-Shapes: N worlds, B bodies, J hinges, K contact spheres, S substeps.
+A capsule is a row of spheres. Shapes: N worlds, B bodies, J hinges, K contact spheres, M boxes, S substeps.
 """
 
 import functools
@@ -70,6 +71,15 @@ def kernels(real) -> types.SimpleNamespace:
         wp.atomic_add(t, n, b, wp.cross(rb, force) + torque)
         wp.atomic_add(t, n, a, -(wp.cross(ra, force) + torque))
 
+    @func
+    def penalty(depth: real, normal: vec3, u: vec3, ke: real, kd: real, kf: real, friction: real):
+        """Force at a contact of this depth, on the body whose velocity relative to the other one is u there."""
+        un = wp.dot(u, normal)
+        press = wp.max(ke * depth - kd * un, real(0.0))
+        slide = u - normal * un
+        speed = wp.sqrt(wp.dot(slide, slide) + real(1e-12))
+        return normal * press - slide * wp.min(kf, friction * press / speed)
+
     @kernel
     def contacts(p: vectors, q: quats, v: vectors, w: vectors, body: ints, offset: points, radius: scalars, ke: real,
                  kd: real, kf: real, friction: real, f: vectors, t: vectors):  # fmt: skip
@@ -79,31 +89,71 @@ def kernels(real) -> types.SimpleNamespace:
         height = p[n, b][1] + arm[1]
         if height < zero:
             u = v[n, b] + wp.cross(w[n, b], arm)
-            press = wp.max(-ke * height - kd * u[1], zero)
-            slide = vec3(u[0], zero, u[2])
-            speed = wp.sqrt(wp.dot(slide, slide) + real(1e-12))
-            force = vec3(zero, press, zero) - slide * wp.min(kf, friction * press / speed)
+            force = penalty(-height, vec3(zero, real(1.0), zero), u, ke, kd, kf, friction)
             wp.atomic_add(f, n, b, force)
             wp.atomic_add(t, n, b, wp.cross(arm, force))
 
+    @func
+    def box_distance(half: vec3, x: vec3):
+        """Signed distance of x to a box with these half extents, in the box's frame."""
+        far = vec3(wp.abs(x[0]), wp.abs(x[1]), wp.abs(x[2])) - half
+        most, zero = wp.max(far[0], wp.max(far[1], far[2])), real(0.0)
+        away = most
+        if most > zero:
+            away = wp.length(vec3(wp.max(far[0], zero), wp.max(far[1], zero), wp.max(far[2], zero)))
+        return away
+
+    @func
+    def box_normal(half: vec3, x: vec3):
+        """Its gradient: the unit normal, inside that of the nearest face."""
+        far = vec3(wp.abs(x[0]), wp.abs(x[1]), wp.abs(x[2])) - half
+        most, zero = wp.max(far[0], wp.max(far[1], far[2])), real(0.0)
+        side = vec3(wp.where(far[0] == most, wp.sign(x[0]), zero), wp.where(far[1] == most, wp.sign(x[1]), zero),
+                    wp.where(far[2] == most, wp.sign(x[2]), zero))  # fmt: skip
+        if most > zero:
+            side = vec3(wp.sign(x[0]) * wp.max(far[0], zero), wp.sign(x[1]) * wp.max(far[1], zero),
+                        wp.sign(x[2]) * wp.max(far[2], zero))  # fmt: skip
+        return wp.normalize(side)
+
+    @kernel
+    def touches(p: vectors, q: quats, v: vectors, w: vectors, body: ints, offset: points, radius: scalars,
+                box_body: ints, box_half: points, ke: real, kd: real, kf: real, friction: real, f: vectors,
+                t: vectors):  # fmt: skip
+        n, k, m = wp.tid()
+        a, b = body[k], box_body[m]
+        centre = p[n, a] + wp.quat_rotate(q[n, a], offset[k])
+        local = wp.quat_rotate_inv(q[n, b], centre - p[n, b])
+        depth = radius[k] - box_distance(box_half[m], local)
+        if depth > real(0.0) and a != b:
+            normal = wp.quat_rotate(q[n, b], box_normal(box_half[m], local))
+            at = centre - normal * radius[k]  # the sphere's deepest point
+            ra, rb = at - p[n, a], at - p[n, b]
+            u = v[n, a] + wp.cross(w[n, a], ra) - v[n, b] - wp.cross(w[n, b], rb)
+            force = penalty(depth, normal, u, ke, kd, kf, friction)
+            wp.atomic_add(f, n, a, force)
+            wp.atomic_add(f, n, b, -force)
+            wp.atomic_add(t, n, a, wp.cross(ra, force))
+            wp.atomic_add(t, n, b, -wp.cross(rb, force))
+
     @kernel
     def integrate(p: vectors, q: quats, v: vectors, w: vectors, f: vectors, t: vectors, mass: scalars, inertia: points,
-                  dt: real, gravity: real, p_next: vectors, q_next: quats, v_next: vectors,
+                  free: scalars, dt: real, gravity: real, p_next: vectors, q_next: quats, v_next: vectors,
                   w_next: vectors):  # fmt: skip
-        """Inertia: principal moments, in the axes of the body."""
+        """Inertia: principal moments, in the axes of the body. Free: 1, or 0 of a body that stays where it is."""
         n, b = wp.tid()
         qb, moments, zero = q[n, b], inertia[b], real(0.0)
-        vb = v[n, b] + (f[n, b] / mass[b] + vec3(zero, gravity, zero)) * dt
+        vb = (v[n, b] + (f[n, b] / mass[b] + vec3(zero, gravity, zero)) * dt) * free[b]
         local, push = wp.quat_rotate_inv(qb, w[n, b]), wp.quat_rotate_inv(qb, t[n, b])
         gyro = push - wp.cross(local, wp.cw_mul(moments, local))
-        wb = w[n, b] + wp.quat_rotate(qb, wp.cw_div(gyro, moments)) * dt
+        wb = (w[n, b] + wp.quat_rotate(qb, wp.cw_div(gyro, moments)) * dt) * free[b]
         spin = quat(wb[0] * dt / real(2.0), wb[1] * dt / real(2.0), wb[2] * dt / real(2.0), zero)
         v_next[n, b] = vb
         w_next[n, b] = wb
         p_next[n, b] = p[n, b] + vb * dt
         q_next[n, b] = wp.normalize(qb + spin * qb)
 
-    return types.SimpleNamespace(vec3=vec3, quat=quat, joints=joints, contacts=contacts, integrate=integrate)
+    return types.SimpleNamespace(vec3=vec3, quat=quat, joints=joints, contacts=contacts, touches=touches,
+                                 integrate=integrate)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- the simulation ----
@@ -113,6 +163,7 @@ class Body:
 
     mass: float
     inertia: tuple[float, float, float]
+    fixed: bool = False  # stays where it is put
 
 
 @dataclass(frozen=True)
@@ -131,7 +182,7 @@ class Hinge:
 
 @dataclass(frozen=True)
 class Sphere:
-    """Touches the ground."""
+    """Touches the ground, and boxes on other bodies."""
 
     body: int
     offset: tuple[float, float, float]
@@ -139,8 +190,16 @@ class Sphere:
 
 
 @dataclass(frozen=True)
+class Box:
+    """Touches spheres on other bodies; its middle and axes are its body's."""
+
+    body: int
+    half: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
 class Springs:
-    """Stiffness (ke, align, limit) and damping of joints, and the ground; N, m, rad, s."""
+    """Stiffness (ke, align, limit) and damping of joints, and of a sphere's contact; N, m, rad, s."""
 
     ke: float = 1e6
     kd: float = 1e3
@@ -149,9 +208,9 @@ class Springs:
     limit: float = 1e3
     limit_d: float = 10.0
     damping: float = 1.0
-    ground_ke: float = 4e3
-    ground_kd: float = 1e3
-    ground_kf: float = 3e2
+    contact_ke: float = 4e3
+    contact_kd: float = 1e3
+    contact_kf: float = 3e2
     friction: float = 0.75
 
 
@@ -163,11 +222,15 @@ def perpendicular(axis) -> np.ndarray:
 
 
 class Rigid:
-    """N worlds of bodies, hinges and contact spheres. Raises ValueError in one line for a choice that cannot work."""
+    """N worlds of bodies, hinges, contact spheres and boxes.
+
+    A hinge's parent comes before its child. With `ground`, spheres touch the plane y = 0.
+    Raises ValueError in one line for a choice that cannot work.
+    """
 
     def __init__(self, num_envs: int, bodies: list[Body], hinges: list[Hinge], spheres: list[Sphere], *, dt: float,
-                 substeps: int, springs: Springs | None = None, gravity: float = -9.8, device="cpu",
-                 dtype=torch.float32, graph: bool = False):  # fmt: skip
+                 substeps: int, boxes: tuple[Box, ...] = (), ground: bool = True, springs: Springs | None = None,
+                 gravity: float = -9.8, device="cpu", dtype=torch.float32, graph: bool = False):  # fmt: skip
         springs = springs or Springs()
         for wrong, message in (
             (dtype not in (torch.float32, torch.float64), f"dtype {dtype}: float32 or float64"),
@@ -180,7 +243,7 @@ class Rigid:
         real = wp.float32 if dtype == torch.float32 else wp.float64
         k, where = kernels(real), str(torch.device(device))
         wp.load_module(k.joints.module, device=where)  # before any capture, which cannot compile
-        N, B, J, K = num_envs, len(bodies), len(hinges), len(spheres)
+        N, B, J, K, M = num_envs, len(bodies), len(hinges), len(spheres), len(boxes)
 
         def array(rows, kind):
             return wp.array(list(rows) or [(0, 0, 0) if kind is k.vec3 else 0], dtype=kind, device=where)
@@ -200,14 +263,17 @@ class Rigid:
                     array((h.low for h in hinges), real), array((h.high for h in hinges), real)]  # fmt: skip
         touch = [array((s.body for s in spheres), wp.int32), array((s.offset for s in spheres), k.vec3),
                  array((s.radius for s in spheres), real)]  # fmt: skip
-        masses = [array((b.mass for b in bodies), real), array((b.inertia for b in bodies), k.vec3)]
+        block = [array((b.body for b in boxes), wp.int32), array((b.half for b in boxes), k.vec3)]
+        masses = [array((b.mass for b in bodies), real), array((b.inertia for b in bodies), k.vec3),
+                  array((float(not b.fixed) for b in bodies), real)]  # fmt: skip
         s = springs
         hold = [s.ke, s.kd, s.align, s.align_d, s.limit, s.limit_d, s.damping]
-        ground = [s.ground_ke, s.ground_kd, s.ground_kf, s.friction]
+        contact = [s.contact_ke, s.contact_kd, s.contact_kf, s.friction]
 
         def launches(state, inputs, scratch, following):
             found = [(k.joints, (N, J), [*state, *inputs, *topology, *hold], scratch)] if J else []
-            found += [(k.contacts, (N, K), [*state, *touch, *ground], scratch)] if K else []
+            found += [(k.contacts, (N, K), [*state, *touch, *contact], scratch)] if K and ground else []
+            found += [(k.touches, (N, K, M), [*state, *touch, *block, *contact], scratch)] if K and M else []
             return [*found, (k.integrate, (N, B), [*state, *scratch, *masses, dt, gravity], following)]
 
         vectors, quats = ((N, B), k.vec3), ((N, B), k.quat)
@@ -217,6 +283,24 @@ class Rigid:
     def step(self, p, q, v, w, motor):
         """Positions, quaternions, velocities and angular velocities (N, B, ...) a step later; motor torques (N, J)."""
         return self.steps.step(p, q, v, w, motor)
+
+    def place(self, p, q, v, w, angles, rates) -> dict[str, torch.Tensor]:
+        """State "p", "q", "v", "w" (N, B, ...) in which all hinges hold.
+
+        p, q, v, w (N, ...) of the first body; angles and rates (N, J) of the hinges. Bodies after those of
+        the hinges' tree are left out.
+        """
+        state = [{0: t} for t in (p, q, v, w)]
+        at, turned, speed, spin = state
+        for j, h in enumerate(self.hinges):
+            axis, a, b, turn = (q.new_tensor(x) for x in (h.axis, h.anchor_a, h.anchor_b, h.turn))
+            i, c = h.parent, h.child
+            turned[c] = multiply(multiply(turned[i], about(axis, angles[:, j])), turn.expand_as(q))
+            spin[c] = spin[i] + rotate(turned[i], axis) * rates[:, j, None]
+            a, b = rotate(turned[i], a), rotate(turned[c], b)
+            at[c] = at[i] + a - b
+            speed[c] = speed[i] + torch.cross(spin[i], a, dim=-1) - torch.cross(spin[c], b, dim=-1)
+        return {name: torch.stack([t[b] for b in range(len(t))], 1) for name, t in zip("pqvw", state, strict=True)}
 
     def angles(self, q: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Angles and rates (N, J) of the hinges."""
