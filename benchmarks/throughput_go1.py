@@ -18,6 +18,7 @@ slowest and the fastest block beside it. A row that cannot run here stands in th
 programs first: the rows are as sensitive to them as any timing. It needs the extras so101 and go1.
 """
 
+import os
 import sys
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -87,6 +88,7 @@ def machine(args: Args) -> dict[str, str]:
     facts = throughput.machine(throughput.Args(device="cpu"))
     facts["processor"] = facts["processor"].partition(";")[0]
     facts["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    facts["load"] = f"{os.getloadavg()[0]:.1f} programs wanted a core in the minute before"
     names = ("jax", "flax", "optax", "mujoco", "mujoco-mjx", "warp-lang")
     facts["versions"] = ", ".join(f"{name} {version(name)}" for name in names)
     options = [f"--{f.name.replace('_', '-')} {' '.join(map(str, v)) if isinstance(v, tuple) else v}"
