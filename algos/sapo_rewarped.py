@@ -93,12 +93,15 @@ TUNED = {
     # What follows is ours. A run of a few hundred windows is short: alpha begins at a tenth of a step's reward or so,
     # and falls four times as fast, or it drowns the task; the critics take fewer and larger steps.
     ("*", "*", "small"): dict(num_envs=4, eval_episodes=8, actor_units=(64, 64), critic_units=(64, 64), critic_epochs=4,
-                              critic_lr=2e-3, alpha=0.05, alpha_lr=0.02, total_timesteps=6_144, eval_freq=1_024,
-                              capture_video=False),
+                              critic_lr=2e-3, alpha=0.05, alpha_lr=0.02, total_timesteps=8_192, eval_freq=1_024,
+                              capture_video=False, recompute=False),
+    ("shac", "*", "small"): dict(target_decay=0.2),  # with 0.995 the target would stay what it is at first
+    ("trajopt", "*", "small"): dict(recompute=True),  # its window is the episode
     ("*", "AntRun", "small"): dict(num_envs=16, eval_episodes=16, alpha=0.1, total_timesteps=131_072,
                                    eval_freq=16_384),
     ("*", "SoftJumper", "small"): dict(num_envs=8, total_timesteps=20_480, eval_freq=2_048),
-    ("*", "FluidMove", "small"): dict(alpha=0.01),
+    ("*", "RollingFlat", "small"): dict(actor_lr=1e-2, alpha=0.005, total_timesteps=3_072, eval_freq=512),
+    ("*", "FluidMove HandFlip", "small"): dict(actor_lr=1e-2, alpha=0.001),
 }
 
 
