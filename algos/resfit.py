@@ -81,20 +81,20 @@ ROLLING = 100  # episodes over which the success of training is averaged
 
 # --- Args -------------------------------------------------------------------------------------------------------------
 # What --recipe ours turns on; the page has what was measured.
-GUARDS = dict(warmup_clean=0.5, ramp_steps=6_400, gate="agree", trust=0.02, offline=0.25)
+GUARDS = dict(warmup_clean=0.5, ramp_steps=9_600, gate="agree", caution=1.5, trust=0.02, offline=0.25)
 # (pattern of env ids, kind of device, mode, recipe) -> defaults other than the published ones below; later rows win
 TUNED = {
     ("*", "*", "resfit", "ours"): GUARDS,
     # a CPU's sizes and rates, ours
     ("*", "cpu", "*", "*"): dict(
-        num_envs=16, total_timesteps=40_000, eval_freq=3_200, log_freq=800, hidden=128, batch_size=128, encoder_dim=32,
+        num_envs=16, total_timesteps=44_800, eval_freq=3_200, log_freq=800, hidden=128, batch_size=128, encoder_dim=32,
         base_dim=64, base_dropout=0.0, bc_batch_size=64, bc_steps=3_000, bc_eval_freq=1_000, bc_lr=5e-4, chunk=10,
         execute=5, utd=0.3, lr=5e-4, tau=0.01, learning_starts=3_200, critic_warmup=1_500),
     ("*", "*", "rlpd", "*"): dict(actor_lr=1e-4, tau=0.01, noise=0.1, warmup_noise=1.0, critic_warmup=0),
     ("*", "*", "ibrl", "*"): dict(actor_lr=1e-4, tau=0.01, noise=0.1, gate="min", warmup_noise=0.0, critic_warmup=0),
     ("*", "*", "ppo-residual", "*"): dict(actor_lr=3e-4, offline=0.0),
     ("*", "cpu", "resfit", "*"): dict(actor_lr=1e-4, limit=(0.3,), noise=0.04),
-    ("*", "cpu", "resfit", "ours"): dict(policy_frequency=2, anneal=0.3),
+    ("*", "cpu", "resfit", "ours"): dict(policy_frequency=2, anneal=0.2),
     ("SO101Reach*", "cpu", "*", "*"): dict(gamma=0.95, bc_steps=1_500, bc_eval_freq=500),
 }
 
@@ -179,6 +179,7 @@ class Args:
     gate: Literal["none", "min", "agree"] = "none"  # (c) execute the proposal only where the critics prefer it: eq. 6
     margin: float = 0.0  # (c) by at least so much
     kappa: float = 1.0  # (c) standard deviations of the heads' advantages that "agree" subtracts
+    caution: float = 0.0  # (b, c) so many more of them where the ramp begins, none where it ends
     trust: float = 0.0  # (d) w, weight of the squared residual in the actor's loss
     fallback: float = 0.0  # (e) rolling success below the base's by so much halves the residual; 0: never
     anchor: float = 0.0  # (f) share of the batch from warm-up
@@ -715,11 +716,11 @@ def bounded(residual, noise, limit):
 
 
 @torch.no_grad()
-def select(agent: Agent, x, base, proposal, args: Args, heads=slice(None)):
+def select(agent: Agent, x, base, proposal, scale: float, args: Args, heads=slice(None)):
     """Eq. 6: the proposal (B, A) where the target critics prefer it, elsewhere the base's action. -> actions, took (B,)
 
-    "agree" asks all heads, whether their mean advantage exceeds kappa standard deviations; "min" is IBRL's choice by
-    the smaller value of `heads`.
+    "agree" asks all heads, whether their mean advantage exceeds kappa standard deviations, more of them while `scale`,
+    the share of the residual that is let through, is below 1; "min" is IBRL's choice by the smaller value of `heads`.
     """
     if args.gate == "none" or args.mode == "rlpd":
         return proposal, torch.ones(len(base), dtype=torch.bool, device=base.device)
@@ -727,7 +728,7 @@ def select(agent: Agent, x, base, proposal, args: Args, heads=slice(None)):
     new, old = agent.critics_target(x.repeat(2, 1), torch.cat([proposal, base]), heads).chunk(2, 1)  # (H, B) each
     gain = new.amin(0) - old.amin(0)
     if args.gate == "agree":
-        gain = (new - old).mean(0) - args.kappa * (new - old).std(0)
+        gain = (new - old).mean(0) - (args.kappa + args.caution * (1 - scale)) * (new - old).std(0)
     took = gain > args.margin
     return torch.where(took[:, None], proposal, base), took
 
@@ -1074,8 +1075,9 @@ class Policy:
         if self.agent is None or self.args.mode == "filtered-bc":
             return label["base"]
         x = self.agent.encoder(observe(obs) | label)
-        proposal = propose(label["base"], self.now["scale"] * self.agent.actor(x, label["base"]), self.args)
-        actions, self.took = select(self.agent, x, label["base"], proposal, self.args)
+        scale = self.now["scale"]
+        proposal = propose(label["base"], scale * self.agent.actor(x, label["base"]), self.args)
+        actions, self.took = select(self.agent, x, label["base"], proposal, scale, self.args)
         return actions
 
 
@@ -1126,7 +1128,7 @@ class Collector:
             if args.mode == "ppo-residual":
                 more = dict(obs=self.now, mean=mean, raw=mean + noise)
             heads = torch.randperm(args.heads, **on)[:2]
-            actions, took = select(self.agent, x, base, propose(base, residual, args), args, heads)
+            actions, took = select(self.agent, x, base, propose(base, residual, args), scale, args, heads)
         obs, terminations, truncations, info = step_to_success(self.env, actions)
         verdict = self.judge(info["final_obs"]) if self.judge else None
         if verdict is not None:  # a person ends the episode

@@ -415,15 +415,15 @@ def test_actor_loss_is_minus_the_mean_of_all_heads_and_the_trust_penalty():
 
 @pytest.mark.parametrize("gate", ["agree", "min"])
 def test_gate_by_hand(gate):
-    args, agent, batch = agent_and_batch(gate=gate, kappa=0.5, margin=0.01)
+    args, agent, batch = agent_and_batch(gate=gate, kappa=0.3, caution=0.8, margin=0.01)
     x, base = batch["obs"]["state"], batch["obs"]["base"]
     proposal = (base + 0.1).clamp(-1, 1)
     new, old = (torch.stack([head(agent.critics_target, k, x, a) for k in range(4)]) for a in (proposal, base))
     if gate == "agree":
-        gain = (new - old).mean(0) - 0.5 * (new - old).std(0)
+        gain = (new - old).mean(0) - (0.3 + 0.8 * 0.25) * (new - old).std(0)  # three quarters are let through
     else:
         gain = torch.minimum(new[1], new[3]) - torch.minimum(old[1], old[3])
-    actions, took = rf.select(agent, x, base, proposal, args, torch.tensor([1, 3]))
+    actions, took = rf.select(agent, x, base, proposal, 0.75, args, torch.tensor([1, 3]))
     assert torch.equal(took, gain > 0.01)
     assert torch.equal(actions, torch.where(took[:, None], proposal, base))
 
