@@ -1,0 +1,200 @@
+"""PPO and SAC of Stable-Baselines3 on the differentiable tasks, for the figures of docs/algos/sapo_rewarped.md.
+
+    python scripts/baselines_rewarped.py --algo ppo --env-id AntRun --seed 1
+    python scripts/baselines_rewarped.py --algo sac --env-id FluidMove --seed 1 --total-timesteps 7680
+
+They step the same simulation without its gradient. Worlds, budget and evaluation (episodes, seeds, the mean action) are
+those of `algos/sapo_rewarped.py --algo sapo`; so are the networks' widths and the encoder of particles, which PPO's
+actor and critic share. Step sizes, clipping and the like follow the baselines of the SAPO paper as far as the library
+has them; minibatches are smaller, as the batches of fewer worlds are.
+Output: runs/<name>/eval.csv, with the columns that algos/ write.
+"""
+
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "algos"))
+import sapo_rewarped as sr  # noqa: E402  (algos/ is a folder of files to run; the line above lets this script import one)
+
+START = time.time()
+INSTALL = 'stable-baselines3 is missing: run `pip install -e ".[baselines]"`'
+
+
+@dataclass
+class Args:
+    algo: Literal["ppo", "sac"] = "ppo"
+    """which of the library's algorithms"""
+    env_id: str = "AntRun"
+    """task of envs/rewarped"""
+    seed: int = 1
+    """of weights, exploration, minibatches and episodes"""
+    name: str = ""
+    """folder under runs/; empty: made from task, algorithm, seed and time"""
+    size: Literal["full", "small"] = "small"
+    """of the simulation"""
+    total_timesteps: int | None = None
+    """environment transitions; None: as many as SAPO has by default"""
+    device: str = "cpu"
+    """of networks and simulation"""
+
+
+def make_worlds(env):
+    """A differentiable environment as one of the library's vectorised ones: NumPy in and out, no gradient."""
+    from gymnasium import spaces
+    from stable_baselines3.common.vec_env import VecEnv
+
+    class Worlds(VecEnv):
+        def __init__(self):
+            boxes = {name: spaces.Box(-np.inf, np.inf, shape) for name, shape in env.obs_dims.items()}
+            super().__init__(env.num_envs, spaces.Dict(boxes), spaces.Box(-1.0, 1.0, (env.action_dim,)))
+
+        def reset(self):
+            return numpy(env.reset())
+
+        def step_async(self, actions):
+            self.actions = torch.as_tensor(actions, dtype=torch.float32, device=env.device)
+
+        def step_wait(self):
+            with torch.no_grad():
+                env.detach()
+                obs, rewards, terminations, truncations, info = env.step(self.actions)
+            dones, last, infos = (terminations | truncations).cpu().numpy(), numpy(info["final_obs"]), []
+            for world, done in enumerate(dones):
+                infos.append({} if not done else {
+                    "terminal_observation": {name: value[world] for name, value in last.items()},
+                    "TimeLimit.truncated": bool(truncations[world])})  # fmt: skip
+            return numpy(obs), rewards.cpu().numpy(), dones, infos
+
+        def close(self):
+            env.close()
+
+        def seed(self, seed=None):  # the environment has its own, from its making
+            return [None] * self.num_envs
+
+        def get_attr(self, attr_name, indices=None):
+            return [None] * self.num_envs
+
+        def set_attr(self, attr_name, value, indices=None):
+            raise NotImplementedError("a world has no attributes of its own")
+
+        def env_method(self, method_name, *args, indices=None, **kwargs):
+            raise NotImplementedError("a world has no methods of its own")
+
+        def env_is_wrapped(self, wrapper_class, indices=None):
+            return [False] * self.num_envs
+
+    def numpy(obs):
+        return {name: value.detach().cpu().numpy() for name, value in obs.items()}
+
+    return Worlds()
+
+
+def make_encoder():
+    """SAPO's encoder, before its MLPs: particles one by one, their mean, and the state beside it."""
+    from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+
+    class Encoder(BaseFeaturesExtractor):
+        def __init__(self, space, args: sr.Args):
+            width, points = space["state"].shape[0], "points" in space.spaces
+            super().__init__(space, 64 + 128 if points else width)
+            self.each, self.mean, self.low = (sr.mlp(args, *widths) if points else None
+                                              for widths in ((3, 64, 128, 256), (256, 64), (width, 128)))  # fmt: skip
+
+        def forward(self, obs):
+            if self.each is None:
+                return obs["state"]
+            return torch.cat([self.mean(self.each(obs["points"]).mean(-2)), self.low(obs["state"])], -1)
+
+    return Encoder
+
+
+def make_model(args: Args, like: sr.Args, worlds):
+    """The library's algorithm with the settings of this comparison."""
+    import stable_baselines3 as sb3
+
+    policy = dict(activation_fn=torch.nn.SiLU, optimizer_class=torch.optim.AdamW,
+                  features_extractor_class=make_encoder(), features_extractor_kwargs=dict(args=like))  # fmt: skip
+    options = dict(learning_rate=5e-4, gamma=like.gamma, seed=args.seed, device=args.device)
+    batch = like.num_envs * like.horizon
+    if args.algo == "ppo":
+        units = dict(pi=list(like.actor_units), vf=list(like.critic_units))
+        return sb3.PPO("MultiInputPolicy", worlds, n_steps=like.horizon, batch_size=batch // 4, n_epochs=5,
+                       gae_lambda=like.gae_lambda, clip_range=0.2, max_grad_norm=0.5, target_kl=0.03,
+                       policy_kwargs=policy | dict(net_arch=units), **options)  # fmt: skip
+    units = dict(pi=list(like.actor_units), qf=list(like.critic_units))
+    return sb3.SAC("MultiInputPolicy", worlds, buffer_size=min(1_000_000, 2 * like.total_timesteps),
+                   batch_size=16 * like.num_envs, learning_starts=batch, train_freq=4, gradient_steps=4, tau=0.005,
+                   ent_coef="auto_1.0", target_entropy=-worlds.action_space.shape[0] / 2,
+                   policy_kwargs=policy | dict(net_arch=units), **options)  # fmt: skip
+
+
+class Acting:
+    """The learnt policy with the interface of sapo_rewarped.Policy: the mean action."""
+
+    def __init__(self, model, norm, device):
+        self.model, self.norm, self.device = model, norm, device
+
+    def reset(self):
+        pass
+
+    def act(self, obs):
+        obs = self.norm.normalize_obs({name: value.cpu().numpy() for name, value in obs.items()})
+        return torch.as_tensor(self.model.predict(obs, deterministic=True)[0], device=self.device)
+
+
+def train(args: Args) -> dict:
+    """Train, evaluate as often as SAPO does. -> metrics of the last evaluation and `run`, the folder."""
+    try:
+        from stable_baselines3.common.callbacks import BaseCallback
+        from stable_baselines3.common.vec_env import VecNormalize
+    except ImportError as error:
+        raise ValueError(INSTALL) from error
+    like = sr.Args(**dict(env_id=args.env_id, size=args.size, device=args.device, seed=args.seed)
+                   | sr.tuned_defaults("sapo", args.env_id, args.size))  # fmt: skip
+    like = replace(like, total_timesteps=args.total_timesteps or like.total_timesteps, capture_video=False)
+    like.check()
+    run = Path("runs") / (args.name or time.strftime(f"{args.env_id}__{args.algo}__s{args.seed}__%Y%m%d-%H%M%S"))
+    if (run / "eval.csv").exists():
+        raise ValueError(f"{run} exists: choose another --name")
+    env, eval_env = sr.make_envs(like, torch.device(args.device))
+    norm = VecNormalize(make_worlds(env), norm_obs_keys=["state"], gamma=like.gamma)
+    model = make_model(args, like, norm)
+    acting, results = Acting(model, norm, eval_env.device), {}
+    run.mkdir(parents=True, exist_ok=True)
+    begin = time.perf_counter()
+
+    class Evaluate(BaseCallback):
+        paused, seen = 0.0, 0
+
+        def _on_step(self):
+            step = self.num_timesteps
+            if step // like.eval_freq != self.seen // like.eval_freq or step >= like.total_timesteps > self.seen:
+                pause = time.perf_counter()
+                results.update(sr.evaluate(acting, eval_env, like, run / "unused.mp4"))
+                clock = dict(global_step=step, wall_time=time.time() - START, train_time=pause - begin - self.paused)
+                sr.write_row(run / "eval.csv", clock | results, track=False)
+                print(f"{step} steps: return {results['eval/return']:.3f}", flush=True)
+                self.paused += time.perf_counter() - pause
+            self.seen = step
+            return True
+
+    model.learn(like.total_timesteps, callback=Evaluate())
+    for part in (norm, eval_env):
+        part.close()
+    return results | {"run": str(run)}
+
+
+if __name__ == "__main__":
+    try:
+        train(tyro.cli(Args, description=__doc__.split("\n\n")[0]))
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
