@@ -100,7 +100,7 @@ TUNED = {
     ("*", "AntRun", "small"): dict(num_envs=16, eval_episodes=16, alpha=0.1, total_timesteps=131_072,
                                    eval_freq=16_384),
     ("*", "SoftJumper", "small"): dict(num_envs=8, total_timesteps=20_480, eval_freq=2_048),
-    ("*", "RollingFlat", "small"): dict(actor_lr=1e-2, alpha=0.005, total_timesteps=3_072, eval_freq=512),
+    ("*", "RollingFlat", "small"): dict(actor_lr=1e-2, alpha=0.005, total_timesteps=2_560, eval_freq=512),
     ("*", "FluidMove HandFlip", "small"): dict(actor_lr=1e-2, alpha=0.001),
 }
 
