@@ -1,4 +1,4 @@
-"""The differentiable simulation: transfers, materials against what they must do, gradients against differences."""
+"""The differentiable particles: free fall, colliders, gradients against differences, the tasks on them."""
 
 import math
 
@@ -60,30 +60,7 @@ def gradient(sim, tensors, steps, weights=None):
     return [leaf.grad for leaf in leaves]
 
 
-# --- Transfers and materials ------------------------------------------------------------------------------------------
-def test_transfers_keep_mass_and_momentum():
-    """Particles to grid: sum of node masses and momenta; grid to particles and back: linear and angular momentum."""
-    sim = simulation("elastic", gravity=0.0, colliders=False, substeps=1)
-    x, v, C, _, *_ = scene("elastic")
-    x = x + torch.tensor((0.0, 0.2, 0.0), dtype=D)  # off the floor
-    before = mpm.Particles(x, v, C, torch.eye(3, dtype=D).expand(2, 27, 3, 3))
-    after = sim.step(before)
-    space = sim.spaces[0]
-    A, m, mv, _ = (mpm.wp.to_torch(a) for a in space.grids[0])
-    assert m.flatten(1).sum(1).allclose(torch.full((2,), 27.0, dtype=D), rtol=1e-12)
-    # Weights sum to 1 and their first moment is 0, so that the affine parts add no momentum.
-    assert mv.flatten(1, 3).sum(1).allclose(v.sum(1), rtol=1e-10, atol=1e-10)
-    assert after.v.sum(1).allclose(v.sum(1), rtol=1e-10, atol=1e-10)
-
-    def angular(p):  # of the APIC particles: x cross v and the antisymmetric part of C D, D = dx^2 / 4
-        B = p.C * sim.dx**2 / 4
-        spin = torch.stack((B[..., 2, 1] - B[..., 1, 2], B[..., 0, 2] - B[..., 2, 0], B[..., 1, 0] - B[..., 0, 1]), -1)
-        return (torch.cross(p.x, p.v, dim=-1) + spin).sum(1)
-
-    plain = simulation("elastic", gravity=0.0, colliders=False, substeps=1, young=1e-9)  # no stress: transfers alone
-    assert angular(plain.step(before)).allclose(angular(before), rtol=1e-9, atol=1e-9)
-
-
+# --- Particles (tests/test_rewarped_physics.py has more) --------------------------------------------------------------
 def test_free_fall():
     sim = simulation("elastic", colliders=False, substeps=50)
     start = mpm.at_rest(scene("elastic")[0] + torch.tensor((0.0, 0.2, 0.0), dtype=D))
@@ -97,64 +74,6 @@ def block(counts, spacing, bottom, centre=0.5, dtype=D):
     from envs.rewarped.mpm_tasks import lattice
 
     return (lattice(counts, spacing) + torch.tensor((centre, bottom, centre)))[None].to(dtype)
-
-
-def test_an_elastic_block_bounces_without_gaining_energy():
-    sim = mpm.MPM(1, 216, material="elastic", grid=16, dt=5e-4, substeps=20, young=2000.0, poisson=0.3,
-                  gravity=-10.0)  # fmt: skip
-    floor, drop = 3 / 16, 0.15
-    p = mpm.at_rest(block((6, 6, 6), 1 / 32, floor + drop, dtype=torch.float32))
-
-    def energy(p):
-        J = torch.linalg.det(p.F)
-        stored = sim.mu / 2 * (p.F.square().sum((-2, -1)) - 3 - 2 * J.log()) + sim.lam / 2 * J.log() ** 2
-        kinetic = 0.5 * p.v.square().sum(-1) + 0.5 * p.C.square().sum((-2, -1)) * sim.dx**2 / 4
-        return float((kinetic + 10.0 * (p.x[..., 1] - floor) + stored).mean())
-
-    first, energies, heights = energy(p), [], []
-    for _ in range(40):
-        p = sim.step(p)
-        energies.append(energy(p))
-        heights.append(float(p.x[..., 1].mean()))
-    assert max(energies) < 1.02 * first and energies[-1] > 0
-    lowest = min(range(40), key=heights.__getitem__)
-    assert 10 < lowest < 30 and max(heights[lowest:]) > heights[lowest] + 0.3 * drop, "it does not bounce"
-
-
-def test_a_fluid_settles_level():
-    """A column at one side of the domain ends as a layer: equal depth left and right, and its volume is kept."""
-    sim = mpm.MPM(1, 360, material="fluid", grid=12, dt=2e-3, substeps=20, young=2e4, poisson=0.3, density=1000.0)
-    x = block((6, 12, 5), 1 / 24, 3 / 12) * torch.tensor((1.0, 1.0, 1.0), dtype=D)
-    p = mpm.at_rest((x - torch.tensor((0.125, 0.0, 0.0))).float())
-    for _ in range(60):
-        p = sim.step(p)
-        p = p._replace(v=p.v * 0.93)  # a little drag, or it would slosh for long
-    x, y = p.x[0, :, 0], p.x[0, :, 1] - 2 / 12  # at 2 / 12 is the last layer of nodes that belongs to the floor
-    assert p.x.isfinite().all() and p.v.abs().max() < 0.3
-    left, right = y[x < 0.5].mean(), y[x >= 0.5].mean()
-    assert abs(left - right) < 0.2 * y.mean() and 0.02 < y.mean() < 0.14  # the column's middle began at 0.33
-    assert (p.F[..., 0, 0] - 1).abs().mean() < 0.1
-
-
-def test_plasticine_holds_below_yield_and_flows_above():
-    """Pure shear by a given velocity gradient: |dev log strain| is limited to yield / (2 mu), and is free below."""
-    sim = simulation("plasticine", n=1, particles=1, colliders=False, gravity=0.0, substeps=1, yield_stress=20.0)
-    limit = 20.0 / (2 * sim.mu)
-
-    def strain(F):
-        e = torch.linalg.svdvals(F).log()
-        return float((e - e.mean()).norm())
-
-    for amount, flows in ((0.5 * limit, False), (3 * limit, True)):
-        C = torch.diag(torch.tensor([1.0, -1.0, 0.0], dtype=D)) * amount / math.sqrt(2) / sim.dt
-        p = mpm.at_rest(torch.full((1, 1, 3), 0.5, dtype=D))._replace(C=C[None, None])
-        F = sim.step(p).F[0, 0]
-        trial = torch.eye(3, dtype=D) + sim.dt * C
-        if flows:
-            assert abs(strain(F) - limit) < 1e-9 * limit
-            assert torch.linalg.det(F).allclose(torch.linalg.det(trial), rtol=1e-9)
-        else:
-            assert F.allclose(trial, rtol=0, atol=1e-15)
 
 
 def test_a_collider_carries_along_what_it_touches_and_friction_is_coulombs():
