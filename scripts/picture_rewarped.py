@@ -2,16 +2,19 @@
 
     python scripts/picture_rewarped.py                               all tasks, at the size `full`
     python scripts/picture_rewarped.py --tasks RollingFlat --size small --steps 60
+    python scripts/picture_rewarped.py --tasks HandReorient --video videos       and an mp4 of all steps
 
 The actions are scripted, not learnt: the pin presses and rolls to and fro, the box goes to its
 target, fingers curl, the table's two halves swell by turns, the ant paddles, the hand kneads the cube.
-Output: docs/images/rewarped/<task>.png, at most 120 kB each. At full size a task takes minutes on a CPU.
+Output: docs/images/rewarped/<task>.png, at most 120 kB each; <video>/<task>.mp4. At full size a task takes minutes on a
+CPU.
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import imageio
 import numpy as np
 import torch
 import tyro
@@ -21,6 +24,7 @@ from envs import rewarped
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE, LIMIT = 300, 120_000  # pixels of a picture's side; bytes of a file
+FILM, FPS = 320, 30  # pixels of a film's side, which codecs want in sixteens; pictures a second, one a step
 
 
 @dataclass
@@ -33,6 +37,8 @@ class Args:
     """control steps between the first picture and the last"""
     out: Path = ROOT / "docs/images/rewarped"
     """folder for the pictures"""
+    video: Path | None = None
+    """folder for an mp4 of each task; None: no films"""
     seed: int = 3
     """seed of the episode"""
 
@@ -69,12 +75,18 @@ def main(args: Args) -> int:
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
     for task in args.tasks:
-        env, pictures = rewarped.make(task, 1, size=args.size, seed=args.seed, graph=False), []
+        env, pictures, film = rewarped.make(task, 1, size=args.size, seed=args.seed, graph=False), [], []
         with torch.no_grad():
             for step in range(args.steps + 1):
                 if step in (0, args.steps // 2, args.steps):
                     pictures.append(env.render(0, SIDE))
+                if args.video:
+                    film.append(env.render(0, FILM))
                 env.step(act(env, step))
+        if args.video:
+            args.video.mkdir(parents=True, exist_ok=True)
+            imageio.mimsave(args.video / f"{task}.mp4", film, fps=FPS)
+            print(args.video / f"{task}.mp4")
         path = args.out / f"{task}.png"
         Image.fromarray(np.concatenate(pictures, 1)).quantize(128).save(path, optimize=True)
         print(f"{path}  {path.stat().st_size} bytes, size {args.size}, steps 0, {args.steps // 2}, {args.steps}")

@@ -2,6 +2,7 @@
 
 import math
 
+import imageio
 import pytest
 import torch
 
@@ -365,8 +366,11 @@ def test_pictures_and_throughput_are_written_and_wrong_choices_named(tmp_path, m
     import throughput_rewarped
 
     out = tmp_path / "pictures"
-    assert picture_rewarped.main(picture_rewarped.Args(tasks=("AntRun",), size="small", steps=2, out=out)) == 0
+    picture = picture_rewarped.Args(tasks=("AntRun",), size="small", steps=2, out=out, video=tmp_path / "films")
+    assert picture_rewarped.main(picture) == 0
     assert (out / "AntRun.png").read_bytes().startswith(b"\x89PNG")
+    film = imageio.mimread(tmp_path / "films/AntRun.mp4")
+    assert len(film) == 3 and film[0].shape == (320, 320, 3) and film[0].std() > 5
     table = throughput_rewarped.Args("AntRun", "small", (1,), 1, 1, out=tmp_path / "table.csv")
     assert throughput_rewarped.main(table) == 0
     lines = (tmp_path / "table.csv").read_text().splitlines()
