@@ -1,15 +1,18 @@
 """PPO and SAC of Stable-Baselines3 on the differentiable tasks, for the figures of docs/algos/sapo_rewarped.md.
 
     python scripts/baselines_rewarped.py --algo ppo --env-id AntRun --seed 1
-    python scripts/baselines_rewarped.py --algo sac --env-id FluidMove --seed 1 --total-timesteps 7680
+    python scripts/baselines_rewarped.py --algo sac --env-id RollingFlat --seed 1
+    python scripts/baselines_rewarped.py --algo random --env-id AntRun        uniform actions; or still: none
 
-They step the same simulation without its gradient. Worlds, budget and evaluation (episodes, seeds, the mean action) are
-those of `algos/sapo_rewarped.py --algo sapo`; so are the networks' widths and the encoder of particles, which PPO's
-actor and critic share. Step sizes, clipping and the like follow the baselines of the SAPO paper as far as the library
-has them; minibatches are smaller, as the batches of fewer worlds are.
-Output: runs/<name>/eval.csv, with the columns that algos/ write.
+PPO and SAC step the same simulation without its gradient. Worlds, budget and evaluation (episodes, seeds, the mean
+action) are those of `algos/sapo_rewarped.py --algo sapo`; so are the networks' widths and the encoder of particles,
+which PPO's actor and critic share. Step sizes, clipping and the like follow the baselines of the SAPO paper as far as
+the library has them; minibatches are smaller, as the batches of fewer worlds are.
+Output: runs/<name>/eval.csv, with the columns that algos/ write; `random` and `still` do not learn, and write the
+return of the evaluation's episodes as that of step 0 and of the last one.
 """
 
+import importlib.util
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -30,8 +33,8 @@ INSTALL = 'stable-baselines3 is missing: run `pip install -e ".[baselines]"`'
 
 @dataclass
 class Args:
-    algo: Literal["ppo", "sac"] = "ppo"
-    """which of the library's algorithms"""
+    algo: Literal["ppo", "sac", "random", "still"] = "ppo"
+    """which of the library's algorithms, or actions that are drawn at random or all zero"""
     env_id: str = "AntRun"
     """task of envs/rewarped"""
     seed: int = 1
@@ -150,13 +153,25 @@ class Acting:
         return torch.as_tensor(self.model.predict(obs, deterministic=True)[0], device=self.device)
 
 
+class Untaught:
+    """Uniform actions, or none at all."""
+
+    def __init__(self, env, random: bool, seed: int):
+        self.env, self.random, self.generator = env, random, torch.Generator().manual_seed(seed)
+
+    def reset(self):
+        pass
+
+    def act(self, obs):
+        draw = torch.rand((self.env.num_envs, self.env.action_dim), generator=self.generator) * 2 - 1
+        return (draw * self.random).to(self.env.device)
+
+
 def train(args: Args) -> dict:
     """Train, evaluate as often as SAPO does. -> metrics of the last evaluation and `run`, the folder."""
-    try:
-        from stable_baselines3.common.callbacks import BaseCallback
-        from stable_baselines3.common.vec_env import VecNormalize
-    except ImportError as error:
-        raise ValueError(INSTALL) from error
+    learns = args.algo in ("ppo", "sac")
+    if learns and importlib.util.find_spec("stable_baselines3") is None:
+        raise ValueError(INSTALL)
     like = sr.Args(**dict(env_id=args.env_id, size=args.size, device=args.device, seed=args.seed)
                    | sr.tuned_defaults("sapo", args.env_id, args.size))  # fmt: skip
     like = replace(like, total_timesteps=args.total_timesteps or like.total_timesteps, capture_video=False)
@@ -165,31 +180,47 @@ def train(args: Args) -> dict:
     if (run / "eval.csv").exists():
         raise ValueError(f"{run} exists: choose another --name")
     env, eval_env = sr.make_envs(like, torch.device(args.device))
+    run.mkdir(parents=True, exist_ok=True)
+    begin, paused, results = time.perf_counter(), 0.0, {}
+
+    def evaluate(policy, step: int):
+        nonlocal paused
+        pause = time.perf_counter()
+        results.update(sr.evaluate(policy, eval_env, like, run / "unused.mp4"))
+        clock = dict(global_step=step, wall_time=time.time() - START, train_time=pause - begin - paused)
+        sr.write_row(run / "eval.csv", clock | results, track=False)
+        print(f"{step} steps: return {results['eval/return']:.3f}", flush=True)
+        paused += time.perf_counter() - pause
+
+    if learns:
+        learn(args, like, env, evaluate)
+    else:
+        for step in (0, like.total_timesteps):
+            evaluate(Untaught(eval_env, args.algo == "random", args.seed), step)
+    for part in (env, eval_env):
+        part.close()
+    return results | {"run": str(run)}
+
+
+def learn(args: Args, like: sr.Args, env, evaluate):
+    """The library's training loop; calls evaluate(policy, step) as often as SAPO does, and at the end."""
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.vec_env import VecNormalize
+
     norm = VecNormalize(make_worlds(env), norm_obs_keys=["state"], gamma=like.gamma)
     model = make_model(args, like, norm)
-    acting, results = Acting(model, norm, eval_env.device), {}
-    run.mkdir(parents=True, exist_ok=True)
-    begin = time.perf_counter()
 
     class Evaluate(BaseCallback):
-        paused, seen = 0.0, 0
+        seen = 0
 
         def _on_step(self):
             step = self.num_timesteps
             if step // like.eval_freq != self.seen // like.eval_freq or step >= like.total_timesteps > self.seen:
-                pause = time.perf_counter()
-                results.update(sr.evaluate(acting, eval_env, like, run / "unused.mp4"))
-                clock = dict(global_step=step, wall_time=time.time() - START, train_time=pause - begin - self.paused)
-                sr.write_row(run / "eval.csv", clock | results, track=False)
-                print(f"{step} steps: return {results['eval/return']:.3f}", flush=True)
-                self.paused += time.perf_counter() - pause
+                evaluate(Acting(model, norm, env.device), step)
             self.seen = step
             return True
 
     model.learn(like.total_timesteps, callback=Evaluate())
-    for part in (norm, eval_env):
-        part.close()
-    return results | {"run": str(run)}
 
 
 if __name__ == "__main__":
