@@ -212,7 +212,7 @@ def make_envs(args: Args, device: torch.device) -> tuple:
         options["window"] = args.horizon or evaluation.max_episode_steps
         return make(args.env_id, args.num_envs, device, seed=args.seed, **options), evaluation
     except ImportError as error:
-        raise ValueError(f'{args.env_id}: {error}; run `pip install -e ".[rewarped]"`') from error
+        raise ValueError(f"{args.env_id}: {error}") from error  # which names the line to install
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
