@@ -751,6 +751,19 @@ def test_bad_input_is_one_line(options, words, tmp_path, monkeypatch):
     assert not Path("runs").exists()
 
 
+def test_a_missing_simulator_is_one_line_with_the_command_that_installs_it(monkeypatch, tmp_path):
+    from envs import rewarped
+
+    def make(*args, **options):
+        raise ImportError('the rewarped tasks need Warp: pip install -e ".[so101]"')
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rewarped, "make", make)
+    with pytest.raises(ValueError, match=r'^AntRun: the rewarped tasks need Warp: pip install -e "\.\[so101\]"$'):
+        sr.train(sr.parse_args(["--device", "cpu", "--env-id", "AntRun"]))
+    assert not Path("runs").exists()
+
+
 def test_the_command_line_prints_an_error_without_a_traceback(tmp_path):
     result = subprocess.run([sys.executable, str(SCRIPT), "--device", "cpu", "--evaluate"], cwd=tmp_path, text=True,
                             capture_output=True, stdin=subprocess.DEVNULL)  # fmt: skip
