@@ -1,17 +1,18 @@
 """How fast the differentiable simulations are on the machine at hand: forward, and forward with backward, against N.
 
-    python benchmarks/throughput_rewarped.py                         RollingFlat at size small, 1 to 16 worlds
+    python benchmarks/throughput_rewarped.py                         all tasks at size small, 1 to 16 worlds
     python benchmarks/throughput_rewarped.py --task HandFlip --size full --num-envs 1 32 64 --device cuda
     python benchmarks/throughput_rewarped.py --out docs/results/throughput/rewarped__cpu2.csv
 
 A row is the median over --repeats windows of --window steps with random actions, after one window that compiles and
 fills caches. "forward" is without gradient; "forward and backward" is the sum of the window's rewards, differentiated
-with respect to its actions. Units: environment steps per second, and particles (tetrahedra,
-bodies) times substeps per second. `memory_mb` is what the simulation's own arrays of a window hold, computed from
-their sizes. Unless --no-plain, particles are also run without checkpointing.
+with respect to its actions. Units: environment steps per second, and particles (tetrahedra, bodies) times substeps per
+second. `memory_mb` is what the simulation's own arrays of a window hold, computed from their sizes. Unless --no-plain,
+particles are also run without checkpointing.
 """
 
 import csv
+import itertools
 import os
 import platform
 import statistics
@@ -26,6 +27,7 @@ import torch
 import tyro
 
 from envs import rewarped
+from envs.rewarped.mpm_tasks import MPMEnv
 
 COLUMNS = ("task", "what", "worlds", "env_steps_per_second", "particle_substeps_per_second", "range", "memory_mb",
            "remark")  # fmt: skip
@@ -33,8 +35,8 @@ COLUMNS = ("task", "what", "worlds", "env_steps_per_second", "particle_substeps_
 
 @dataclass
 class Args:
-    task: str = "RollingFlat"
-    """a task of envs/rewarped"""
+    task: tuple[str, ...] = tuple(rewarped.tasks())
+    """tasks of envs/rewarped"""
     size: str = "small"
     """full or small"""
     num_envs: tuple[int, ...] = (1, 4, 16)
@@ -59,7 +61,7 @@ def wait(device: str) -> None:
 
 
 def without_grid(task: str) -> bool:
-    return task in ("SoftJumper", "AntRun", "HandReorient")
+    return not issubclass(rewarped.tasks()[task], MPMEnv)
 
 
 def elements(env) -> int:
@@ -82,9 +84,9 @@ def memory(env) -> float:
     return total / 1e6
 
 
-def measure(args: Args, n: int, backward: bool, checkpoint: bool) -> dict:
+def measure(args: Args, task: str, n: int, backward: bool, checkpoint: bool) -> dict:
     """One row."""
-    env = rewarped.make(args.task, n, args.device, size=args.size, window=args.window, graph=args.graph,
+    env = rewarped.make(task, n, args.device, size=args.size, window=args.window, graph=args.graph,
                         checkpoint=checkpoint)  # fmt: skip
     generator, speeds = torch.Generator().manual_seed(0), []
     for _ in range(args.repeats + 1):
@@ -102,8 +104,8 @@ def measure(args: Args, n: int, backward: bool, checkpoint: bool) -> dict:
     speeds = speeds[1:]
     work = elements(env) * env.sim.substeps
     return {
-        "task": f"{args.task}, {args.size}", "worlds": n,
-        "what": ("forward and backward" if backward else "forward") + (", checkpointed" if checkpoint else ""),
+        "task": f"{task}, {args.size}", "worlds": n,
+        "what": ("forward and backward" if backward else "forward") + ("" if checkpoint else ", no checkpoints"),
         "env_steps_per_second": f"{statistics.median(speeds):.4g}",
         "particle_substeps_per_second": f"{statistics.median(speeds) * work:.4g}",
         "range": f"{min(speeds):.4g} to {max(speeds):.4g}", "memory_mb": f"{memory(env):.0f}",
@@ -111,11 +113,21 @@ def measure(args: Args, n: int, backward: bool, checkpoint: bool) -> dict:
     }  # fmt: skip
 
 
+def processor() -> str:
+    """Its name."""
+    names = Path("/proc/cpuinfo")
+    lines = names.read_text().splitlines() if names.exists() else []
+    found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return found[0] if found else platform.processor() or platform.machine()
+
+
 def machine() -> list[dict]:
     """Rows that say what was measured where."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    git = lambda *words: subprocess.run(("git", *words), capture_output=True, text=True).stdout.strip()  # noqa: E731
+    commit = git("rev-parse", "--short", "HEAD") + " with changes" * bool(git("status", "--porcelain", "-uno"))
     facts = {
-        "processor": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "processor": f"{processor()}, {os.cpu_count()} cores; torch uses {torch.get_num_threads()} threads",
+        "load": f"{os.getloadavg()[0]:.1f} programs wanted a core in the minute before",
         "versions": f"torch {torch.__version__}, warp-lang {version('warp-lang')}", "commit": commit or "unknown",
         "command": "python " + " ".join(sys.argv),
     }  # fmt: skip
@@ -124,7 +136,8 @@ def machine() -> list[dict]:
 
 def main(args: Args) -> int:
     for wrong, message in (
-        (args.task not in rewarped.tasks(), f"--task {args.task}: known are {', '.join(rewarped.tasks())}"),
+        (set(args.task) - set(rewarped.tasks()),
+         f"--task {' '.join(args.task)}: known are {', '.join(rewarped.tasks())}"),
         (args.size not in ("full", "small"), "--size: full or small"),
         (min(*args.num_envs, args.window, args.repeats) < 1, "--num-envs, --window, --repeats: at least 1"),
         (args.device.startswith("cuda") and not torch.cuda.is_available(), "no CUDA device here: use --device cpu"),
@@ -133,17 +146,19 @@ def main(args: Args) -> int:
             print(message, file=sys.stderr)
             return 2
     rows = machine()
-    for n in args.num_envs:
+    print("\n".join(f"{row['what']}: {row['remark']}" for row in rows))
+    for task, n in itertools.product(args.task, args.num_envs):
         for backward, checkpoint in ((False, True), (True, True), (True, False)):
-            if checkpoint or (args.plain and not without_grid(args.task)):
-                rows.append(measure(args, n, backward, checkpoint))
+            if checkpoint or (args.plain and not without_grid(task)):
+                rows.append(measure(args, task, n, backward, checkpoint))
                 print("  ".join(str(rows[-1].get(column, "")) for column in COLUMNS), flush=True)
+        if args.out:  # after each block, so that a run that is cut off leaves its rows
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            with args.out.open("w", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                writer.writeheader()
+                writer.writerows(rows)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
         print(args.out)
     return 0
 

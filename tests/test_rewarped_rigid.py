@@ -371,14 +371,14 @@ def test_pictures_and_throughput_are_written_and_wrong_choices_named(tmp_path, m
     assert (out / "AntRun.png").read_bytes().startswith(b"\x89PNG")
     film = imageio.mimread(tmp_path / "films/AntRun.mp4")
     assert len(film) == 3 and film[0].shape == (320, 320, 3) and film[0].std() > 5
-    table = throughput_rewarped.Args("AntRun", "small", (1,), 1, 1, out=tmp_path / "table.csv")
+    table = throughput_rewarped.Args(("AntRun",), "small", (1,), 1, 1, out=tmp_path / "table.csv")
     assert throughput_rewarped.main(table) == 0
     lines = (tmp_path / "table.csv").read_text().splitlines()
     assert lines[0].startswith("task,what,worlds,env_steps_per_second")
-    assert [line.startswith('"AntRun, small","forward') for line in lines[-3:]] == [False, True, True]
+    assert [line.startswith('"AntRun, small",forward') for line in lines[-3:]] == [False, True, True]
     capsys.readouterr()
     assert picture_rewarped.main(picture_rewarped.Args(tasks=("AntWalk",))) == 2
-    assert throughput_rewarped.main(throughput_rewarped.Args("AntWalk")) == 2
+    assert throughput_rewarped.main(throughput_rewarped.Args(("AntWalk",))) == 2
     assert throughput_rewarped.main(throughput_rewarped.Args(window=0)) == 2
     assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == [
         "--tasks", "--task AntWalk", "--num-envs, --window, --repeats"]  # fmt: skip
