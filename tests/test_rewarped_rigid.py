@@ -294,6 +294,48 @@ def test_the_hand_in_float32_from_graphs_and_alone(grip):
         assert all(torch.equal(a[0], b[n]) for a, b in zip(alone.step(*one), env.sim.step(*tensors), strict=True))
 
 
+def test_hinges_hold_where_bodies_are_placed():
+    """Both bodies of a hinge agree where its anchor is and how it moves; angles and rates are those that were given."""
+    env, g = hand(D), torch.Generator().manual_seed(0)
+    p, q, v, w, angles, rates = (torch.randn(2, k, generator=g, dtype=D) for k in (3, 4, 3, 3, 16, 16))
+    q = torch.nn.functional.normalize(q, dim=1)
+    state = env.sim.place(p, q, v, w, angles, rates)
+    assert all(torch.equal(state[name][:, 0], t) for name, t in zip("pqvw", (p, q, v, w), strict=True))
+    for h in env.sim.hinges:
+        ends = []
+        for b, anchor in ((h.parent, h.anchor_a), (h.child, h.anchor_b)):
+            arm = rotate(state["q"][:, b], torch.tensor(anchor, dtype=D))
+            ends.append(torch.cat((state["p"][:, b] + arm, state["v"][:, b]
+                                   + torch.cross(state["w"][:, b], arm, dim=-1)), 1))  # fmt: skip
+        assert ends[0].allclose(ends[1], atol=1e-12)
+    found, speeds = env.sim.angles(state["q"], state["w"])
+    assert found.allclose(torch.remainder(angles + math.pi, 2 * math.pi) - math.pi) and speeds.allclose(rates)
+
+
+@pytest.mark.parametrize("make", [ant, hand])
+def test_a_saved_state_has_the_same_future(make):
+    """With goals that are reached and episodes that end: the random numbers are those of the saved generator."""
+    env, twin = make(torch.float32, seed=3), make(torch.float32, seed=4)
+    a = torch.full((2, env.action_dim), 0.2)
+    env.step(a)
+    if make is hand:
+        env.state["goal"] = env.state["q"][:, env.cube].clone()
+    env.clock[1] = env.max_episode_steps - 1
+    twin.load_state_dict(env.state_dict())
+    for _ in range(2):
+        one, other = env.step(a), twin.step(a)
+        assert torch.equal(one[0]["state"], other[0]["state"]) and torch.equal(one[1], other[1])
+    assert env.clock.tolist() == twin.clock.tolist() == [3, 1]
+
+
+def test_impossible_trees_are_named_in_one_line():
+    bodies, hinge = [Body(1.0, (1.0,) * 3)] * 3, ((0.0,) * 3, (0.0,) * 3, (1.0, 0.0, 0.0))
+    for pairs in (((1, 2), (0, 1)), ((0, 1), (0, 1)), ((0, 1), (1, 0)), ((0, 3),)):
+        with pytest.raises(ValueError, match="hinges: each body has one") as error:
+            Rigid(1, bodies, [Hinge(a, b, *hinge) for a, b in pairs], [], dt=1e-3, substeps=1)
+        assert "\n" not in str(error.value)
+
+
 def test_hand_sizes_and_start():
     env = hand(size="full")
     assert env.obs_dims == {"state": (72,)} and env.action_dim == 16 and env.max_episode_steps == 600

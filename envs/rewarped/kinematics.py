@@ -60,6 +60,9 @@ class Tree:
         def new(rows):
             return torch.tensor(rows, device=device, dtype=dtype)
 
+        def whole(rows):
+            return torch.tensor(rows, device=device, dtype=torch.int64)
+
         self.joints, self.shapes = joints, shapes
         self.low, self.high = new([joint.low for joint in joints]), new([joint.high for joint in joints])
         depth = []
@@ -74,11 +77,11 @@ class Tree:
             hinge = new([float(joints[i].kind == "hinge") for i in index])
             axis = new([joints[i].axis for i in index])
             self.levels.append((
-                index, [row[joints[i].parent] for i in index], new([joints[i].offset for i in index]), hinge, axis,
-                skew(axis),
+                whole(index), whole([row[joints[i].parent] for i in index]), new([joints[i].offset for i in index]),
+                hinge, axis, skew(axis),
             ))  # fmt: skip
             row |= {i: len(row) + k for k, i in enumerate(index)}
-        self.links = [row[shape.link] for shape in shapes]
+        self.links = whole([row[shape.link] for shape in shapes])
         self.offset, self.turn = new([shape.offset for shape in shapes]), new([shape.turn for shape in shapes])
 
     def __call__(self, q: torch.Tensor, qd: torch.Tensor) -> Poses:

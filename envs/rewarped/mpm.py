@@ -490,15 +490,18 @@ class _Workspace:
     def run(self, name: str) -> None:
         """Runs `_forward_all` or `_backward_all`: as a captured graph if the simulation has `graph`."""
         work, device = getattr(self, name), self.sim.device
+        # Captured once, since the arrays stay where they are; on Warp's own stream, since CUDA refuses to capture the
+        # one that torch has by default.
+        if self.sim.graph and name not in self.graphs:
+            with wp.ScopedCapture(device=str(device), force_module_load=False) as capture:
+                work()
+            self.graphs[name] = capture.graph
         stream = wp.stream_from_torch(torch.cuda.current_stream(device)) if device.type == "cuda" else None
         with wp.ScopedStream(stream):
-            if not self.sim.graph:
-                return work()
-            if name not in self.graphs:  # captured once; the arrays stay where they are
-                with wp.ScopedCapture(device=str(device), force_module_load=False) as capture:
-                    work()
-                self.graphs[name] = capture.graph
-            wp.capture_launch(self.graphs[name], stream=stream)
+            if self.sim.graph:
+                wp.capture_launch(self.graphs[name], stream=stream)
+            else:
+                work()
 
     def forward(self, particles: Particles, poses: Poses | None) -> Particles:
         """Particles after a step, views into the workspace."""

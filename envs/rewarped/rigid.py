@@ -224,17 +224,21 @@ def perpendicular(axis) -> np.ndarray:
 class Rigid:
     """N worlds of bodies, hinges, contact spheres and boxes.
 
-    A hinge's parent comes before its child. With `ground`, spheres touch the plane y = 0.
+    Hinges make a tree of the first body and others, parents before children; further bodies are free. With `ground`,
+    spheres touch the plane y = 0.
     Raises ValueError in one line for a choice that cannot work.
     """
 
     def __init__(self, num_envs: int, bodies: list[Body], hinges: list[Hinge], spheres: list[Sphere], *, dt: float,
                  substeps: int, boxes: tuple[Box, ...] = (), ground: bool = True, springs: Springs | None = None,
                  gravity: float = -9.8, device="cpu", dtype=torch.float32, graph: bool = False):  # fmt: skip
-        springs = springs or Springs()
+        springs, reached = springs or Springs(), {0, *(h.child for h in hinges)}
+        early = all(h.parent in {0, *(g.child for g in hinges[:j])} for j, h in enumerate(hinges))
         for wrong, message in (
             (dtype not in (torch.float32, torch.float64), f"dtype {dtype}: float32 or float64"),
             (min(num_envs, substeps, len(bodies)) < 1, "worlds, substeps and bodies: at least 1"),
+            (not early or len(reached) <= len(hinges) or not all(0 <= b < len(bodies) for b in reached),
+             "hinges: each body has one, after that of its parent; the first body has none"),
             (dt <= 0 or any(min(b.mass, *b.inertia) <= 0 for b in bodies), "dt, masses and inertias must be above 0"),
         ):
             if wrong:
@@ -253,9 +257,21 @@ class Rigid:
             return tuple(rotate(back, torch.as_tensor(x, dtype=torch.float64)).tolist())
 
         axes, sides = [h.axis for h in hinges], [tuple(perpendicular(h.axis).tolist()) for h in hinges]
-        self.axes, self.sides = torch.tensor(axes or [(1.0, 0.0, 0.0)]), torch.tensor(sides or [(0.0, 1.0, 0.0)])
-        self.sides_child = torch.tensor([in_child(h, x) for h, x in zip(hinges, sides, strict=True)] or [(0.0,) * 3])
-        self.parents, self.children = [h.parent for h in hinges], [h.child for h in hinges]
+        new = functools.partial(torch.tensor, device=device, dtype=dtype)
+        self.axes, self.sides = new(axes).view(-1, 3), new(sides).view(-1, 3)
+        self.sides_child = new([in_child(h, x) for h, x in zip(hinges, sides, strict=True)]).view(-1, 3)
+        index = functools.partial(torch.tensor, device=device, dtype=torch.int64)
+        self.parents, self.children = index([h.parent for h in hinges]), index([h.child for h in hinges])
+        self.levels, depth, row = [], {0: 0}, {0: 0}  # hinges whose child is equally far from the first body
+        for h in hinges:
+            depth[h.child] = depth[h.parent] + 1
+        for level in range(1, max(depth.values()) + 1):
+            own = [j for j, h in enumerate(hinges) if depth[h.child] == level]
+            rows = [row[hinges[j].parent] for j in own]
+            row |= {hinges[j].child: len(row) + i for i, j in enumerate(own)}
+            kind = [new([getattr(hinges[j], name) for j in own]) for name in ("axis", "anchor_a", "anchor_b", "turn")]
+            self.levels.append((index(own), index(rows), *kind))
+        self.order = index([row[b] for b in sorted(row)])
         topology = [array((h.parent for h in hinges), wp.int32), array((h.child for h in hinges), wp.int32),
                     array((h.anchor_a for h in hinges), k.vec3), array((h.anchor_b for h in hinges), k.vec3),
                     array(axes, k.vec3), array((in_child(h, h.axis) for h in hinges), k.vec3),
@@ -290,23 +306,21 @@ class Rigid:
         p, q, v, w (N, ...) of the first body; angles and rates (N, J) of the hinges. Bodies after those of
         the hinges' tree are left out.
         """
-        state = [{0: t} for t in (p, q, v, w)]
-        at, turned, speed, spin = state
-        for j, h in enumerate(self.hinges):
-            axis, a, b, turn = (q.new_tensor(x) for x in (h.axis, h.anchor_a, h.anchor_b, h.turn))
-            i, c = h.parent, h.child
-            turned[c] = multiply(multiply(turned[i], about(axis, angles[:, j])), turn.expand_as(q))
-            spin[c] = spin[i] + rotate(turned[i], axis) * rates[:, j, None]
-            a, b = rotate(turned[i], a), rotate(turned[c], b)
-            at[c] = at[i] + a - b
-            speed[c] = speed[i] + torch.cross(spin[i], a, dim=-1) - torch.cross(spin[c], b, dim=-1)
-        return {name: torch.stack([t[b] for b in range(len(t))], 1) for name, t in zip("pqvw", state, strict=True)}
+        p, q, v, w = (t[:, None] for t in (p, q, v, w))
+        for own, rows, axis, a, b, turn in self.levels:
+            qa, wa = q[:, rows], w[:, rows]
+            qb = multiply(multiply(qa, about(axis, angles[:, own])), turn.expand_as(qa))
+            wb = wa + rotate(qa, axis) * rates[:, own, None]
+            a, b = rotate(qa, a), rotate(qb, b)
+            speed = v[:, rows] + torch.cross(wa, a, dim=-1) - torch.cross(wb, b, dim=-1)
+            p, q = torch.cat((p, p[:, rows] + a - b), 1), torch.cat((q, qb), 1)
+            v, w = torch.cat((v, speed), 1), torch.cat((w, wb), 1)
+        return {name: t[:, self.order] for name, t in zip("pqvw", (p, q, v, w), strict=True)}
 
     def angles(self, q: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Angles and rates (N, J) of the hinges."""
         qa, qb = q[:, self.parents], q[:, self.children]
-        axis = rotate(qa, self.axes.to(q))
-        side_a, side_b = rotate(qa, self.sides.to(q)), rotate(qb, self.sides_child.to(q))
+        axis, side_a, side_b = rotate(qa, self.axes), rotate(qa, self.sides), rotate(qb, self.sides_child)
         sine = (torch.cross(side_a, side_b, dim=-1) * axis).sum(-1)
         return torch.atan2(sine, (side_a * side_b).sum(-1)), ((w[:, self.children] - w[:, self.parents]) * axis).sum(-1)
 

@@ -72,15 +72,16 @@ class Substeps:
 
     def _run(self, name: str) -> None:
         """Runs a method, as a captured graph where that is wanted."""
+        if self.graph and name not in self.graphs:  # on Warp's own stream: CUDA refuses to capture torch's default one
+            with wp.ScopedCapture(device=str(self.device), force_module_load=False) as capture:
+                getattr(self, name)()
+            self.graphs[name] = capture.graph
         stream = wp.stream_from_torch(torch.cuda.current_stream(self.device)) if self.device.type == "cuda" else None
         with wp.ScopedStream(stream):
-            if not self.graph:
-                return getattr(self, name)()
-            if name not in self.graphs:
-                with wp.ScopedCapture(device=str(self.device), force_module_load=False) as capture:
-                    getattr(self, name)()
-                self.graphs[name] = capture.graph
-            wp.capture_launch(self.graphs[name], stream=stream)
+            if self.graph:
+                wp.capture_launch(self.graphs[name], stream=stream)
+            else:
+                getattr(self, name)()
 
     def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """States after a step, from states and inputs before it; views that the next step overwrites."""
