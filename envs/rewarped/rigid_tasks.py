@@ -174,7 +174,7 @@ class HandReorient(DifferentiableEnv):
         -10 d + 1 / (theta + 0.1) - 2e-4 |a|^2 + 250 sigmoid((0.1 - theta) / 1e-3)
     Below theta = 0.1 the next goal is drawn: the reward still is for the old one, the observation has the new one. The
     episode ends at d = 0.24. Nothing is mended: "paper" and "default" are the same.
-    Ours: the hand's shapes are capsules on the published joints, which touch the cube and not each other; how the hand
+    Ours: the shapes, capsules on the published joints that need no mesh and touch the cube alone; how the hand
     lies, and bends at the start; the goal's position, where a cube comes to rest; hinges are springs of 5e4 N/m, and
     the armature is a rotor in each link; of a contact's published damping and viscous friction each sphere has a third;
     `small` has 150 steps of 32 substeps.
