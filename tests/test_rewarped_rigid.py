@@ -101,8 +101,11 @@ def test_a_ball_on_a_box_sinks_by_its_weight_and_is_braked_by_coulombs_friction(
     assert slid[0, 0].equal(p[0, 0])
 
 
-@pytest.mark.parametrize("at", [(0.45, 0.1, 0.05), (0.4, 0.3, 0.05), (0.4, 0.3, -0.15), (0.25, 0.1, 0.0)],
-                         ids=["face", "edge", "corner", "inside"])  # fmt: skip
+everywhere = pytest.mark.parametrize("at", [(0.45, 0.1, 0.05), (0.4, 0.3, 0.05), (0.4, 0.3, -0.15), (0.25, 0.1, 0.0)],
+                                     ids=["face", "edge", "corner", "inside"])  # fmt: skip
+
+
+@everywhere
 def test_the_force_on_a_box_is_that_on_the_ball(at):
     """Away from the nearest point of the box; linear and angular momentum are kept."""
     bodies = [Body(1.0, (0.1, 0.2, 0.3)), Body(2.0, (0.2, 0.1, 0.1))]
@@ -128,6 +131,29 @@ def test_the_force_on_a_box_is_that_on_the_ball(at):
     assert push.sum(0).norm() < 1e-12 < 1e-6 < push.norm()
     turn = rotate(q[0], inertia * rotate(q[0] * torch.tensor((-1.0, -1.0, -1.0, 1.0), dtype=D), (w1 - w2)[0]))
     assert (torch.cross(p[0], push, dim=-1) + turn).sum(0).norm() < 1e-12
+
+
+@everywhere
+def test_gradients_of_a_touch_against_central_differences(at):
+    """A ball in each region of a box's distance, both bodies turned and on the move."""
+    sim = Rigid(1, [Body(1.0, (0.1, 0.2, 0.3)), Body(2.0, (0.2, 0.1, 0.1))], [], [Sphere(0, (0.05, 0.1, 0.0), 0.2)],
+                boxes=(Box(1, (0.3, 0.2, 0.1)),), dt=1e-3, substeps=5, ground=False, dtype=D,
+                springs=Springs(contact_ke=100.0, contact_kd=1.0, contact_kf=1.0))  # fmt: skip
+    g, (p, q, v, w) = torch.Generator().manual_seed(0), quiet(1, 2)
+    q = torch.nn.functional.normalize(torch.randn(1, 2, 4, generator=g, dtype=D), dim=-1)
+    v, w = (0.1 * torch.randn(1, 2, 3, generator=g, dtype=D) for _ in range(2))
+    p[0, 1] = torch.randn(3, generator=g, dtype=D)
+    centre = p[0, 1] + rotate(q[0, 1], torch.tensor(at, dtype=D))
+    p[0, 0] = centre - rotate(q[0, 0], torch.tensor((0.05, 0.1, 0.0), dtype=D))
+    tensors = [p, q, v, w, torch.zeros(1, 1, dtype=D)]
+    for i, grad in enumerate(gradient(sim, tensors, 2)[:4]):
+        d, errors = torch.randn(grad.shape, generator=g, dtype=D), []
+        d = d / d.norm() + 2 * grad / grad.norm()
+        for eps in (1e-5, 1e-6, 1e-7):
+            with torch.no_grad():
+                up, down = (run(sim, [*tensors[:i], tensors[i] + s * eps * d, *tensors[i + 1 :]], 2) for s in (1, -1))
+            errors.append(float(abs((grad * d).sum() / ((up - down) / (2 * eps)) - 1)))
+        assert min(errors) < 1e-6, (i, errors)
 
 
 def ant(dtype=D, n=2, **options):
