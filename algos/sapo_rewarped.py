@@ -81,7 +81,7 @@ PRESETS = {
     "trajopt": NO_ENTROPY | dict(num_critics=0, open_loop=True, horizon=0, gamma=1.0, actor_lr=1e-2, final_lr=None,
                                  optimizer="adam", max_grad_norm=0.0),
 }
-# (pattern of algos, of env ids, separated by blanks, and of sizes) -> defaults other than those of Args and the preset
+# (patterns of algos, of env ids and of sizes, separated by blanks) -> defaults other than those of Args and the preset
 TUNED = {
     ("*", "AntRun", "*"): dict(num_envs=64, actor_units=(128, 64, 32), critic_units=(64, 64)),
     ("shac", "AntRun", "*"): dict(critic_lr=2e-3, target_decay=0.2),
@@ -100,8 +100,9 @@ TUNED = {
     ("*", "AntRun", "small"): dict(num_envs=16, eval_episodes=16, alpha=0.1, total_timesteps=131_072,
                                    eval_freq=16_384),
     ("*", "SoftJumper", "small"): dict(num_envs=8, total_timesteps=20_480, eval_freq=2_048),
-    ("*", "RollingFlat", "small"): dict(actor_lr=1e-2, alpha=0.005, total_timesteps=2_560, eval_freq=512),
-    ("*", "FluidMove HandFlip", "small"): dict(actor_lr=1e-2, alpha=0.001),
+    ("*", "RollingFlat", "small"): dict(num_envs=8, alpha=0.005, total_timesteps=2_560, eval_freq=512),
+    ("sapo shac apg", "RollingFlat", "small"): dict(horizon=16, gamma=0.95, actor_lr=1e-2, stagger=True),
+    ("*", "FluidMove HandFlip", "small"): dict(alpha=0.001),
 }
 
 
@@ -126,6 +127,7 @@ class Args:
     num_envs: int = 32  # parallel environments
     size: Literal["full", "small"] | None = None  # of the simulation; None: full on a GPU, small on a CPU
     reward: Literal["default", "paper"] = "default"  # paper: as published, also where that has no usable gradient
+    stagger: bool = False  # begin in the middle of episodes, in each world elsewhere, so that not all end at once
     recompute: bool = True  # keep the particles alone and rebuild the grid on the way back: a ninth of the memory
 
     # algorithm
@@ -178,8 +180,8 @@ class Args:
 
 def tuned_defaults(algo: str, env_id: str, size: str) -> dict:
     """The preset, and over it the rows of TUNED that apply."""
-    rows = [row for (algos, ids, sizes), row in TUNED.items() if fnmatch(algo, algos) and fnmatch(size, sizes)
-            and any(fnmatch(env_id, pattern) for pattern in ids.split())]
+    rows = [row for patterns, row in TUNED.items() if all(any(fnmatch(word, pattern) for pattern in column.split())
+            for word, column in zip((algo, env_id, size), patterns, strict=True))]
     return PRESETS[algo] | {key: value for row in rows for key, value in row.items()}
 
 
@@ -210,7 +212,7 @@ def make_envs(args: Args, device: torch.device) -> tuple:
         make = importlib.import_module("envs.rewarped").make
         evaluation = make(args.env_id, args.eval_episodes, device, seed=EVAL_SEED, window=args.horizon or 1, **options)
         options["window"] = args.horizon or evaluation.max_episode_steps
-        return make(args.env_id, args.num_envs, device, seed=args.seed, **options), evaluation
+        return make(args.env_id, args.num_envs, device, seed=args.seed, stagger=args.stagger, **options), evaluation
     except ImportError as error:
         raise ValueError(f"{args.env_id}: {error}") from error  # which names the line to install
 
