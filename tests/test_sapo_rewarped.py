@@ -751,6 +751,24 @@ def test_bad_input_is_one_line(options, words, tmp_path, monkeypatch):
     assert not Path("runs").exists()
 
 
+def test_environments_are_made_as_the_arguments_say(monkeypatch):
+    """Training worlds spread over the episode and with their own seed; those of the evaluation start together."""
+    from types import SimpleNamespace
+
+    from envs import rewarped
+
+    made = []
+    monkeypatch.setattr(rewarped, "make", lambda *args, **options: made.append((args, options)) or SimpleNamespace(
+        max_episode_steps=100))
+    args = arguments(seed=7, stagger=True, reward="paper", size="small", recompute=False)
+    sr.make_envs(args, CPU)
+    sr.make_envs(replace(args, horizon=0, open_loop=True, stagger=False), CPU)
+    common = dict(reward="paper", size="small", checkpoint=False)
+    evaluation = (("Fake", 4, CPU), dict(seed=sr.EVAL_SEED, window=8) | common)
+    assert made[:2] == [evaluation, (("Fake", 4, CPU), dict(seed=7, window=8, stagger=True) | common)]
+    assert made[3][1] == dict(seed=7, window=100, stagger=False) | common
+
+
 def test_a_missing_simulator_is_one_line_with_the_command_that_installs_it(monkeypatch, tmp_path):
     from envs import rewarped
 
