@@ -100,7 +100,7 @@ TUNED = {
     ("*", "AntRun", "small"): dict(num_envs=16, eval_episodes=16, alpha=0.1, total_timesteps=131_072,
                                    eval_freq=16_384),
     ("*", "SoftJumper", "small"): dict(num_envs=8, total_timesteps=20_480, eval_freq=2_048),
-    ("*", "RollingFlat", "small"): dict(num_envs=8, alpha=0.005, total_timesteps=5_120, eval_freq=640),
+    ("*", "RollingFlat", "small"): dict(num_envs=8, alpha=0.02, total_timesteps=5_120, eval_freq=640),
     ("sapo shac apg", "RollingFlat", "small"): dict(horizon=16, gamma=0.95, actor_lr=1e-2, stagger=True),
     ("*", "FluidMove HandFlip", "small"): dict(alpha=0.001),
 }
