@@ -30,7 +30,8 @@ Commands, from the repository's root:
     resume         python algos/resfit.py --resume runs/NAME    (exactly, if the run was given --save-buffer)
     other modes    python algos/resfit.py --demos reach.hdf5 --base-from runs/NAME/base.pt --mode rlpd
 
-Expected result: see docs/algos/resfit.md. Not yet measured on a GPU.
+Expected result, SO101ReachCube-v1 from the true state: a clone of 50 % success gets to 98 to 100 % in 44,800 steps (6
+to 8 minutes on two CPU cores), three seeds, training never below 45 % (see its page). Not yet measured on a GPU.
 
 Shapes: N environments, B batch, K actions of a chunk, H heads, A action dimensions, S state dimensions, C channels.
 """
