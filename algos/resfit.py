@@ -576,8 +576,7 @@ class Replay:
         begin = ((self.head + 1 + dones) % self.slots, self.worlds)  # of the next episode; without an end, = after
         for k, v in dict(actions=actions, rewards=rewards, discounts=discounts).items():
             data[k][now] = v.to(self.device)
-        data["last"][after] = dones
-        data["last"][begin] = data["last"][begin] & False
+        data["last"][begin] = False
         data["last"][after] = dones
         data["good"][now] = False
         for k in self.keys:
