@@ -31,4 +31,4 @@ def test_plasticine_is_flattened_on_a_cpu(tmp_path):
             info = env.step(torch.zeros(8, env.action_dim))[-1]
         still = float(info["episode"]["return"].mean())
     env.close()
-    assert returns[-1] > 1.15 * still, f"the returns were {returns}, a still pin's {still}"
+    assert returns[-1] > 1.1 * still, f"the returns were {returns}, a still pin's {still}"
