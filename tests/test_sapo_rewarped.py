@@ -205,7 +205,7 @@ def test_alpha_moves_towards_the_target_entropy():
         assert math.copysign(1, agent.log_alpha.item()) == direction and float(metrics["train/alpha"]) != 1
     agent, args = new_agent(arguments()), arguments(autotune=False)
     sr.update_alpha(agent, torch.full((3, 4), 0.5), args)
-    assert float(agent.log_alpha) == 0
+    assert float(agent.log_alpha.detach()) == 0
 
 
 # --- Gradients --------------------------------------------------------------------------------------------------------
