@@ -22,7 +22,7 @@ Differences from the authors' code; `# differs (n)` marks the places:
 Commands, from the repository's root:
     train          python algos/sapo_rewarped.py --env-id RollingFlat
     another preset python algos/sapo_rewarped.py --env-id RollingFlat --algo shac
-    smallest run   python algos/sapo_rewarped.py --env-id SoftJumper --device cpu
+    smallest run   python algos/sapo_rewarped.py --env-id AntRun --device cpu
     evaluate       python algos/sapo_rewarped.py --evaluate --checkpoint runs/NAME/best.pt
     resume         python algos/sapo_rewarped.py --resume runs/NAME    (exactly)
 
