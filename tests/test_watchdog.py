@@ -303,10 +303,13 @@ def test_what_cannot_be_shared_is_refused():
 
 
 PROGRAM = """
-import sys, time
+import signal, sys, time
 from hardware.feetech import *
 from hardware.watchdog import Watchdog
 
+# Both are ignored where nohup, or a script's &, started the tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 port = SerialTransport(sys.argv[1])
 with Watchdog(port, timeout=float(sys.argv[2]), hold=0.05, low=0.1, bus_timeout=0.1) as dog:
     bus = Bus(dog.transport, timeout=1.0)
