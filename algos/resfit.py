@@ -1187,7 +1187,7 @@ def act_apart(make, args: Args, content: dict, state: dict | None, orders, resul
                     break
             else:
                 return
-    except Exception:
+    except Exception:  # whatever it is: the learner's process stops the run with it
         results.put(pickle.dumps({"error": traceback.format_exc()}))
 
 

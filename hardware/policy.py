@@ -153,6 +153,7 @@ class ExportedPolicy:
         self.stack, self.view = None, None
 
     def run(self, inputs: dict) -> np.ndarray:
+        """The network itself; each file format has its own."""
         raise NotImplementedError
 
     def reset(self) -> None:

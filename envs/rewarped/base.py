@@ -59,7 +59,7 @@ class DifferentiableEnv:
         self.reset()
 
     def setup(self) -> None:
-        """Builds the simulation and sets the attributes."""
+        """Builds the simulation and sets the attributes; each family of tasks has its own."""
         raise NotImplementedError
 
     # ---- episodes ----------------------------------------------------------------------------------------------------

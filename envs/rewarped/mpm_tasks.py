@@ -45,7 +45,7 @@ class MPMEnv(DifferentiableEnv):
     HOLLOW = False  # draw only the edges of colliders
 
     def tree(self) -> Tree:
-        """The robot."""
+        """The robot; this and the next two are each task's own."""
         raise NotImplementedError
 
     def spawn(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
