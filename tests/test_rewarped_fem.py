@@ -112,6 +112,43 @@ def test_impossible_bodies_are_named_in_one_line():
         assert "\n" not in str(error.value)
 
 
+def faces(tets):
+    """Triangles of a mesh, each by its three sorted vertices, and how many tetrahedra have it."""
+    return tets[:, [[0, 1, 2], [0, 1, 3], [0, 2, 3], [1, 2, 3]]].reshape(-1, 3).sort(1).values.unique(
+        dim=0, return_counts=True)  # fmt: skip
+
+
+def shapes(rest, tets):
+    """What is the same in bodies of the same outline: the sorted faces of the surface by the middle of each."""
+    found, count = faces(tets)
+    return rest[found[count == 1]].mean(1).round(decimals=6)
+
+
+@pytest.mark.parametrize("top, leg, rim, volume", [
+    ((3, 2), (1, 1), False, 6 + 4), ((4, 3), (1, 2), False, 12 + 8), ((4, 4), (2, 1), False, 16 + 16),
+    # Slab 49, legs 12, twenty wedges of a half, four corners of 2/3 and in two of them a sixth.
+    ((7, 7), (1, 3), True, 49 + 12 + 10 + 8 / 3 + 1 / 3)])  # fmt: skip
+def test_tables_are_whole_and_have_the_volume_of_their_cells(top, leg, rim, volume):
+    rest, tets = table(top, leg, 0.5, rim)
+    sides = rest[tets[:, 1:]] - rest[tets[:, :1]]
+    volumes = torch.linalg.det(sides) / 6
+    assert (volumes > 0).all() and volumes.sum().item() == pytest.approx(0.5**3 * volume)
+    found, count = faces(tets)
+    assert set(count.tolist()) == {1, 2}  # neighbours share whole faces, no three of them the same
+    edges = found[count == 1][:, [[0, 1], [0, 2], [1, 2]]].reshape(-1, 2)
+    assert (edges.unique(dim=0, return_counts=True)[1] % 2 == 0).all()  # the surface is closed
+    assert rest.min(0).values.tolist() == [-top[0] / 4, 0.0, -top[1] / 4]
+    assert rest.max(0).values.tolist() == [top[0] / 4, 0.5 * (leg[1] + 1 + rim), top[1] / 4]
+
+
+def test_an_even_table_is_its_own_mirror_image():
+    rest, tets = table((4, 4), (1, 2), 0.5)
+    for axis in (0, 2):
+        ours, theirs = (set(map(tuple, shapes(r, tets).tolist())) for r in (
+            rest, rest * torch.tensor([-1.0 if a == axis else 1.0 for a in range(3)])))
+        assert ours == theirs
+
+
 # --- SoftJumper -------------------------------------------------------------------------------------------------------
 def make(n=2, **options):
     return rewarped.make("SoftJumper", n, "cpu", **({"seed": 0, "size": "small", "graph": False} | options))
@@ -120,7 +157,7 @@ def make(n=2, **options):
 def test_published_sizes_of_softjumper():
     env = make(1, size="full")
     assert env.action_dim == 222 and len(env.tets) == 444 and env.max_episode_steps == 300
-    assert env.obs_dims == {"state": (228,), "points": (184, 3)} and env.control_hz == 60.0
+    assert env.obs_dims == {"state": (228,), "points": (204, 3)} and env.control_hz == 60.0
 
 
 def test_softjumper_step_reward_and_gradient():

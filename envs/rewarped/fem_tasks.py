@@ -11,31 +11,40 @@ import torch
 from envs.rewarped.base import DifferentiableEnv
 from envs.rewarped.fem import FEM
 
-# The six tetrahedra around the diagonal of a cube, one for each order of the axes.
-PATHS = tuple(itertools.permutations(range(3)))
+# The six tetrahedra around the diagonal of a cube (6, 4, 3), one for each order of the axes: the corners that a walk
+# along the edges in that order passes.
+ORDERS = tuple(itertools.permutations(range(3)))
+AROUND = torch.stack([torch.cat((torch.zeros(1, 3), torch.eye(3)[list(order)].cumsum(0))) for order in ORDERS]).long()
+FILL = torch.tensor([[(0, 0, 0), (1, 1, 0), (0, 1, 1), (1, 1, 1)]])  # makes a corner of the rim convex
 
 
-def table(top: tuple[int, int], leg: tuple[int, int], edge: float) -> tuple[torch.Tensor, torch.Tensor]:
+def table(top: tuple[int, int], leg: tuple[int, int], edge: float,
+          rim: bool = False) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Vertices (V, 3) and tetrahedra (T, 4) of a table that stands on y = 0 with its middle at x = z = 0.
 
-    top: cells along x and z of the slab, one cell thick; leg: cells of a leg's side and of its height.
+    top: cells along x and z of the slab, one cell thick; leg: cells of a leg's side and of its height; rim: the slab's
+    border rises outwards by a cell, and two of its corners, opposite ones, are filled.
     """
     (nx, nz), (side, height) = top, leg
-    cells = [(i, height, k) for i in range(nx) for k in range(nz)]
+    slab = list(itertools.product(range(nx), range(nz)))
     corners = itertools.product((range(side), range(nx - side, nx)), (range(side), range(nz - side, nz)))
+    cells = [(i, height, k) for i, k in slab]
     cells += [(i, j, k) for xs, zs in corners for i in xs for j in range(height) for k in zs]
-    index, tets = {}, []
-    for cell in cells:
-        for number, path in enumerate(PATHS):
-            corner, walk = list(cell), []
-            for axis in (*path, None):
-                walk.append(index.setdefault(tuple(corner), len(index)))
-                if axis is not None:
-                    corner[axis] += 1
-            odd = number in (1, 2, 5)  # odd permutations: two vertices change places, so that the volume is positive
-            tets.append([walk[0], walk[2], walk[1], walk[3]] if odd else walk)
-    vertices = torch.tensor(list(index), dtype=torch.float64) - torch.tensor((nx / 2, 0.0, nz / 2))
-    return vertices * edge, torch.tensor(tets)
+    cells += [(i, height + 1, k) for i, k in slab if rim and (i in (0, nx - 1) or k in (0, nz - 1))]
+    points = []
+    for i, j, k in cells:
+        ways = torch.tensor((1 if 2 * i >= nx else -1, 1, 1 if 2 * k >= nz else -1))  # outwards: both halves alike
+        tets, outer = AROUND, [0] * (i in (0, nx - 1)) + [2] * (k in (0, nz - 1))
+        if j > height:  # below the height y = x, or y = z, or the larger of both, counted outwards
+            tets = tets[[any(order.index(axis) < order.index(1) for axis in outer) for order in ORDERS]]
+            if len(outer) == 2 and (i == 0) == (k == 0):
+                tets = torch.cat((tets, FILL))
+        points.append(torch.tensor((i, j, k)) + (ways < 0) + ways * tets)
+    lattice, tets = torch.cat(points).reshape(-1, 3).unique(dim=0, return_inverse=True)
+    vertices, tets = (lattice - torch.tensor((nx / 2, 0.0, nz / 2), dtype=torch.float64)) * edge, tets.reshape(-1, 4)
+    sides = vertices[tets[:, 1:]] - vertices[tets[:, :1]]
+    inside_out = torch.linalg.det(sides) < 0  # two vertices change places, so that every volume is positive
+    return vertices, torch.where(inside_out[:, None], tets[:, [0, 2, 1, 3]], tets)
 
 
 class SoftJumper(DifferentiableEnv):
@@ -44,18 +53,19 @@ class SoftJumper(DifferentiableEnv):
     Actions: activations x 0.3, each of two tetrahedra. Observation: centre of mass 3 and its velocity 3, times 0.1, the
     last actions; points: all vertices, times 0.1. Reward, of the centre of mass times 0.1 as well:
     10 v_x + 30 (y - y0) - 0.001 |a|^2, with y0 its height at the episode's start. "paper" and "default" are the same.
-    Ours: the mesh (444 tetrahedra and 222 actions as published, 184 vertices where the published one has 204).
+    Ours: how the published outline (7 x 7 cells of 0.354, legs of one cell three high, a rim; 204 vertices, 444
+    tetrahedra) is divided into tetrahedra, and the smaller body of `small`.
     """
 
     SIZES = {
-        "full": dict(top=(7, 6), leg=(2, 2), edge=0.25, dt=1 / 4800, substeps=80, steps=300),
-        "small": dict(top=(4, 3), leg=(1, 2), edge=0.45, dt=1 / 2400, substeps=40, steps=100),
+        "full": dict(top=(7, 7), leg=(1, 3), edge=0.354, rim=True, dt=1 / 4800, substeps=80, steps=300),
+        "small": dict(top=(4, 3), leg=(1, 2), edge=0.45, rim=False, dt=1 / 2400, substeps=40, steps=100),
     }
-    SCALE, VIEW = 0.3, 0.1
+    SCALE, VIEW, START = 0.3, 0.1, 0.2  # of an activation; of lengths in observation and reward; height of the feet
 
     def setup(self) -> None:
         s = self.s = self.SIZES[self.size]
-        rest, tets = table(s["top"], s["leg"], s["edge"])
+        rest, tets = table(s["top"], s["leg"], s["edge"], s["rim"])
         self.sim = FEM(self.num_envs, rest, tets, dt=s["dt"], substeps=s["substeps"], mu=1000.0, lam=1000.0,
                        damping=1.0, device=self.device, dtype=self.dtype, graph=self.graph)  # fmt: skip
         self.tets, self.rest = tets, rest.to(self.device, self.dtype)
@@ -67,7 +77,8 @@ class SoftJumper(DifferentiableEnv):
 
     def fresh(self):
         scale = self.uniform(0.9, 1.1)
-        x = self.rest * scale[:, None, None] + self.uniform((-0.8, 0.0, -0.8), (0.8, 0.4, 0.8), 1, 3)
+        low, high = (-0.8, self.START, -0.8), (0.8, self.START + 0.4, 0.8)
+        x = self.rest * scale[:, None, None] + self.uniform(low, high, 1, 3)
         idle = torch.zeros(self.num_envs, self.action_dim, device=self.device, dtype=self.dtype)
         return {"x": x, "v": torch.zeros_like(x), "scale": scale, "actions": idle, "y0": self.centre(x)[:, 1]}
 

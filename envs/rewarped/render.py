@@ -98,14 +98,14 @@ def draw(env, world: int = 0, size: int = 256) -> np.ndarray:
 
 
 def draw_body(env, world: int = 0, size: int = 256) -> np.ndarray:
-    """A picture of one world's body of tetrahedra, uint8 (size, size, 3), 4 units wide."""
+    """A picture of one world's body of tetrahedra, uint8 (size, size, 3), 3.8 units wide."""
     from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
     x = env.state["x"][world].detach().cpu().numpy()
-    faces = env.tets[:, [[0, 1, 2], [0, 1, 3], [0, 2, 3], [1, 2, 3]]].reshape(-1, 3).numpy()
+    faces = env.tets[:, [[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]]].reshape(-1, 3).numpy()  # seen from outside
     _, first, count = np.unique(np.sort(faces, 1), axis=0, return_index=True, return_counts=True)
-    low, high = x.mean(0) - 1.7, x.mean(0) + 1.7
-    low[1], high[1] = -0.05, 2.35
+    low, high = x.mean(0) - 1.9, x.mean(0) + 1.9
+    low[1], high[1] = -0.05, 2.75
     canvas, axes = stage(size, low, high, 0.0)
     skin = Poly3DCollection(x[faces[first[count == 1]]][..., [2, 0, 1]], facecolors="tab:green", edgecolors="0.2",
                             linewidths=0.3, shade=True, zorder=2)  # fmt: skip

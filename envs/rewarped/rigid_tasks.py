@@ -15,6 +15,7 @@ from envs.rewarped.rigid import Body, Box, Hinge, Rigid, Sphere, Springs, about,
 DENSITY, TORSO, LEG = 1000.0, 0.25, 0.08  # kg/m^3; radii, metres
 REACH, THIGH, SHIN = 0.2 * math.sqrt(2), 0.2 * math.sqrt(2), 0.4 * math.sqrt(2)  # torso to hip, hip to knee, to foot
 YAW = tuple(math.radians(45 + 90 * i) for i in range(4))  # of the legs
+ARMATURE = 0.005  # kg m^2, of the motor at a hinge
 KNEE = (0.0, 0.0, -1.0)  # axis about which a positive angle bends the shin down; the leg is along x
 
 
@@ -33,9 +34,11 @@ def ant() -> tuple[list[Body], list[Hinge], list[Sphere]]:
     up = 0.4 * ball * TORSO**2 + 4 * (across + stub * away**2)
     flat = 0.4 * ball * TORSO**2 + 4 * ((along + across) / 2 + stub * away**2 / 2)
     bodies = [Body(ball + 4 * stub, (flat, up, flat))]
-    for length in (THIGH, SHIN):
-        mass, along, across = capsule(length, LEG)
-        bodies += [Body(mass, (along, across, across))] * 4
+    for length, axis in ((THIGH, 1), (SHIN, 2)):  # of the hinge, in the link's frame
+        mass, *moments = capsule(length, LEG)
+        moments = [moments[0], moments[1], moments[1]]
+        moments[axis] += ARMATURE
+        bodies += [Body(mass, tuple(moments))] * 4
     hinges, spheres = [], [Sphere(0, (0.0, 0.0, 0.0), TORSO)]
     for i, yaw in enumerate(YAW):
         out, turn = (math.cos(yaw), -math.sin(yaw)), (0.0, math.sin(yaw / 2), 0.0, math.cos(yaw / 2))
@@ -54,7 +57,8 @@ class AntRun(DifferentiableEnv):
     3, hinges 8, their rates 8 times 0.1, up 1, heading 1, last actions 8. Reward: v_x + 0.1 up + heading + (height -
     0.27), with up the torso's vertical axis along the world's and heading its x axis along the world's. The episode
     ends below a height of 0.27. Nothing is mended: "paper" and "default" are the same.
-    Ours: hinges are springs of 1e6 N/m, there is no armature, limits of the hinges; `small` is 200 steps long.
+    Ours: hinges are springs of 1e6 N/m, the armature is a rotor in each link, limits of the hinges; `small` is 200
+    steps long.
     """
 
     LOWEST, TORQUE, START = 0.27, 200.0, 0.75
