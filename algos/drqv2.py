@@ -154,19 +154,23 @@ class Args:
     def check(self):
         """Raises ValueError at the first choice that cannot work. (In __post_init__ the parser would reword it.)"""
         cuda, least = self.device.startswith("cuda"), self.n_step + 1
+        counts = ("num_envs", "eval_envs", "eval_episodes", "eval_freq", "log_freq", "batch_size", "frame_stack",
+                  "action_repeat", "n_step", "update_every", "target_augs", "online_augs", "std_steps", "feature_dim",
+                  "hidden", "encoder_channels")
+        few = [name.replace("_", "-") for name in counts if getattr(self, name) < 1]
         for message, wrong in {
             "--resume continues a run, --checkpoint starts one: give only one": self.resume and self.checkpoint,
-            "--eval-episodes must be a multiple of --eval-envs": self.eval_episodes % self.eval_envs,
             "--evaluate needs --checkpoint FILE": self.evaluate and not self.checkpoint,
+            f"--{', --'.join(few)} must be at least 1": few,
+            "--eval-episodes must be a multiple of --eval-envs": self.eval_episodes % max(self.eval_envs, 1),
+            "--encoder-strides must be at least 1": min(self.encoder_strides, default=1) < 1,
             "--image-size is too small for --encoder-strides": self.map_size < 1,
-            "--n-step, --frame-stack, --target-augs, --online-augs and --update-every must be at least 1":
-                min(self.n_step, self.frame_stack, self.target_augs, self.online_augs, self.update_every) < 1,
             "--pad must not be negative": self.pad < 0,
-            "--std-steps must be at least 1": self.std_steps < 1,
             "--learning-starts must be at least (--n-step + 1) x --num-envs":
                 self.learning_starts < least * self.num_envs,
             "--buffer-size must be at least (--n-step + --frame-stack + 2) x --num-envs and --learning-starts":
                 self.buffer_size < max((least + self.frame_stack + 1) * self.num_envs, self.learning_starts),
+            "--device must be cpu or cuda": self.device.split(":")[0] not in ("cpu", "cuda"),
             "--cudagraphs needs --device cuda": self.cudagraphs and not cuda,
             "there is no CUDA device here: use --device cpu, and no --buffer-device cuda":
                 (cuda or self.buffer_device == "cuda") and not torch.cuda.is_available(),
@@ -179,7 +183,7 @@ class Args:
         """Pixels a side of the last convolution's output."""
         size = self.image_size
         for stride in self.encoder_strides:
-            size = (size - 3) // stride + 1
+            size = (size - 3) // max(stride, 1) + 1
         return size
 
 
@@ -351,7 +355,7 @@ class Replay:
             os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
         if need > there:  # all of it is claimed now, so that a run fails at its start and not after hours
             raise ValueError(f"the replay buffer needs {need / 2**30:.1f} GiB, {self.device} has {there / 2**30:.1f}: "
-                             "lower --buffer-size or --image-size, or choose another --buffer-device")
+                             "lower --buffer-size or --image-size, or keep it on a device with more")
         self.data = {k: torch.zeros((slots, *v.shape), dtype=v.dtype, device=device) for k, v in slot.items()}
         self.head, self.worlds = torch.zeros(n, dtype=torch.int64, device=device), torch.arange(n, device=device)
         for k in ("rgb", "state"):
@@ -461,7 +465,7 @@ def critic_loss(agent: Agent, batch: dict, noise: dict, std, args: Args):
             mean = agent.actor(next_features, next_state)
             next_actions = noisy_actions(mean, std, noise["next_action"], args.std_clip)
             next_q = agent.target(next_features, next_state, next_actions).amin(0)  # (K B,)
-            targets = batch["rewards"] + batch["discounts"] * next_q.view(k, -1).mean(0)  # DrQ, eq. 2
+            targets = batch["rewards"] + batch["discounts"] * next_q.view(k, -1).mean(0)  # DrQ, eq. 1
         features = agent.encoder(random_shift(obs["rgb"], noise["shift"], args.pad))
         q = agent.critic(features, obs["state"].repeat(m, 1), batch["actions"].repeat(m, 1)).view(2, m, -1)
         loss = (q - targets).square().mean(-1).sum()  # mean over B, sum over heads and copies
@@ -635,10 +639,14 @@ def load_file(path: str | Path) -> dict:
 def check_fits(checkpoint: dict, args: Args, shapes: dict):
     """Raises ValueError naming the first field in which the checkpoint differs from this run."""
     theirs, mine = checkpoint["args"] | checkpoint["shapes"], asdict(args) | shapes
+    resumed = []  # what saved episodes, random states and the buffer are bound to
+    if args.resume:
+        resumed = ["num_envs", "device", "buffer_device", *["buffer_size"] * bool(checkpoint["replay"])]
     for field in ("env_id", "image_size", "frame_stack", "action_repeat", "encoder_channels", "encoder_strides",
-                  "feature_dim", "hidden", *shapes):
+                  "feature_dim", "hidden", *shapes, *resumed):
         if theirs[field] != mine[field]:
-            raise ValueError(f"the checkpoint differs in {field}: it has {theirs[field]}, this run {mine[field]}")
+            hint = "; --checkpoint FILE starts afresh from the weights" if field in resumed else ""
+            raise ValueError(f"the checkpoint differs in {field}: it has {theirs[field]}, this run {mine[field]}{hint}")
 
 
 # --- Policy -----------------------------------------------------------------------------------------------------------
@@ -728,10 +736,11 @@ def train(args: Args) -> dict:
         now |= checkpoint["now"] if args.resume else {}
     for use in OPTIMIZERS if args.resume else ():
         getattr(agent, use).load_state_dict(checkpoint[use])
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
-    tuned = tuned_defaults(args.env_id, device.type) or "as published for easy tasks"
-    print(f"{run}: {args.env_id}; defaults for {device.type}: {tuned}")
+    def open_run():  # not before everything fits: a refused command leaves no folder, and no other arguments in one
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
+        tuned = tuned_defaults(args.env_id, device.type) or "as published for easy tasks"
+        print(f"{run}: {args.env_id}; defaults for {device.type}: {tuned}")
 
     def weights() -> dict:  # all that Policy and --checkpoint need
         return dict(algo="drqv2", args=asdict(args), shapes=shapes, spec=json.loads(json.dumps(eval_env.spec)),
@@ -743,6 +752,7 @@ def train(args: Args) -> dict:
                         run / f"videos/{label}.mp4" if args.capture_video else None)
 
     if args.evaluate:
+        open_run()
         results = evaluate_now("evaluate")
         print(json.dumps(results))
         eval_env.close()
@@ -766,6 +776,7 @@ def train(args: Args) -> dict:
         print("no replay buffer was saved (--save-buffer), it starts empty")
     learner = Learner(agent, replay, args, random["learn"], random["sample"])
     learner.owed = now["owed"]
+    open_run()
     if args.track:
         import wandb
         wandb.init(project=os.environ.get("WANDB_PROJECT", "cleanrobot"), name=run.name, config=asdict(args))

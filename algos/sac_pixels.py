@@ -185,23 +185,28 @@ class Args:
 
     def check(self):
         """Raises ValueError at the first choice that cannot work. (In __post_init__ the parser would reword it.)"""
-        cuda, least = self.device.startswith("cuda"), self.learning_starts // max(self.num_envs, 1)
-        counts = ("num_envs", "eval_envs", "batch_size", "update_every", "n_step", "frame_stack", "action_repeat",
-                  "policy_frequency", "target_augs", "online_augs", "feature_dim", "hidden", "log_freq",
-                  "eval_freq")
+        cuda, n = self.device.startswith("cuda"), max(self.num_envs, 1)
+        least = self.learning_starts // n
+        counts = ("num_envs", "eval_envs", "eval_episodes", "batch_size", "update_every", "n_step", "frame_stack",
+                  "action_repeat", "policy_frequency", "target_augs", "online_augs", "feature_dim", "hidden",
+                  "encoder_channels", "log_freq", "eval_freq")
         few = [name.replace("_", "-") for name in counts if getattr(self, name) < 1]
         for message, wrong in {
             "--resume continues a run, --checkpoint starts one: give only one": self.resume and self.checkpoint,
             "--evaluate needs --checkpoint FILE": self.evaluate and not self.checkpoint,
             f"--{', --'.join(few)} must be at least 1": few,
-            "--eval-episodes must be a multiple of --eval-envs": self.eval_episodes % self.eval_envs,
+            "--eval-episodes must be a multiple of --eval-envs": self.eval_episodes % max(self.eval_envs, 1),
+            "--encoder-strides must be at least 1": min(self.encoder_strides, default=1) < 1,
+            "--encoder-type impala needs --encoder-channels 2 or more":
+                self.encoder_type == "impala" and self.encoder_channels < 2,
             "--no-critic-gradient leaves the convolutions untrained: it needs --encoder autoencoder":
                 not self.critic_gradient and self.encoder != "autoencoder",
             "--margin must be at least 1, and for translate below --image-size":
                 self.augmentation in OFFSETS and not 1 <= self.margin < self.image_size,
             "--learning-starts must cover --n-step steps of all environments: raise it": least < self.n_step,
             "--buffer-size must exceed --learning-starts by some episodes: raise it":
-                self.buffer_size // self.num_envs <= least + self.n_step + self.frame_stack + 1,
+                self.buffer_size // n <= least + self.n_step + self.frame_stack + 1,
+            "--device must be cpu or cuda": self.device.split(":")[0] not in ("cpu", "cuda"),
             "--cudagraphs needs --device cuda": self.cudagraphs and not cuda,
             "there is no CUDA device here: use --device cpu": cuda and not torch.cuda.is_available(),
         }.items():
@@ -479,7 +484,7 @@ class Replay:
             os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
         if need > there:  # all of it is claimed now, so that a run fails at its start and not after hours
             raise ValueError(f"the replay buffer needs {need / 2**30:.1f} GiB, {self.device} has {there / 2**30:.1f}: "
-                             "lower --buffer-size or --image-size, or choose another --buffer-device")
+                             "lower --buffer-size or --image-size, or keep it on a device with more")
         self.data = {k: torch.zeros((slots, *v.shape), dtype=v.dtype, device=device) for k, v in slot.items()}
         self.head, self.worlds = torch.zeros(n, dtype=torch.int64, device=device), torch.arange(n, device=device)
         for k in ("rgb", "state"):
@@ -780,10 +785,14 @@ def load_file(path: str | Path) -> dict:
 def check_fits(checkpoint: dict, args: Args, shapes: dict):
     """Raises ValueError naming the first field in which the checkpoint differs from this run."""
     theirs, mine = checkpoint["args"] | checkpoint["shapes"], asdict(args) | shapes
+    resumed = []  # what saved episodes, random states and the buffer are bound to
+    if args.resume:
+        resumed = ["num_envs", "device", "augmentation", "margin", *["buffer_size"] * bool(checkpoint["replay"])]
     for field in ("env_id", "encoder", "encoder_type", "encoder_strides", "encoder_channels", "feature_dim", "hidden",
-                  "image_size", "frame_stack", "action_repeat", *shapes):
+                  "image_size", "frame_stack", "action_repeat", *shapes, *resumed):
         if theirs[field] != mine[field]:
-            raise ValueError(f"the checkpoint differs in {field}: it has {theirs[field]}, this run {mine[field]}")
+            hint = "; --checkpoint FILE starts afresh from the weights" if field in resumed else ""
+            raise ValueError(f"the checkpoint differs in {field}: it has {theirs[field]}, this run {mine[field]}{hint}")
 
 
 # --- Policy -----------------------------------------------------------------------------------------------------------
@@ -876,10 +885,11 @@ def train(args: Args) -> dict:
         now |= checkpoint["now"] if args.resume else {}
     for use, optimizer in agent.optimizers.items() if args.resume else ():
         optimizer.load_state_dict(checkpoint["optimizers"][use])
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
-    print(f"{run}: {args.env_id}, {args.preset} on {device.type}; "
-          f"defaults changed by TUNED: {tuned_defaults(args.env_id, args.device, args.preset) or 'none'}")
+    def open_run():  # not before everything fits: a refused command leaves no folder, and no other arguments in one
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
+        print(f"{run}: {args.env_id}, {args.preset} on {device.type}; "
+              f"defaults changed by TUNED: {tuned_defaults(args.env_id, args.device, args.preset) or 'none'}")
 
     def weights() -> dict:  # all that Policy and --checkpoint need
         return dict(algo="sac_pixels", args=asdict(args), shapes=shapes, spec=json.loads(json.dumps(eval_env.spec)),
@@ -896,6 +906,7 @@ def train(args: Args) -> dict:
         return results, files
 
     if args.evaluate:
+        open_run()
         results, _ = evaluate_now("evaluate")
         print(json.dumps(results))
         eval_env.close()
@@ -920,6 +931,7 @@ def train(args: Args) -> dict:
     elif args.resume:
         print("no replay buffer was saved (--save-buffer), it starts empty")
     learner = Learner(agent, replay, args, random["learn"], now["owed"])
+    open_run()
     if args.track:
         import wandb
         wandb.init(project=os.environ.get("WANDB_PROJECT", "cleanrobot"), name=run.name, config=asdict(args))

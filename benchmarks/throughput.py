@@ -123,14 +123,15 @@ def wait(device: str) -> None:
 class Table:
     """Rows as they come: printed at once, written to the file after each, so that an interrupted run keeps them."""
 
-    def __init__(self, args: Args):
-        self.path, self.rows, self.baseline = args.out, [], {}
+    def __init__(self, path: Path | None, facts: dict[str, str]):
+        """path: the file; facts: what the numbers depend on, see `machine`."""
+        self.path, self.rows, self.baseline = path, [], {}
         print(f"{'part':<12}{'what':<50}{'at':<34}{'per second':>12}{'ratio':>8}  remark")
-        for what, text in machine(args).items():
+        for what, text in facts.items():
             self._add(part="machine", what=what, at=text)
 
     def measured(self, part: str, what: str, at: str, unit: str, values: list[float], remark: str = "") -> None:
-        """Adds a row; a part's first one is the baseline of its ratios (in learning, of each of the two sizes)."""
+        """Adds a row; a part's first one is the baseline of its ratios (in learning, of each size)."""
         key, median = (part, at if part == "learning" else ""), statistics.median(values)
         first = key not in self.baseline
         ratio = median / self.baseline.setdefault(key, median)
@@ -395,7 +396,7 @@ def main(args: Args) -> None:
     """Measures what `args` names and prints it. Raises ValueError for arguments that do not fit."""
     args.check()
     torch.set_float32_matmul_precision("high")  # as training does
-    table = Table(args)
+    table = Table(args.out, machine(args))
     args.num_envs = args.num_envs or training_args(args).num_envs
     for part in args.parts:
         {"physics": physics, "pictures": pictures, "learning": learning, "environment": environment,

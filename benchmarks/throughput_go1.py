@@ -73,16 +73,6 @@ class Args:
     device = "cpu"  # benchmarks/throughput.py waits for torch's device; here everything waits for its own results
 
 
-class Table(throughput.Table):
-    """The table of benchmarks/throughput.py with this machine's facts."""
-
-    def __init__(self, args: Args):
-        self.path, self.rows, self.baseline = args.out, [], {}
-        print(f"{'part':<12}{'what':<50}{'at':<34}{'per second':>12}{'ratio':>8}  remark")
-        for what, text in machine(args).items():
-            self._add(part="machine", what=what, at=text)
-
-
 def machine(args: Args) -> dict[str, str]:
     """What the numbers depend on: processor, devices, versions, commit, command."""
     facts = throughput.machine(throughput.Args(device="cpu"))
@@ -103,7 +93,7 @@ def why_not(backend: str) -> str:
     return ""
 
 
-def memory(args: Args, table: Table) -> None:
+def memory(args: Args, table: throughput.Table) -> None:
     def size(tree) -> int:
         return sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(tree))
 
@@ -119,7 +109,7 @@ def memory(args: Args, table: Table) -> None:
     table._add(part="memory", what="MJX's data structure alone", at=f"{data} bytes", remark="not carried here")
 
 
-def environment(args: Args, table: Table) -> None:
+def environment(args: Args, table: throughput.Table) -> None:
     for backend in args.backends:
         for n in args.num_envs:
             if reason := why_not(backend):
@@ -164,7 +154,7 @@ def rollout(env, args: ppo.Args, seed: int) -> tuple[ppo.Learner, dict, dict]:
     return learner, batch, last
 
 
-def learning(args: Args, table: Table) -> None:
+def learning(args: Args, table: throughput.Table) -> None:
     env, devices = Go1Env(TASK, EnvConfig(), "mujoco-c", threads=1), args.devices or jax.device_count()
     for label, backend in (("published", "mjx-jax"), ("CPU's", "mujoco-c")):
         hyper = ppo.parse_args(["--env-id", TASK, "--backend", backend, "--devices", "1"])
@@ -191,7 +181,7 @@ def learning(args: Args, table: Table) -> None:
             table.measured("learning", what, at, "updates", values, remark)
 
 
-def training(args: Args, table: Table) -> None:
+def training(args: Args, table: throughput.Table) -> None:
     for backend in args.backends:
         hyper = ppo.parse_args(["--env-id", TASK, "--backend", backend])
         at = f"{hyper.num_envs} worlds, {hyper.num_minibatches * hyper.update_epochs} updates for {hyper.unroll_length}"
@@ -220,7 +210,7 @@ def main(args: Args) -> None:
         jax.config.update("jax_num_cpu_devices", args.devices)  # before anything asks for the devices
     if args.devices > jax.device_count():
         raise ValueError(f"there are only {jax.device_count()} devices: lower --devices")
-    table = Table(args)
+    table = throughput.Table(args.out, machine(args))
     for part in args.parts:
         {"memory": memory, "environment": environment, "learning": learning, "training": training}[part](args, table)
     if args.out:

@@ -94,16 +94,6 @@ class Args:
                 raise ValueError(message)
 
 
-class Table(throughput.Table):
-    """The table of benchmarks/throughput.py; in `learning` each size of each algorithm has a baseline of its own."""
-
-    def __init__(self, args: Args):
-        self.path, self.rows, self.baseline = args.out, [], {}
-        print(f"{'part':<12}{'what':<50}{'at':<34}{'per second':>12}{'ratio':>8}  remark")
-        for what, text in machine(args).items():
-            self._add(part="machine", what=what, at=text)
-
-
 def machine(args: Args) -> dict[str, str]:
     """What the numbers depend on: processor, device, OpenGL's driver, versions, command."""
     facts = throughput.machine(args)
@@ -143,7 +133,7 @@ def random_actions(args: Args, env: dmc.DMCEnv):
     return lambda: torch.rand((env.num_envs, env.action_dim), generator=generator) * 2 - 1
 
 
-def physics(args: Args, table: Table) -> None:
+def physics(args: Args, table: throughput.Table) -> None:
     """Frames per second of the simulation: the parts of env.step that are left when nothing is drawn."""
     for processes in dict.fromkeys((1, args.processes)):
         env = make(args, processes, renderer="warp", workers=processes, image_size=4)
@@ -155,7 +145,7 @@ def physics(args: Args, table: Table) -> None:
         env.close()
 
 
-def pictures(args: Args, table: Table) -> None:
+def pictures(args: Args, table: throughput.Table) -> None:
     """Pictures per second of each renderer."""
     for name, (options, why_not) in renderers().items():
         for n in (1, args.batch) if "Warp" in name else (1,):
@@ -181,7 +171,7 @@ def pictures(args: Args, table: Table) -> None:
             env.close()
 
 
-def environment(args: Args, table: Table) -> None:
+def environment(args: Args, table: throughput.Table) -> None:
     """Frames per second of env.step, by renderer and number of environments."""
     for name, (options, why_not) in renderers().items():
         for n in dict.fromkeys((1, args.processes, 4 * args.processes)):
@@ -230,7 +220,7 @@ def learner(algo, hyper, device: str):
     return block, hyper.policy_frequency
 
 
-def learning(args: Args, table: Table) -> None:
+def learning(args: Args, table: throughput.Table) -> None:
     """Updates per second of both algorithms, plain and by each of the faster routes."""
     cuda = args.device.startswith("cuda")
     no_compiler = "" if cuda or shutil.which("g++") or shutil.which("clang++") else \
@@ -276,7 +266,7 @@ def learning(args: Args, table: Table) -> None:
 
 
 # --- The whole --------------------------------------------------------------------------------------------------------
-def training(args: Args, table: Table) -> None:
+def training(args: Args, table: throughput.Table) -> None:
     """drqv2.train itself; its own log gives the times of the blocks."""
     for n in dict.fromkeys((1, args.processes)):
         words = ["--env-id", args.env_id, "--device", args.device, "--seed", str(args.seed), "--num-envs", str(n)]
@@ -310,7 +300,7 @@ def main(args: Args) -> None:
     """Measures what `args` names and prints it. Raises ValueError for arguments that do not fit."""
     args.check()
     torch.set_float32_matmul_precision("high")  # as training does
-    table = Table(args)
+    table = throughput.Table(args.out, machine(args))
     args.processes = args.processes or min(cores(), 16)
     for part in args.parts:
         {"physics": physics, "pictures": pictures, "environment": environment, "learning": learning,
