@@ -53,6 +53,7 @@ import csv
 import json
 import math
 import pickle
+import re
 import time
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
@@ -90,6 +91,7 @@ TUNED = {
     ("*", "HandReorient", "*"): dict(num_envs=64),
     ("*", "SoftJumper HandFlip", "*"): dict(total_timesteps=6_144_000),
     ("trajopt", "*", "*"): dict(total_timesteps=96_000, eval_freq=9_600),  # ten iterations
+    ("trajopt", "AntRun", "*"): dict(total_timesteps=640_000),
     ("trajopt", "HandFlip", "*"): dict(total_timesteps=480_000, plan_start="zeros"),
     ("trajopt", "HandReorient", "*"): dict(total_timesteps=384_000, actor_lr=0.1),
     # What follows is ours. A run of a few hundred windows is short: alpha begins at a tenth of a step's reward or so,
@@ -166,14 +168,19 @@ class Args:
 
     def check(self):
         """Raises ValueError at the first choice that cannot work. (In __post_init__ the parser would reword it.)"""
-        batches = self.num_envs * self.horizon / self.num_minibatches
+        counts = "num_envs eval_episodes eval_freq total_timesteps critic_epochs num_minibatches".split()
+        batches = self.num_envs * self.horizon / max(self.num_minibatches, 1)
         for message, wrong in {
+            **{f"--{name.replace('_', '-')} must be at least 1": getattr(self, name) < 1 for name in counts},
+            "--num-critics must not be negative, and --actor-units and --critic-units must name layers":
+                self.num_critics < 0 or min(self.actor_units, default=0) < 1 or min(self.critic_units, default=0) < 1,
             "--resume continues a run, --checkpoint starts one: give only one": self.resume and self.checkpoint,
             "--evaluate needs --checkpoint FILE": self.evaluate and not self.checkpoint,
-            "--horizon must be at least 1 (0, the episode, is TrajOpt's)": self.horizon < 1 and not self.open_loop,
+            "--horizon must be at least 1 (0, the episode, is TrajOpt's)": self.horizon < 1 - self.open_loop,
             "--num-minibatches must divide --num-envs x --horizon": self.num_critics and batches % 1,
             "--alpha and --target-entropy-scale must be above 0, --target-decay in [0, 1)":
                 min(self.alpha, self.target_entropy_scale) <= 0 or not 0 <= self.target_decay < 1,
+            f"--device {self.device}: cpu, cuda or cuda:N": not re.fullmatch(r"cpu|cuda(:\d+)?", self.device),
             "there is no CUDA here: use --device cpu": self.device[:4] == "cuda" and not torch.cuda.is_available(),
         }.items():
             if wrong:
@@ -198,7 +205,10 @@ def parse_args(argv: list[str] | None = None) -> Args:
     size = given.size or saved.get("size") or ("full" if given.device.startswith("cuda") else "small")
     defaults = dict(algo=given.algo, env_id=env_id, size=size, device=given.device)
     defaults |= tuned_defaults(given.algo, env_id, size) | saved
-    return tyro.cli(Args, args=argv, default=Args(**defaults), description=__doc__.split("\n\n")[0])
+    args = tyro.cli(Args, args=argv, default=Args(**defaults), description=__doc__.split("\n\n")[0])
+    if args.algo != defaults["algo"]:  # its switches would stay those of the checkpoint
+        raise ValueError(f"the checkpoint differs in algo: it has {defaults['algo']}, this run {args.algo}")
+    return args
 
 
 # --- make_envs --------------------------------------------------------------------------------------------------------
@@ -662,9 +672,6 @@ def train(args: Args) -> dict:
         now |= checkpoint["now"] if args.resume else {}
     for part, optimizer in agent.optimizers.items() if args.resume else ():
         optimizer.load_state_dict(checkpoint["optimizers"][part])
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
-    print(f"{run}: {args.env_id}, {args.size}; defaults: {tuned_defaults(args.algo, args.env_id, str(args.size))}")
 
     def weights() -> dict:  # all that Policy and --checkpoint need
         return dict(algo="sapo_rewarped", args=asdict(args), shapes=shapes, agent=agent.state_dict(), now=dict(now),
@@ -679,6 +686,9 @@ def train(args: Args) -> dict:
         env.load_state_dict(pickle.loads(checkpoint["env"]))
         obs = {k: v.to(device) for k, v in checkpoint["obs"].items()}
         random.set_state(checkpoint["random"])
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
+    print(f"{run}: {args.env_id}, {args.size}; defaults: {tuned_defaults(args.algo, args.env_id, str(args.size))}")
     if args.track and not args.evaluate:
         import wandb
         wandb.init(project=os.environ.get("WANDB_PROJECT", "cleanrobot"), name=run.name, config=asdict(args))

@@ -167,6 +167,29 @@ def test_critic_targets_take_the_smallest_value_and_the_soft_reward():
     torch.testing.assert_close(sr.critic_targets(agent, window, args), expected.detach())
     hard = sr.td_lambda(window["rewards"], values, dones, 0.9, 0.95)
     torch.testing.assert_close(sr.critic_targets(agent, window, replace(args, entropy_in_value=False)), hard.detach())
+    window["terminations"][2, 1] = window["dones"][2, 1] = True  # after a true end there is nothing but the reward
+    assert values[2, 1].abs() > 0.01
+    torch.testing.assert_close(sr.critic_targets(agent, window, args)[2, 1], rewards[2, 1].detach())
+
+
+def test_a_window_teaches_the_actor_then_alpha_then_the_critics_then_the_statistics(monkeypatch):
+    """The critics' targets are of the new temperature and of the values as they were before the window."""
+    args, seen = arguments(), []
+    agent = new_agent(args)
+    before = copy.deepcopy(agent.state_dict())
+
+    def watched(name, plain, *given):
+        seen.append((name, {key.split(".")[0] for key in differences(before, agent.state_dict())}))
+        return plain(*given)
+
+    for name in ("update_actor", "update_alpha", "critic_targets", "update_critic"):
+        monkeypatch.setattr(sr, name, partial(watched, name, getattr(sr, name)))
+    window, _ = play(agent, PointMass(4), args)
+    sr.learn(agent, window, args, generator())
+    new = {"actor", "log_alpha"}
+    assert seen == [("update_actor", set()), ("update_alpha", {"actor"}), ("critic_targets", new),
+                    ("update_critic", new)]
+    assert {key.split(".")[0] for key in differences(before, agent.state_dict())} == new | {"critic", "norm"}
 
 
 # --- Entropy ----------------------------------------------------------------------------------------------------------
@@ -198,11 +221,12 @@ def test_actions_and_entropy_estimate_are_those_of_a_squashed_normal():
 
 def test_alpha_moves_towards_the_target_entropy():
     """The loss is alpha |H| (h - H); its gradient in log alpha is itself. Clipped at 0.5, AdamW then makes one step."""
-    for mean_entropy, direction in ((0.5, -1), (-2.0, 1)):  # H = -1
-        agent, args = new_agent(arguments()), arguments(max_grad_norm=0.0)
+    for mean_entropy, direction in ((0.5, -1), (-5.0, 1)):  # six actions: H = -3
+        agent, args = sr.Agent(arguments(alpha=0.2), SHAPES | dict(action=6), CPU), arguments(max_grad_norm=0.0)
+        agent.optimizers["alpha"].param_groups[0]["lr"] = 2.0
         metrics = sr.update_alpha(agent, torch.full((3, 4), mean_entropy), args)
-        assert float(agent.log_alpha.grad) == pytest.approx(1.0 * 1.0 * (mean_entropy + 1))
-        assert math.copysign(1, agent.log_alpha.item()) == direction and float(metrics["train/alpha"]) != 1
+        assert float(agent.log_alpha.grad) == pytest.approx(0.2 * 3 * (mean_entropy + 3))
+        assert (agent.log_alpha.item() - math.log(0.2)) * direction > 1 and float(metrics["train/alpha"]) != 0.2
     agent, args = new_agent(arguments()), arguments(autotune=False)
     sr.update_alpha(agent, torch.full((3, 4), 0.5), args)
     assert float(agent.log_alpha.detach()) == 0
@@ -310,6 +334,22 @@ def test_a_world_that_meets_nan_is_left_out_and_counted():
     assert all(v.isfinite().all() for v in agent.state_dict().values()) and not reference.grads
 
 
+def test_an_absurd_observation_is_a_lost_world():
+    """Beyond 1e6, in any part of the observation: no reward, no value, and no gradient of that world."""
+    seen = {"state": torch.tensor([[9e5, 0.0], [0.0, -2e6], [math.nan, 0.0], [1.0, 1.0]]),
+            "points": torch.tensor([[[0.0]], [[0.0]], [[0.0]], [[math.inf]]])}
+    assert sr.broken(seen).tolist() == [False, True, True, True]
+    args = arguments("apg", horizon=3, num_envs=2)
+    agent, env = new_agent(args), PointMass(2, wall=1e9)
+    env.state[0, 0] = 2e6
+    window, probe = play(agent, env, args)
+    assert window["terminations"][:, 0].all() and not window["terminations"][:, 1].any() and not window["nan"].any()
+    assert (window["rewards"][:, 0] == 0).all() and (window["next_obs"]["state"][:, 0] == 0).all()
+    sr.update_actor(agent, window, args)
+    grads = torch.stack(probe.grads)
+    assert (grads[:, 0] == 0).all() and (grads[:, 1].norm(dim=-1) > 0).all()
+
+
 def test_a_gradient_that_is_not_finite_is_zeroed_for_its_world_alone():
     probe = sr.Probe(CPU)
     weight = torch.ones((), requires_grad=True)
@@ -379,6 +419,9 @@ def test_shac_is_its_paper():
     torch.testing.assert_close(metrics["loss/actor"], expected.detach())
     for p, grad in zip(agent.actor.parameters(), grads, strict=True):
         torch.testing.assert_close(p.grad, grad)
+    values = agent.target(window["next_obs"])[0] * ~window["terminations"]
+    torch.testing.assert_close(sr.critic_targets(agent, window, args),
+                               sr.td_lambda(window["rewards"], values, window["dones"], 0.99, 0.95).detach())
     before = [p.clone() for p in agent.target.parameters()]
     sr.update_critic(agent, window, sr.critic_targets(agent, window, args), args, generator())
     for old, new, online in zip(before, agent.target.parameters(), agent.critic.parameters(), strict=True):
@@ -420,6 +463,8 @@ PUBLISHED = {
     ("trajopt", "RollingFlat"): dict(open_loop=True, actor_lr=1e-2, gamma=1.0, horizon=0, total_timesteps=96_000,
                                      plan_start="uniform", final_lr=None, max_grad_norm=0.0, optimizer="adam"),
     ("trajopt", "HandFlip"): dict(total_timesteps=480_000, plan_start="zeros", actor_lr=1e-2),
+    ("trajopt", "AntRun"): dict(num_envs=64, total_timesteps=10 * 64 * 1000, actor_lr=1e-2),
+    ("trajopt", "SoftJumper"): dict(num_envs=32, total_timesteps=10 * 32 * 300, actor_lr=1e-2),
     ("trajopt", "HandReorient"): dict(actor_lr=0.1, num_envs=64, total_timesteps=384_000),
 }
 
@@ -527,6 +572,43 @@ def test_learning_rates_fall_along_a_line():
     assert agent.optimizers["actor"].param_groups[0]["lr"] == 2e-3
 
 
+@pytest.mark.parametrize("algo, gain", [("sapo", 1.0), ("shac", math.sqrt(2))])
+def test_networks_are_the_published_ones(algo, gain):
+    """Linear, LayerNorm, activation; a plain last layer; orthogonal weights, in the last layers too; no biases yet."""
+    args = arguments(algo, actor_units=(20, 12), critic_units=(8,))
+    agent, heads = new_agent(args, points=5), sr.PRESETS[algo].get("num_critics", 2)
+    act = {"sapo": torch.nn.SiLU, "shac": torch.nn.ELU}[algo]
+    for net, units, outputs, count in ((agent.actor.net, (20, 12), 2 * (1 + args.state_std), 1),
+                                       (agent.critic[0], (8,), 1, heads)):
+        pairs = [(3, 64), (64, 128), (128, 256), (256, 64), (4, 128)]
+        pairs += count * [*zip((192, *units), units, strict=False), (units[-1], outputs)]
+        layers = [layer for layer in net.modules() if not list(layer.children())]
+        linear = [layer for layer in layers if isinstance(layer, torch.nn.Linear)]
+        assert [(layer.in_features, layer.out_features) for layer in linear] == pairs
+        for i, layer in enumerate(layers):
+            if isinstance(layer, torch.nn.Linear):
+                rows = layer.weight if layer.out_features <= layer.in_features else layer.weight.T
+                torch.testing.assert_close(rows @ rows.T, gain**2 * torch.eye(len(rows)), atol=1e-5, rtol=0)
+                assert (layer.bias == 0).all()
+                if layer.out_features != outputs:
+                    assert isinstance(layers[i + 1], torch.nn.LayerNorm) and isinstance(layers[i + 2], act)
+    obs = {"state": torch.randn((6, 4), generator=generator()), "points": torch.randn((6, 5, 3), generator=generator())}
+    net = agent.actor.net  # particles one by one, then their mean
+    each = torch.stack([net.each(obs["points"][:, k]) for k in range(5)]).mean(0)
+    expected = net.heads[0](torch.cat([net.mean(each), net.low(obs["state"])], -1))
+    torch.testing.assert_close(net(obs)[0], expected)
+
+
+def test_the_deviation_is_the_states_own_and_within_its_limits():
+    agent, state = new_agent(arguments()), {"state": torch.randn((6, 4), generator=generator())}
+    free = agent.actor(state)[1]
+    assert free.std(0).min() > 0.01, "it depends on the state"
+    for shift, limit in ((50.0, 2.0), (-50.0, -5.0)):
+        agent.actor.net.heads[0][-1].bias.data[2:] = shift  # after the two means
+        assert (agent.actor(state)[1] == limit).all() and (agent.actor(state)[0].abs() < 10).all()
+    assert (new_agent(arguments("shac")).actor(state)[1] == -1).all()
+
+
 def test_the_order_of_particles_does_not_matter():
     args = arguments()
     agent = new_agent(args, points=5)
@@ -605,8 +687,10 @@ def test_a_point_learns_to_go_to_the_middle(fake, algo):
     policy = sr.Policy(f"runs/{algo}/checkpoint.pt")
     learnt = score(policy.act)
     assert random < 2 and learnt > random + 2 / 3 * (14 - random), (random, learnt)
+    rows = table(f"runs/{algo}/metrics.csv")
+    rates = [float(row["train/actor_lr"]) for row in rows]  # a line that would reach 1e-5 after the last window
+    assert rates == pytest.approx([2e-3 + (1e-5 - 2e-3) * k / 60 for k in range(60)])
     if algo == "sapo":
-        rows = table("runs/sapo/metrics.csv")
         assert len(rows) == 60 and float(rows[-1]["train/alpha"]) < 1 and float(rows[-1]["time/sim_backward"]) > 0
         assert {"train/entropy", "train/grad_world_median", "train/grad_world_max", "train/grad_outliers",
                 "train/actor_grad", "train/critic_grad", "time/sim_forward", "loss/vf"} <= set(rows[0])
@@ -657,7 +741,12 @@ def test_evaluation_counts_every_world_once():
 
     results = sr.evaluate(Still(), env, arguments(), None)
     ended = 1 - (1 + 0.1 * 0.95 * 2.5) ** 2  # one step, beyond the wall
-    assert results["eval/return"] == pytest.approx((6 * 0.75 + ended + 6) / 3, rel=1e-5)
+    returns = torch.tensor([6 * 0.75, ended, 6.0])
+    assert results["eval/return"] == pytest.approx(float(returns.mean()), rel=1e-5)
+    half = 1.96 * float(returns.std()) / math.sqrt(3)
+    assert results["eval/return_std"] == pytest.approx(float(returns.std()), rel=1e-5)
+    assert (results["eval/ci_low"], results["eval/ci_high"]) == pytest.approx(
+        (float(returns.mean()) - half, float(returns.mean()) + half), rel=1e-5)
 
 
 def test_policy_from_the_file_acts_like_the_agent(fake):
@@ -725,6 +814,28 @@ def test_arguments_of_a_run_come_from_its_checkpoint(fake):
     assert (args.evaluate, args.env_id, args.name, args.algo, args.gamma) == (True, "Fake", "", "shac", 0.8)
 
 
+def test_another_algorithm_than_the_checkpoints_is_refused(fake):
+    """Its switches come from the checkpoint: with another name they would be reported as what they are not."""
+    sr.train(arguments("shac", name="run", total_timesteps=32))
+    for source in (["--resume", "runs/run"], ["--checkpoint", "runs/run/best.pt"]):
+        with pytest.raises(ValueError, match="^the checkpoint differs in algo: it has shac, this run apg$"):
+            sr.parse_args([*source, "--algo", "apg", "--device", "cpu"])
+        assert sr.parse_args([*source, "--algo", "shac", "--device", "cpu"]).algo == "shac"
+
+
+def test_a_resume_that_is_refused_leaves_the_run_as_it_was(fake, monkeypatch):
+    sr.train(arguments(name="run", total_timesteps=32))
+    before = {path.name: path.read_bytes() for path in Path("runs/run").iterdir()}
+
+    def refuse(self, state):
+        raise ValueError("saved environment has reward_name 'default'")
+
+    monkeypatch.setattr(PointMass, "load_state_dict", refuse)
+    with pytest.raises(ValueError, match="reward_name"):
+        sr.train(arguments(resume="runs/run", reward="paper", total_timesteps=64))
+    assert {path.name: path.read_bytes() for path in Path("runs/run").iterdir()} == before
+
+
 @pytest.mark.parametrize("changes, words", [
     (dict(evaluate=True), "--evaluate needs --checkpoint"),
     (dict(resume="a", checkpoint="b"), "give only one"),
@@ -732,6 +843,14 @@ def test_arguments_of_a_run_come_from_its_checkpoint(fake):
     (dict(num_minibatches=5), "--num-minibatches must divide"),
     (dict(target_decay=1.0), "--target-decay in"),
     (dict(alpha=0.0), "--alpha and"),
+    (dict(num_minibatches=0), "--num-minibatches must be at least 1"),
+    (dict(eval_freq=0), "--eval-freq must be at least 1"),
+    (dict(total_timesteps=0), "--total-timesteps must be at least 1"),
+    (dict(critic_epochs=0), "--critic-epochs must be at least 1"),
+    (dict(num_critics=-1), "--num-critics must not be negative"),
+    (dict(actor_units=()), "--actor-units and --critic-units must name layers"),
+    (dict(open_loop=True, horizon=-1), "--horizon must be at least 1"),
+    (dict(device="gpu"), "--device gpu: cpu, cuda or cuda:N"),
 ])  # fmt: skip
 def test_choices_that_cannot_work_are_named(changes, words):
     with pytest.raises(ValueError, match=words):
