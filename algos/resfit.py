@@ -78,6 +78,8 @@ START = time.time()  # `wall_time` counts from here
 EVAL_SEED = 10_000
 CLOCK = ("global_step", "wall_time", "train_time")  # the first columns of metrics.csv and eval.csv
 OFF_POLICY = ("resfit", "rlpd", "ibrl")  # the modes with Learner's updates
+BASE_FIELDS = ("env_id", "obs", "image_size", "base", "chunk", "base_dim")  # in which a cloned base must fit a run
+AGENT_FIELDS = ("mode", "hidden", "heads", "encoder_dim", "layer_norm", "see_phase")  # and all that learns after it
 ROLLING = 100  # episodes over which the success of training is averaged
 
 # --- Args -------------------------------------------------------------------------------------------------------------
@@ -198,9 +200,8 @@ class Args:
             "--evaluate needs --checkpoint FILE": self.evaluate and not self.checkpoint,
             "--eval-episodes must be a multiple of --eval-envs": self.eval_episodes % self.eval_envs,
             "--execute must be from 1 to --chunk": not 1 <= self.execute <= self.chunk,
-            "--heads must be at least 2, --n-step, --policy-frequency, --num-envs, --batch-size and --hidden 1":
-                self.heads < 2 or min(self.n_step, self.policy_frequency, self.num_envs, self.batch_size,
-                                      self.hidden) < 1,
+            "--heads must be at least 2, --n-step, --policy-frequency, --num-envs, --batch-size and --hidden 1": min(
+                self.heads - 1, self.n_step, self.policy_frequency, self.num_envs, self.batch_size, self.hidden) < 1,
             "--limit must be from 0 to 1": not all(0 <= limit <= 1 for limit in self.limit),
             "--offline and --anchor are shares of the batch: together they must leave some of it":
                 min(self.offline, self.anchor) < 0 or self.offline + self.anchor >= 1,
@@ -210,11 +211,9 @@ class Args:
                 self.learning_starts < (self.n_step + 2) * self.num_envs,
             "--buffer-size must be at least --learning-starts and (--n-step + 4) x --num-envs":
                 self.buffer_size < max((self.n_step + 4) * self.num_envs, self.learning_starts),
-            "give --demos FILE (`python -m envs.demos` writes one), or a --base-policy with --offline 0":
-                not self.demos and not self.evaluate and (self.offline or not (self.base_policy or self.base_from)),
             "--judge needs --num-envs 1": self.judge and self.num_envs != 1,
-            "--async needs a mode of its own learner: resfit, rlpd or ibrl":
-                self.async_ and self.mode not in OFF_POLICY,
+            "--async needs a mode of its own learner: resfit, rlpd or ibrl": self.async_ and self.mode not in
+                OFF_POLICY,
             "there is no CUDA device here: use --device cpu": cuda and not torch.cuda.is_available(),
         }.items():
             if wrong:
@@ -234,8 +233,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     given = tyro.cli(Args, args=words, default=Args())  # a first look
     source = Path(given.resume) / "checkpoint.pt" if given.resume else given.checkpoint
     saved = load_file(source)["args"] if source else {}
-    choice = {key: getattr(given, key) for key in ("env_id", "mode", "recipe")} | {
-        key: saved[key] for key in ("env_id", "mode", "recipe") if key in saved}
+    choice = {key: saved.get(key, getattr(given, key)) for key in ("env_id", "mode", "recipe")}
     for key in ("device", "evaluate", "checkpoint", "resume", *["name"] * bool(given.checkpoint)):  # of that run alone
         saved.pop(key, None)
     defaults = dict(device=given.device) | choice | tuned_defaults(device=given.device, **choice) | saved
@@ -275,20 +273,24 @@ def observe(obs: dict) -> dict:
     return {"state": state} | ({"rgb": obs["rgb"]} if "rgb" in obs else {})
 
 
-def read_demos(args: Args) -> tuple[list[dict], list[dict]]:
-    """Successful demonstrations, for training and for validation: dicts of obs, final_obs, actions (T, A), rewards.
+def read_demos(args: Args) -> tuple[list[dict], list[dict]] | None:
+    """Successful demonstrations for training and for validation: dicts of obs, final_obs, actions (T, A), each up to
 
-    Each ends at its first success. Validation is the file's list `mask/valid`, or else every tenth of them.
+    its first success. Validation is the file's list `mask/valid`, or else every tenth. None: no file is needed.
     """
-    demos, keys = importlib.import_module("envs.demos"), ["state", "privileged" if args.obs == "state" else "rgb"]
+    if not args.demos and (args.offline or not (args.base_policy or args.base_from)):
+        raise ValueError("give --demos FILE (`python -m envs.demos` writes one), or a --base-policy with --offline 0")
+    if not args.demos:
+        return None
+    read, keys = importlib.import_module("envs.demos").read, ["state", "privileged" if args.obs == "state" else "rgb"]
     try:
-        found = demos.read(args.demos, keys, until_success=True)
-        try:
-            valid = {demo["name"] for demo in demos.read(args.demos, ["state"], "valid")}
-        except ValueError:
-            valid = {demo["name"] for demo in found[9::10]}
+        found = read(args.demos, keys, until_success=True)
     except ImportError as error:
         raise ValueError(error) from error
+    try:
+        valid = {demo["name"] for demo in read(args.demos, ["state"], "valid")}
+    except ValueError:
+        valid = {demo["name"] for demo in found[9::10]}
     found = [demo for demo in found if demo["success"].any()]
     parts = [[demo for demo in found if (demo["name"] in valid) == which] for which in (False, True)]
     if not parts[0]:
@@ -440,13 +442,12 @@ class Critics(nn.Module):
         """`heads`: which of them, an index tensor; the default is all."""
         x = torch.cat([self.trunk(x), actions], -1)
         x = x.expand(len(self.weights[0][heads]), *x.shape)
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.baddbmm(bias[heads], x, weight[heads])
-            if i < 2:
-                if self.layer_norm:
-                    x = F.layer_norm(x, x.shape[-1:]) * self.gains[i][heads] + self.shifts[i][heads]
-                x = F.relu(x)
-        return x.squeeze(-1)
+        for i in range(2):
+            x = torch.baddbmm(self.biases[i][heads], x, self.weights[i][heads])
+            if self.layer_norm:
+                x = F.layer_norm(x, x.shape[-1:]) * self.gains[i][heads] + self.shifts[i][heads]
+            x = F.relu(x)
+        return torch.baddbmm(self.biases[2][heads], x, self.weights[2][heads]).squeeze(-1)
 
 
 class Still:
@@ -498,19 +499,17 @@ class Queue:
     """
 
     def __init__(self, policy, num_envs: int, args: Args, action_dim: int, device):
-        self.policy, self.execute, self.device = policy, args.execute, torch.device(device)
+        self.policy, self.own = policy, hasattr(policy, "predict_chunk")
+        self.execute, self.device = args.execute if self.own else 1, torch.device(device)
         self.generator = torch.Generator(device).manual_seed(args.seed)
-        self.own = hasattr(policy, "predict_chunk")
-        if not self.own:
-            self.execute = 1
         self.chunks = torch.zeros((num_envs, self.execute, action_dim), device=device)
+        self.age = torch.full((num_envs,), self.execute, device=device)  # actions of the chunk that are done
         self.reset()
 
     def reset(self, worlds: torch.Tensor | None = None):
         """Forget the rest of the chunk in `worlds`, a mask (N,) (None: in all): an episode begins."""
-        worlds = torch.ones(len(self.chunks), dtype=torch.bool, device=self.device) if worlds is None else worlds
-        everywhere = torch.full((len(self.chunks),), self.execute, device=self.device)
-        self.age = torch.where(worlds, everywhere, getattr(self, "age", everywhere))
+        worlds = torch.ones_like(self.age, dtype=torch.bool) if worlds is None else worlds
+        self.age = torch.where(worlds, self.execute, self.age)
         if hasattr(self.policy, "reset"):
             self.policy.reset(worlds)
 
@@ -528,13 +527,10 @@ class Queue:
 
     def peek(self, obs: dict) -> dict:
         """What `act` would say, without taking anything from the queue."""
-        before = self.chunks, self.age, self.policy, self.generator.get_state()
-        if not self.own:
-            self.policy = copy.deepcopy(self.policy)
-        answer = self.act(obs)
-        self.chunks, self.age, self.policy = before[:3]
-        self.generator.set_state(before[3])
-        return answer
+        other = copy.copy(self)  # `act` replaces tensors and never writes into them
+        other.policy = self.policy if self.own else copy.deepcopy(self.policy)
+        other.generator = self.generator.clone_state()
+        return other.act(obs)
 
     def state_dict(self) -> dict:
         return dict(chunks=self.chunks, age=self.age, generator=self.generator.get_state())
@@ -563,29 +559,29 @@ class Replay:
         self.data = {k: torch.zeros((slots, *v.shape), dtype=v.dtype, device=device) for k, v in slot.items()}
         self.head, self.worlds = torch.zeros(n, dtype=torch.int64, device=device), torch.arange(n, device=device)
         self.start = self.head.clone()  # slot of the present episode's first observation
+        self._open(self.head, obs)
+
+    def _open(self, slot, obs: dict, last: bool | torch.Tensor = False):
+        """Write an observation of every environment into `slot` (N,)."""
+        at = (slot % self.slots, self.worlds)
+        self.data["last"][at] = last
         for k in self.keys:
-            self.data[k][0] = obs[k]
+            self.data[k][at] = obs[k].to(self.device)
 
     def add(self, actions, rewards, discounts, dones, success, final_obs: dict, next_obs: dict):
         """Store one step of every environment; all (N, ...).
 
         final_obs: the true next observation; next_obs: the one to act on, of another episode where `dones`.
         """
-        data, dones = self.data, dones.to(self.device)
-        now, after = (self.head % self.slots, self.worlds), ((self.head + 1) % self.slots, self.worlds)
-        begin = ((self.head + 1 + dones) % self.slots, self.worlds)  # of the next episode; without an end, = after
-        for k, v in dict(actions=actions, rewards=rewards, discounts=discounts).items():
-            data[k][now] = v.to(self.device)
-        data["last"][begin] = False
-        data["last"][after] = dones
-        data["good"][now] = False
-        for k in self.keys:
-            data[k][after] = final_obs[k].to(self.device)
-            data[k][begin] = next_obs[k].to(self.device)
+        dones, now = dones.to(self.device), (self.head % self.slots, self.worlds)
+        for k, v in dict(actions=actions, rewards=rewards, discounts=discounts, good=torch.zeros_like(dones)).items():
+            self.data[k][now] = v.to(self.device)
         for world in (dones & success.to(self.device)).nonzero()[:, 0].tolist():
             steps = torch.arange(int(self.start[world]), int(self.head[world]) + 1, device=self.device)
-            data["good"][steps[-self.slots:] % self.slots, world] = True
+            self.data["good"][steps[-self.slots:] % self.slots, world] = True
+        self._open(self.head + 1, final_obs, dones)
         self.head += 1 + dones
+        self._open(self.head, next_obs)  # the same slot, but where an episode ended
         self.start = torch.where(dones, self.head, self.start)
 
     def cut(self, obs: dict):
@@ -593,10 +589,7 @@ class Replay:
         self.data["last"][self.head % self.slots, self.worlds] = True
         self.head += 1
         self.start = self.head.clone()
-        place = (self.head % self.slots, self.worlds)
-        self.data["last"][place] = False
-        for k in self.keys:
-            self.data[k][place] = obs[k].to(self.device)
+        self._open(self.head, obs)
 
     def __len__(self) -> int:
         """Slots in use, those of final observations included."""
@@ -663,27 +656,25 @@ def store_demos(demos: list[dict], policy, args: Args, device) -> Replay:
 
     begins anew with every demonstration. All demonstrations step through the base side by side.
     """
-    lengths = [len(demo["actions"]) for demo in demos]
-    whole = [{k: torch.from_numpy(np.concatenate([v, (demo["final_obs"] or {k: v[-1] for k, v in demo["obs"].items()}
-                                                      )[k][None]])).to(device) for k, v in demo["obs"].items()}
-             for demo in demos]  # T + 1 observations; where the file lacks the last one, success hides it
-    queue, labels = Queue(policy, len(demos), args, demos[0]["actions"].shape[1], device), []
-    for t in range(max(lengths) + 1):
-        labels.append(queue.act({k: torch.stack([obs[k][min(t, n)] for obs, n in zip(whole, lengths, strict=True)])
-                                 for k in whole[0]}))
-    replay = None
-    for i, (demo, obs, length) in enumerate(zip(demos, whole, lengths, strict=True)):
-        rows = [observe({k: v[t:t + 1] for k, v in obs.items()}) | {k: v[i:i + 1] for k, v in labels[t].items()}
-                for t in range(length + 1)]
+    lengths = torch.tensor([len(demo["actions"]) for demo in demos])
+    begins = (lengths + 1).cumsum(0) - lengths - 1  # slots of the first observations
+    queue, replay = Queue(policy, len(demos), args, demos[0]["actions"].shape[1], device), None
+    for t in range(int(lengths.max()) + 1):
+        now = [{k: v[t] for k, v in demo["obs"].items()} if t < length else demo["final_obs"] or
+               {k: v[-1] for k, v in demo["obs"].items()} for demo, length in zip(demos, lengths, strict=True)]
+        now = {k: torch.from_numpy(np.stack([obs[k] for obs in now])).to(device) for k in now[0]}  # (D, ...)
+        now, there = observe(now) | queue.act(now), t <= lengths
         if replay is None:
-            replay = Replay(rows[0], queue.chunks.shape[-1], sum(lengths) + len(lengths) + args.n_step + 3,
-                            args.n_step, args.gamma, device)
-        for k in replay.keys:  # the first observation, in the slot that the episode before left open
-            replay.data[k][replay.head] = rows[0][k]
-        for t in range(length):
-            end = torch.tensor([t == length - 1])
-            replay.add(torch.from_numpy(demo["actions"][t:t + 1]), end.float(), 1 - end.float(), end, end,
-                       rows[t + 1], rows[t + 1])
+            slots = int(lengths.sum()) + len(lengths) + args.n_step + 3
+            replay = Replay({k: v[:1] for k, v in now.items()}, queue.chunks.shape[-1], slots, args.n_step, args.gamma,
+                            device)
+        for k, v in now.items():
+            replay.data[k][begins[there] + t, 0] = v[there]
+    for demo, begin, end in zip(demos, begins, begins + lengths, strict=True):
+        replay.data["actions"][begin:end, 0] = torch.from_numpy(demo["actions"]).to(device)
+        replay.data["rewards"][end - 1], replay.data["discounts"][begin:end - 1] = 1.0, 1.0
+        replay.data["good"][begin:end], replay.data["last"][end] = True, True
+    replay.head += int(lengths.sum()) + len(lengths)
     return replay
 
 
@@ -702,6 +693,15 @@ def clone_loss(base: ChunkPolicy, batch: dict, generator: torch.Generator):
     else:
         error = (base.decode(memory) - actions).abs()
     return (error.mean(-1) * weights).sum() / weights.sum().clamp(min=1)
+
+
+def clone_update(base: ChunkPolicy, batch: dict, optimizer, generator: torch.Generator) -> float:
+    """One step of the cloning. -> its loss"""
+    base.train()
+    loss = clone_loss(base, batch, generator)
+    descend(loss, optimizer, 10.0)
+    base.eval()
+    return float(loss.detach())
 
 
 def propose(base, residual, args: Args):
@@ -811,6 +811,40 @@ def update(agent: Agent, batch: dict, chance: dict, scale: float, with_actor: bo
     return metrics
 
 
+def value(agent: Agent, obs: dict) -> torch.Tensor:
+    """Of states (B,), for ppo-residual: the mean of the critics at the base's action."""
+    return agent.critics(agent.encoder(obs), obs["base"]).mean(0)
+
+
+@torch.no_grad()
+def ppo_rows(agent: Agent, steps: list[dict], args: Args) -> dict:
+    """Steps of N environments -> rows (B, ...) of obs, raw residuals, their log probability (but for a constant; the
+
+    deviation stays --noise), returns and generalised advantages, lambda 0.95.
+    """
+    obs, after = join([step["log"]["obs"] for step in steps]), join([step["final_obs"] for step in steps])
+    mean, raw = (torch.cat([step["log"][k] for step in steps]) for k in ("mean", "raw"))
+    rewards, discounts, dones = (torch.stack([step[k] for step in steps]).float()
+                                 for k in ("rewards", "discounts", "dones"))
+    values, next_values = (value(agent, part).view_as(rewards) for part in (obs, after))
+    advantages = rewards + args.gamma * discounts * next_values - values
+    for t in range(len(advantages) - 2, -1, -1):
+        advantages[t] += args.gamma * 0.95 * (1 - dones[t]) * advantages[t + 1]
+    return obs | dict(raw=raw, log_prob=-((raw - mean) / args.noise).square().sum(-1) / 2,
+                      returns=(advantages + values).flatten(), advantages=advantages.flatten())
+
+
+def ppo_loss(agent: Agent, rows: dict, args: Args):
+    """Clipped policy gradient and the critics' squared errors. -> loss, metrics"""
+    x, a = agent.encoder(rows), rows["advantages"]
+    move = (rows["raw"] - agent.actor(x.detach(), rows["base"])) / args.noise
+    ratio = (-move.square().sum(-1) / 2 - rows["log_prob"]).exp()
+    a = (a - a.mean()) / (a.std() + 1e-8)
+    policy = -torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a).mean()
+    values = (agent.critics(x, rows["base"]) - rows["returns"]).square().mean()
+    return policy + 0.5 * values, {"loss/actor": policy.detach(), "loss/qf": values.detach()}
+
+
 def join(batches: list[dict]) -> dict:
     """Batches (dicts of tensors or of dicts) one after the other."""
     return {k: join([batch[k] for batch in batches]) if isinstance(v, dict) else torch.cat([b[k] for b in batches])
@@ -818,14 +852,13 @@ def join(batches: list[dict]) -> dict:
 
 
 class Learner:
-    """Runs the updates that are owed, and keeps means of their metrics."""
+    """Runs the updates that are owed, and keeps their metrics."""
 
-    def __init__(self, agent: Agent, replay: Replay, demos: Replay | None, args: Args, generator: torch.Generator):
-        self.agent, self.replay, self.demos, self.args, self.generator = agent, replay, demos, args, generator
-        self.now = dict(owed=0.0, updates=0)
+    def __init__(self, agent: Agent, base, replay: Replay, demos: Replay | None, args: Args, generator):
+        self.agent, self.base, self.replay, self.demos = agent, base, replay, demos
+        self.args, self.generator, self.optimizers = args, generator, agent.optimizers
+        self.now, self.metrics = dict(owed=0.0, updates=0), defaultdict(list)
         self.until = None  # head of the buffer at the end of warm-up
-        self.optimizers = agent.optimizers
-        self.totals, self.counts = defaultdict(float), defaultdict(int)
 
     def add(self, step: dict):
         """Store a step of every environment, as `Collector.step` gives it."""
@@ -833,30 +866,20 @@ class Learner:
 
     def batch(self) -> dict:
         """Online steps, demonstrations and, with --anchor, steps of warm-up."""
-        args, parts = self.args, []
-        share = args.offline
+        args, share = self.args, self.args.offline
         if args.mode == "ibrl":  # demonstrations lie in one buffer with the rest
             share = len(self.demos) / (len(self.demos) + len(self.replay)) if self.demos else 0.0
-        offline, anchor = round(share * args.batch_size), round(args.anchor * args.batch_size)
-        if offline:
-            parts.append(self.demos.sample(offline, self.generator))
-        if anchor and self.until is not None:
-            parts.append(self.replay.sample(anchor, self.generator, self.until))
-        left = args.batch_size - sum(len(part["rewards"]) for part in parts)
-        return join([*parts, self.replay.sample(left, self.generator)])
+        offline = round(share * args.batch_size)
+        anchor = round(args.anchor * args.batch_size) if self.until is not None else 0
+        parts = ((self.demos, offline, None), (self.replay, anchor, self.until),
+                 (self.replay, args.batch_size - offline - anchor, None))
+        return join([buffer.sample(size, self.generator, until) for buffer, size, until in parts if size])
 
     def step(self, scale: float, with_actor: bool):
+        """One update."""
         batch = self.batch()
         chance = draw_chance(self.args, *batch["actions"].shape, self.generator)
-        for name, value in update(self.agent, batch, chance, scale, with_actor, self.args).items():
-            self.totals[name] += float(value)
-            self.counts[name] += 1
-
-    def anneal(self, share: float):
-        """Set all step sizes to this share of what they were at first."""
-        for optimizer in self.optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = share * group.setdefault("first_lr", group["lr"])
+        self.note(update(self.agent, batch, chance, scale, with_actor, self.args))
 
     def run(self, transitions: int, scale: float, hold: bool, most: int):
         """The updates owed for `transitions` more of them, at most so many; with `hold` the actor rests."""
@@ -865,6 +888,21 @@ class Learner:
             self.now["owed"] -= 1
             self.now["updates"] += 1
             self.step(scale, not hold and self.now["updates"] % self.args.policy_frequency == 0)
+
+    def anneal(self, share: float):
+        """Set all step sizes to this share of what they were at first."""
+        for group in (group for optimizer in self.optimizers.values() for group in optimizer.param_groups):
+            group["lr"] = share * group.setdefault("first_lr", group["lr"])
+
+    def note(self, metrics: dict):
+        for name, value in metrics.items():
+            self.metrics[name].append(float(value))
+
+    def read(self) -> dict[str, float]:
+        """Mean metrics since the last reading."""
+        means = {name: sum(values) / len(values) for name, values in self.metrics.items()}
+        self.metrics.clear()
+        return means
 
     def state_dict(self) -> dict:
         return dict(now=self.now, until=self.until, generator=self.generator.get_state(),
@@ -876,40 +914,25 @@ class Learner:
         for use, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][use])
 
-    def read(self) -> dict[str, float]:
-        """Mean metrics since the last reading."""
-        means = {name: total / self.counts[name] for name, total in self.totals.items()}
-        self.totals.clear(), self.counts.clear()
-        return means
-
 
 class Cloner(Learner):
     """--mode filtered-bc: the base goes on being cloned, half from demonstrations, half from its own successes."""
 
-    def __init__(self, base: ChunkPolicy, *rest):
-        super().__init__(*rest)
-        self.base, self.optimizers = base, {"base": torch.optim.AdamW(base.parameters(), self.args.bc_lr)}
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        self.optimizers = {"base": torch.optim.AdamW(self.base.parameters(), self.args.bc_lr)}
 
     def step(self, scale: float, with_actor: bool):
-        half = self.args.bc_batch_size // 2
-        batch = join([buffer.sample_chunks(half, self.args.chunk, self.generator)
-                      for buffer in (self.demos, self.replay)])
-        self.base.train()
-        loss = clone_loss(self.base, batch, self.generator)
-        descend(loss, self.optimizers["base"], 10.0)
-        self.base.eval()
-        self.totals["loss/clone"] += float(loss.detach())
-        self.counts["loss/clone"] += 1
+        half, chunk = self.args.bc_batch_size // 2, self.args.chunk
+        batch = join([buffer.sample_chunks(half, chunk, self.generator) for buffer in (self.demos, self.replay)])
+        self.note({"loss/clone": clone_update(self.base, batch, self.optimizers["base"], self.generator)})
 
 
 class OnPolicy(Learner):
-    """--mode ppo-residual: instead of all above, clipped policy gradients on the steps since the last update.
+    """--mode ppo-residual: instead of all above, clipped policy gradients on the steps since the last update."""
 
-    The deviation stays --noise, and the value of a state is the mean of the critics at the base's action.
-    """
-
-    def __init__(self, *rest):
-        super().__init__(*rest)
+    def __init__(self, *parts):
+        super().__init__(*parts)
         self.steps, values = [], [*self.agent.encoder.parameters(), *self.agent.critics.parameters()]
         self.optimizers = {"ppo": torch.optim.Adam([{"params": self.agent.actor.parameters(), "lr": self.args.actor_lr},
                                                     {"params": values, "lr": self.args.lr}], eps=1e-5)}
@@ -917,37 +940,15 @@ class OnPolicy(Learner):
     def add(self, step: dict):
         self.steps.append(step)
 
-    def value(self, obs: dict) -> torch.Tensor:
-        return self.agent.critics(self.agent.encoder(obs), obs["base"]).mean(0)
-
     def run(self, transitions: int, scale: float, hold: bool, most: int):
         if len(self.steps) * transitions < self.args.ppo_rollout:
             return
-        args, rows, n = self.args, [step["log"] for step in self.steps], transitions
-        obs = join([row["obs"] for row in rows])
-        with torch.no_grad():
-            value, after = (self.value(part).view(-1, n) for part in (obs, join([s["final_obs"] for s in self.steps])))
-            rewards, discounts, dones = (torch.stack([s[k] for s in self.steps]).float()
-                                         for k in ("rewards", "discounts", "dones"))
-            advantages = rewards + args.gamma * discounts * after - value
-            for t in range(len(advantages) - 2, -1, -1):  # generalised advantages, lambda 0.95
-                advantages[t] += args.gamma * 0.95 * (1 - dones[t]) * advantages[t + 1]
-            returns, advantages = (advantages + value).flatten(), advantages.flatten()
-            mean, raw = (torch.cat([row[k] for row in rows]) for k in ("mean", "raw"))
-            chance = -((raw - mean) / args.noise).square().sum(-1) / 2  # log probability, but for a constant
+        rows = ppo_rows(self.agent, self.steps, self.args)
         for _ in range(10):
-            for at in torch.randperm(len(raw), generator=self.generator, device=raw.device).split(256):
-                part, a = {k: v[at] for k, v in obs.items()}, advantages[at]
-                x = self.agent.encoder(part)
-                move = (raw[at] - self.agent.actor(x.detach(), part["base"])) / args.noise
-                ratio = (-move.square().sum(-1) / 2 - chance[at]).exp()
-                a = (a - a.mean()) / (a.std() + 1e-8)
-                policy = -torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a).mean()
-                values = (self.agent.critics(x, part["base"]) - returns[at]).square().mean()
-                descend(policy + 0.5 * values, self.optimizers["ppo"], 0.5)
-                for name, v in {"loss/actor": policy, "loss/qf": values, "train/q": returns.mean()}.items():
-                    self.totals[name] += float(v.detach())
-                    self.counts[name] += 1
+            for at in torch.randperm(len(rows["raw"]), generator=self.generator, device=rows["raw"].device).split(256):
+                loss, metrics = ppo_loss(self.agent, {k: v[at] for k, v in rows.items()}, self.args)
+                descend(loss, self.optimizers["ppo"], 0.5)
+                self.note(metrics | {"train/q": rows["returns"].mean()})
         self.steps.clear()
 
     def state_dict(self) -> dict:
@@ -1085,10 +1086,12 @@ class Policy:
 class Collector:
     """Steps the training environments by (2) and (6) and says what the buffer is to store."""
 
-    def __init__(self, args: Args, env, queue: Queue, agent: Agent, device):
-        self.args, self.env, self.queue, self.agent = args, env, queue, agent
+    def __init__(self, args: Args, env, base, agent: Agent, device):
+        self.args, self.env, self.agent = args, env, agent
+        self.queue = Queue(base, env.num_envs, args, env.action_dim, device)
         self.generator = torch.Generator(device).manual_seed(1_000_003 * args.seed)
-        self.judge, self.left = load_named(args.judge) if args.judge else None, []
+        self.judge = load_named(args.judge) if args.judge else None
+        self.left = []  # steps that wait to be stored
         self.now = self.see(env.reset(seed=args.seed), None)
         self.noisy = self.coin()
 
@@ -1102,9 +1105,9 @@ class Collector:
         draw = torch.rand(self.env.num_envs, generator=self.generator, device=self.generator.device)
         return draw >= self.args.warmup_clean
 
-    def collect(self, warm: bool, scale: float, wait: bool) -> list[dict]:
-        """Steps that are there: one, taken now. (`Remote` has others.)"""
-        return [self.step(warm, scale)]
+    def collect(self, warm: bool, scale: float, wait: bool):
+        """Take a step now. (`Remote` finds those that were taken; at least one with `wait`.)"""
+        self.left.append(self.step(warm, scale))
 
     def close(self):
         self.env.close()
@@ -1112,23 +1115,19 @@ class Collector:
     @torch.no_grad()
     def step(self, warm: bool, scale: float) -> dict:
         """One step of every environment -> arguments for `Replay.add`, and under "log" what else to count."""
-        args, limit, base = self.args, self.agent.actor.limit, self.now["base"]
-        shape, on, more = base.shape, dict(generator=self.generator, device=base.device), {}
-        took = torch.zeros(len(base), dtype=torch.bool, device=base.device)
-        if args.mode == "filtered-bc":
-            actions = base
-        elif warm:
-            noise = (torch.rand(shape, **on) * 2 - 1) * torch.clamp(limit, max=args.warmup_noise)
-            start = base if args.mode != "rlpd" else torch.zeros_like(base)
-            actions = (start + noise * self.noisy[:, None]).clamp(-1, 1)
-        else:
-            x, noise = self.agent.encoder(self.now), args.noise * torch.randn(shape, **on)
-            mean = scale * self.agent.actor(x, base)
-            residual = bounded(mean, noise, limit)
+        args, limit, base, log = self.args, self.agent.actor.limit, self.now["base"], {}
+        on = dict(generator=self.generator, device=base.device)
+        actions, took = base, torch.zeros(len(base), dtype=torch.bool, device=base.device)
+        if warm:
+            noise = (torch.rand(base.shape, **on) * 2 - 1) * torch.clamp(limit, max=args.warmup_noise)
+            actions = (base + noise * self.noisy[:, None]).clamp(-1, 1)
+        elif args.mode != "filtered-bc":
+            x, noise = self.agent.encoder(self.now), args.noise * torch.randn(base.shape, **on)
+            mean, heads = scale * self.agent.actor(x, base), torch.randperm(args.heads, **on)[:2]
+            proposal = propose(base, bounded(mean, noise, limit), args)
+            actions, took = select(self.agent, x, base, proposal, scale, args, heads)
             if args.mode == "ppo-residual":
-                more = dict(obs=self.now, mean=mean, raw=mean + noise)
-            heads = torch.randperm(args.heads, **on)[:2]
-            actions, took = select(self.agent, x, base, propose(base, residual, args), scale, args, heads)
+                log = dict(obs=self.now, mean=mean, raw=mean + noise)
         obs, terminations, truncations, info = step_to_success(self.env, actions)
         verdict = self.judge(info["final_obs"]) if self.judge else None
         if verdict is not None:  # a person ends the episode
@@ -1137,14 +1136,13 @@ class Collector:
         dones, final = terminations | truncations, observe(info["final_obs"])
         label = self.queue.peek(info["final_obs"]) if dones.any() else None  # from the old queue; differs (3)
         self.now = self.see(obs, dones)
-        final |= label or {k: self.now[k] for k in ("base", "phase")}
         self.noisy = torch.where(dones, self.coin(), self.noisy)
-        ended = ~terminations if args.bootstrap_on_timeout else ~dones
-        success = info["success"] & dones
-        return dict(actions=actions, rewards=info["success"].float(), discounts=ended.float(), dones=dones,
-                    success=success, final_obs=final, next_obs=self.now,
-                    log=dict(outcomes=success[dones].tolist(), took=float(took.float().mean()),
-                             moved=float((actions - base).abs().mean()), **more))
+        ended, success = terminations if args.bootstrap_on_timeout else dones, info["success"] & dones
+        log |= dict(outcomes=success[dones].tolist(), took=float(took.float().mean()),
+                    moved=float((actions - base).abs().mean()))
+        return dict(actions=actions, rewards=info["success"].float(), discounts=(~ended).float(), dones=dones, log=log,
+                    success=success, final_obs=final | (label or {k: self.now[k] for k in ("base", "phase")}),
+                    next_obs=self.now)
 
     def state_dict(self) -> dict:
         return dict(env=pickle.dumps(self.env.state_dict()), queue=self.queue.state_dict(), now=self.now,
@@ -1159,36 +1157,33 @@ class Collector:
 
 def act_apart(make, args: Args, content: dict, state: dict | None, orders, results):
     """The actor's process under --async: steps until it is told to stop; what goes wrong is handed over too."""
+    parent, warm, scale = multiprocessing.parent_process(), True, 1.0
+
+    def put(**message):
+        while parent.is_alive():  # waits where the queue is full
+            with contextlib.suppress(queues.Full):
+                return results.put(pickle.dumps(message), timeout=1.0)
+
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the learner's: it stores what is there
     try:
-        device = torch.device(args.device)
-        env, eval_env = make(args, device)
+        env, eval_env = make(args, torch.device(args.device))
         eval_env.close()
-        policy = Policy(content, device, env)
-        collector = Collector(args, env, Queue(policy.base, args.num_envs, args, content["shapes"]["action"], device),
-                              policy.agent, device)
+        policy = Policy(content, args.device, env)
+        collector = Collector(args, env, policy.base, policy.agent, args.device)
         if state:
             collector.load_state_dict(state)
-        results.put(pickle.dumps({"first": collector.now}))
-        warm, scale, parent = True, 1.0, multiprocessing.parent_process()
-        while True:
+        put(first=collector.now)
+        while parent.is_alive():
             while not orders.empty():
-                order = orders.get()
-                if order == "state":
-                    results.put(pickle.dumps({"state": collector.state_dict()}))
-                    continue
-                warm, scale, weights = pickle.loads(order)
-                policy.agent.load_state_dict(weights)
-            step = pickle.dumps(collector.step(warm, scale))
-            while parent.is_alive():  # waits where the queue is full
-                with contextlib.suppress(queues.Full):
-                    results.put(step, timeout=1.0)
-                    break
-            else:
-                return
+                warm, scale, weights = pickle.loads(orders.get()) or (warm, scale, None)
+                if weights:
+                    policy.agent.load_state_dict(weights)
+                else:
+                    put(state=collector.state_dict())
+            put(**collector.step(warm, scale))
     except Exception:  # whatever it is: the learner's process stops the run with it
-        results.put(pickle.dumps({"error": traceback.format_exc()}))
+        put(error=traceback.format_exc().strip().splitlines()[-1])
 
 
 class Remote:
@@ -1200,48 +1195,35 @@ class Remote:
         self.process = context.Process(target=act_apart, daemon=True, args=(
             make_envs, args, content, state, self.orders, self.results))
         self.process.start()
-        self.now, self.sent = self.next(True)["first"], 0.0
+        self.now, self.sent, self.left = self.next()["first"], 0.0, []
 
-    def next(self, wait: bool) -> dict | None:
-        """What the actor sent; None without one, if not to `wait`. Raises ChildProcessError where the actor died."""
+    def next(self) -> dict:
+        """What the actor sent. Raises ChildProcessError where it failed or died."""
         while True:
             try:
-                found = pickle.loads(self.results.get(wait, 0.5))
+                found = pickle.loads(self.results.get(timeout=0.5))
+                break
             except queues.Empty:
                 if not self.process.is_alive():
                     raise ChildProcessError(f"the actor's process died, status {self.process.exitcode}") from None
-                if wait:
-                    continue
-                return None
-            if "error" in found:
-                raise ChildProcessError("the actor's process failed: " + found["error"].strip().splitlines()[-1])
-            return found
+        if "error" in found:
+            raise ChildProcessError("the actor's process failed: " + found["error"])
+        return found
 
-    def collect(self, warm: bool, scale: float, wait: bool) -> list[dict]:
-        """All steps that wait to be stored, at least one with `wait`. Hands new weights over, twice a second."""
+    def collect(self, warm: bool, scale: float, wait: bool):
+        """Find the steps that were taken, at least one with `wait`. Hands new weights over, twice a second."""
         if time.monotonic() - self.sent > 0.5:
             self.orders.put(pickle.dumps((warm, scale, {k: v.cpu() for k, v in self.agent.state_dict().items()})))
             self.sent = time.monotonic()
-        steps = [self.next(True)] if wait else []
-        while not self.results.empty() and len(steps) < 16 and (step := self.next(False)):
-            steps.append(step)
-        return steps
+        while wait and not self.left or len(self.left) < 16 and not self.results.empty():
+            self.left.append(self.next())
 
     def state_dict(self) -> dict:
-        """The collector's state; `left` holds the steps before it that nobody has stored yet."""
-        self.orders.put("state")
-        self.left = []
-        while "state" not in (found := self.next(True)):
+        """The collector's state; the steps before it are in `left`."""
+        self.orders.put(pickle.dumps(None))
+        while "state" not in (found := self.next()):
             self.left.append(found)
         return found["state"]
-
-    def rest(self) -> list[dict]:
-        """The steps that are still in the queue of an actor that is to stop."""
-        steps = []
-        with contextlib.suppress(ChildProcessError):
-            while step := self.next(False):
-                steps += [step] * ("log" in step)
-        return steps
 
     def close(self):
         self.process.terminate()
@@ -1266,34 +1248,29 @@ def write_row(path: Path, row: dict, track: bool, video: Path | None = None):
         wandb.log(row | ({"eval/video": wandb.Video(str(video))} if video else {}))
 
 
-def clone(args: Args, base: ChunkPolicy, demos: tuple[Replay, Replay | None], run: Path, evaluate_base, content,
-          saved: dict | None, generator: torch.Generator):
-    """Phase 1: trains `base` in place. `content()` is what a checkpoint needs besides; `saved`: one to go on from."""
+def clone(args: Args, base: ChunkPolicy, demos: tuple[Replay, Replay | None], run: Path, evaluate_now, content,
+          saved: dict, generator: torch.Generator):
+    """Phase 1: trains `base` in place. `content()`: the rest of a checkpoint; `saved`: one to go on from, or empty."""
     optimizer = torch.optim.AdamW(base.parameters(), args.bc_lr, weight_decay=1e-4, fused=True)
     first, losses = 0, []
     if saved:
         base.load_state_dict(saved["base"]), optimizer.load_state_dict(saved["clone"]["optimizer"])
-        first = saved["clone"]["done"]
         generator.set_state(saved["clone"]["generator"]), torch.set_rng_state(saved["clone"]["rng"])
-    for done in tqdm(range(first + 1, args.bc_steps + 1), initial=first, total=args.bc_steps, unit="update",
-                     desc="cloning", mininterval=1):
-        base.train()
+        first = saved["clone"]["done"]
+    for done in tqdm(range(first + 1, args.bc_steps + 1), "cloning", args.bc_steps, initial=first, unit="update",
+                     mininterval=1):
         batch = demos[0].sample_chunks(args.bc_batch_size, args.chunk, generator)
-        loss = clone_loss(base, batch, generator)
-        descend(loss, optimizer, 10.0)
-        losses.append(float(loss.detach()))
+        losses.append(clone_update(base, batch, optimizer, generator))
         if done % args.bc_eval_freq and done < args.bc_steps:
             continue
-        base.eval()
         row = {"bc_step": done, "wall_time": time.time() - START, "loss/clone": sum(losses) / len(losses)}
+        losses.clear()
         if demos[1]:
             test = torch.Generator(generator.device).manual_seed(0)
             with torch.no_grad():
-                batch = demos[1].sample_chunks(1024, args.chunk, test)
-                row["loss/valid"] = float(clone_loss(base, batch, test))
-        losses.clear()
+                row["loss/valid"] = float(clone_loss(base, demos[1].sample_chunks(1024, args.chunk, test), test))
         check_finite({"base": base}, row, f"update {done} of cloning", run / "checkpoint.pt")
-        row["eval/success_rate"] = evaluate_base()["eval/success_rate"]
+        row["eval/success_rate"] = evaluate_now()["eval/success_rate"]
         write_row(run / "clone.csv", row, args.track)
         print(f"cloning, {done} updates: success {row['eval/success_rate']:.3f}")
         save(run / "checkpoint.pt", content() | dict(phase="clone", clone=dict(
@@ -1314,41 +1291,37 @@ def train(args: Args) -> dict:
     run = Path(args.resume or Path("runs") / name)
     if not args.resume and (run / "args.json").exists():
         raise ValueError(f"{run} exists: continue it with --resume {run}, or choose another --name")
-    source = run / "checkpoint.pt" if args.resume else args.checkpoint
-    saved = load_file(source) if source else None
-    given = load_file(args.base_from) if args.base_from and not saved else None
+    source = run / "checkpoint.pt" if args.resume else args.checkpoint or args.base_from
+    given = load_file(source) if source else {}
+    saved = given if args.resume or args.checkpoint else {}  # else it is given for its base alone
 
     env, eval_env = make_envs(args, device)
-    pixels = args.obs == "pixels"
-    shapes = dict(cameras=eval_env.image_shape[2] // 3 if pixels else 0, action=eval_env.action_dim,
+    parts = None if args.evaluate else read_demos(args)
+    shapes = dict(cameras=eval_env.image_shape[2] // 3 * (args.obs == "pixels"), action=eval_env.action_dim,
                   state=eval_env.state_dim + eval_env.privileged_dim)
-    for source in (saved, given):
-        if source:
-            check_fits(source, args, shapes, ("env_id", "obs", "image_size", "base", "chunk", "base_dim"))
-    if saved:
-        check_fits(saved, args, shapes, ("mode", "hidden", "heads", "encoder_dim", "layer_norm", "see_phase"))
+    if given:
+        check_fits(given, args, shapes, BASE_FIELDS + AGENT_FIELDS * bool(saved))
+    if args.resume and saved["phase"] == "residual" and not saved["replay"]:
+        raise ValueError("no replay buffer was saved (--save-buffer), so this run cannot go on")
     run.mkdir(parents=True, exist_ok=True)
     (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
     print(f"{run}: {args.env_id}, {args.mode}, recipe {args.recipe}; defaults changed by TUNED: "
           f"{tuned_defaults(args.env_id, args.device, args.mode, args.recipe)}")
     now = dict(global_step=0, best=-1.0, wall_time=0.0, train_time=0.0, scale=1.0, fallback=1.0, base_success=0.0,
-               lowest=1.0)
-    now |= saved["now"] if saved else {}
-    base = load_base(args, shapes, env, device, (saved or given or {}).get("base"))
-    agent = None
+               lowest=1.0) | saved.get("now", {})
+    base, agent = load_base(args, shapes, env, device, given.get("base")), None
+    cloned = isinstance(base, ChunkPolicy)
 
     def content() -> dict:  # all that Policy needs
-        own = isinstance(base, ChunkPolicy)
         return dict(algo="resfit", args=asdict(args), shapes=shapes, spec=json.loads(json.dumps(eval_env.spec)),
                     versions=dict(torch=str(torch.__version__), numpy=np.__version__), now=dict(now),
-                    base=base.state_dict() if own else None, agent=agent.state_dict() if agent else None)
+                    base=base.state_dict() if cloned else None, agent=agent.state_dict() if agent else None)
 
-    def evaluate_now(parts: dict, video: str = "") -> dict:
-        return evaluate(Policy(parts, device, eval_env), eval_env, args,
-                        run / f"videos/{video}.mp4" if video and args.capture_video else None)
+    def evaluate_now(video: Path | None = None, whole: dict | None = None) -> dict:
+        return evaluate(Policy(whole or content(), device, eval_env), eval_env, args, video)
 
     if args.evaluate:
-        results = evaluate_now(saved, "evaluate")
+        results = evaluate_now(run / "videos/evaluate.mp4" if args.capture_video else None, saved)
         print(json.dumps(results))
         eval_env.close()
         return results | {"run": str(run)}
@@ -1358,13 +1331,12 @@ def train(args: Args) -> dict:
 
     # phase 1: cloning
     generator = torch.Generator(device).manual_seed(1_000_003 * args.seed + 1)
-    demos, parts = None, read_demos(args) if args.demos else None
-    if isinstance(base, ChunkPolicy) and not given and (saved is None or saved["phase"] == "clone"):
+    if cloned and (saved["phase"] == "clone" if saved else not given):
         stored = [store_demos(part, Still(shapes["action"]), args, device) if part else None for part in parts]
-        base.normalize.fit(stored[0].data["state"][: len(stored[0]) - 1, 0])
-        clone(args, base, stored, run, lambda: evaluate_now(content()), content, saved, generator)
-        saved = None
-    if isinstance(base, ChunkPolicy):
+        base.normalize.fit(stored[0].data["state"][: stored[0].head, 0])
+        clone(args, base, stored, run, evaluate_now, content, saved, generator)
+        saved = {}
+    if cloned:
         base.eval().requires_grad_(args.mode == "filtered-bc")
         save(run / "base.pt", content())
     if args.bc_only:
@@ -1372,36 +1344,32 @@ def train(args: Args) -> dict:
 
     # phase 2: the residual
     demos = store_demos(parts[0], base, args, device) if parts else None
-    if saved is None:
-        now |= {"base_success": evaluate_now(content())["eval/success_rate"]}
+    if not saved:
+        now["base_success"] = evaluate_now()["eval/success_rate"]
     torch.manual_seed(args.seed + 1)  # so that the first weights do not depend on the cloning
     agent = Agent(args, shapes, device)
     if demos:
-        agent.encoder.normalize.fit(demos.data["state"][: len(demos) - 1, 0])
-    elif isinstance(base, ChunkPolicy):
+        agent.encoder.normalize.fit(demos.data["state"][: demos.head, 0])
+    elif cloned:
         agent.encoder.normalize.load_state_dict(base.normalize.state_dict())
-    if args.async_:
-        env.close()
-        collector = Remote(args, agent, content(), saved["collector"] if saved else None)
-    else:
-        collector = Collector(args, env, Queue(base, args.num_envs, args, shapes["action"], device), agent, device)
-    replay = Replay(collector.now, shapes["action"], args.buffer_size // args.num_envs, args.n_step, args.gamma, device)
-    rest = (agent, replay, demos, args, generator)
-    own = {"filtered-bc": lambda: Cloner(base, *rest), "ppo-residual": lambda: OnPolicy(*rest)}
-    learner = own.get(args.mode, lambda: Learner(*rest))()
-    outcomes, window = deque(maxlen=ROLLING), deque(maxlen=ROLLING // 2)
     if saved:
         agent.load_state_dict(saved["agent"])
-        learner.load_state_dict(saved["learner"])
+    if args.async_:
+        env.close()
+        collector = Remote(args, agent, content(), saved.get("collector"))
+    else:
+        collector = Collector(args, env, base, agent, device)
+    replay = Replay(collector.now, shapes["action"], args.buffer_size // args.num_envs, args.n_step, args.gamma, device)
+    kind = {"filtered-bc": Cloner, "ppo-residual": OnPolicy}.get(args.mode, Learner)
+    learner = kind(agent, base, replay, demos, args, generator)
+    outcomes, window = deque(maxlen=ROLLING), deque(maxlen=ROLLING // 2)
+    if saved:
+        learner.load_state_dict(saved["learner"]), replay.load_state_dict(saved["replay"])
         if not args.async_ and saved["collector"]:
             collector.load_state_dict(saved["collector"])
         outcomes.extend(saved["outcomes"]), window.extend(saved["window"])
         torch.set_rng_state(saved["rng"])
-        if saved["replay"]:
-            replay.load_state_dict(saved["replay"])
-        else:
-            raise ValueError("no replay buffer was saved (--save-buffer), so this run cannot go on")
-    sums, ended, results = defaultdict(float), 0, {}
+    ended, results = 0, {}
     first, born, begin = dict(now), START - now["wall_time"], time.perf_counter() - now["train_time"]
     bar = tqdm(total=args.total_timesteps, initial=now["global_step"], unit="step", mininterval=1)
     journal = run / "journal.pkl"  # --async: steps since the last checkpoint
@@ -1409,13 +1377,28 @@ def train(args: Args) -> dict:
     def take(step: dict):
         nonlocal ended
         learner.add(step)
-        log, now["global_step"] = step["log"], now["global_step"] + args.num_envs
-        outcomes.extend(log["outcomes"]), window.extend(log["outcomes"])
-        ended += len(log["outcomes"])
-        for key, value in (("took", log["took"]), ("moved", log["moved"]), ("steps", 1)):
-            sums[key] += value
+        learner.note({"train/took": step["log"]["took"], "train/moved": step["log"]["moved"]})
+        outcomes.extend(step["log"]["outcomes"]), window.extend(step["log"]["outcomes"])
+        now["global_step"], ended = now["global_step"] + args.num_envs, ended + len(step["log"]["outcomes"])
         if len(outcomes) == ROLLING:
             now["lowest"] = min(now["lowest"], sum(outcomes) / ROLLING)
+
+    def take_all() -> int:
+        """Store the steps that wait in the collector. -> transitions"""
+        before = now["global_step"]
+        while collector.left:
+            step = collector.left.pop(0)
+            take(step)
+            if args.async_ and args.save_buffer:
+                with journal.open("ab") as file:
+                    pickle.dump(step, file)
+        return now["global_step"] - before
+
+    def rolling(otherwise: float) -> float:
+        return sum(outcomes) / len(outcomes) if outcomes else otherwise
+
+    def tick(moment: float):
+        now.update(wall_time=time.time() - born, train_time=moment - begin)
 
     def save_all(state: dict | None):
         save(run / "checkpoint.pt", content() | dict(
@@ -1427,18 +1410,19 @@ def train(args: Args) -> dict:
         nonlocal results, begin
         pause = time.perf_counter()
         state = collector.state_dict()
-        for step in collector.left:  # of an actor apart, taken before it told its state
-            take(step)
-        now["wall_time"], now["train_time"] = time.time() - born, pause - begin
-        video = f"step_{now['global_step']:09d}" if last or not now["global_step"] or args.obs == "pixels" else ""
-        results = evaluate_now(content(), video)
-        rolling = sum(outcomes) / len(outcomes) if outcomes else now["base_success"]
-        row = {k: now[k] for k in CLOCK} | results | {
-            "train/rolling_success": rolling, "train/lowest": now["lowest"], "train/base_success": now["base_success"]}
-        write_row(run / "eval.csv", row, args.track, args.capture_video and video and run / f"videos/{video}.mp4")
-        bar.write(f"{now['global_step']} steps: success {results['eval/success_rate']:.3f}, training {rolling:.3f}")
-        if results["eval/success_rate"] >= now["best"]:
-            now["best"] = results["eval/success_rate"]
+        take_all()  # what an actor apart did before it told its state
+        tick(pause)
+        shown = args.capture_video and (last or not now["global_step"] or args.obs == "pixels")
+        video = run / f"videos/step_{now['global_step']:09d}.mp4" if shown else None
+        results = evaluate_now(video)
+        train_success = rolling(now["base_success"])
+        row = {k: now[k] for k in CLOCK} | results | {"train/rolling_success": train_success} | {
+            f"train/{k}": now[k] for k in ("lowest", "base_success")}
+        write_row(run / "eval.csv", row, args.track, video)
+        success = results["eval/success_rate"]
+        bar.write(f"{now['global_step']} steps: success {success:.3f}, training {train_success:.3f}")
+        if success >= now["best"]:
+            now["best"] = success
             save(run / "best.pt", content())
         save_all(state)
         begin += time.perf_counter() - pause
@@ -1457,15 +1441,10 @@ def train(args: Args) -> dict:
             before, warm = now["global_step"], now["global_step"] < args.learning_starts and args.mode in OFF_POLICY
             ramp = (before - args.learning_starts) / args.ramp_steps if args.ramp_steps else 1.0
             now["scale"] = min(max(ramp, 0.0), 1.0) * now["fallback"]
-            owed = learner.now["owed"]  # an actor far ahead waits
-            steps = [] if owed > args.async_queue * args.num_envs * max(args.utd, 1) else collector.collect(
-                warm, now["scale"], owed < 1)
-            for step in steps:
-                take(step)
-                if args.async_ and args.save_buffer:
-                    with journal.open("ab") as file:
-                        pickle.dump(step, file)
-            bar.update(now["global_step"] - before)
+            if learner.now["owed"] <= args.async_queue * args.num_envs * max(args.utd, 1):  # an actor far ahead waits
+                collector.collect(warm, now["scale"], learner.now["owed"] < 1)
+            transitions = take_all()
+            bar.update(transitions)
             if args.fallback and len(window) == window.maxlen and not warm:  # guard (e)
                 worse = sum(window) / len(window) < now["base_success"] - args.fallback
                 now["fallback"] = now["fallback"] / 2 if worse else min(1.0, now["fallback"] * 2)
@@ -1475,12 +1454,12 @@ def train(args: Args) -> dict:
             if not warm:
                 if learner.until is None:
                     learner.until = replay.head.clone()
-                    for _ in tqdm(range(args.critic_warmup * (args.mode in OFF_POLICY)), desc="critic warm-up",
+                    for _ in tqdm(range(args.critic_warmup * (args.mode in OFF_POLICY)), "critic warm-up",
                                   mininterval=1, leave=False):
                         learner.step(0.0, False)
                 if args.anneal:
                     learner.anneal(min(1.0, (1 - before / args.total_timesteps) / args.anneal))
-                learner.run(args.num_envs * len(steps), now["scale"], now["fallback"] < 1, 1 if args.async_ else 10**9)
+                learner.run(transitions, now["scale"], now["fallback"] < 1, 1 if args.async_ else 10**9)
 
             # log
             last = now["global_step"] >= args.total_timesteps
@@ -1488,22 +1467,22 @@ def train(args: Args) -> dict:
             if eval_due or before // args.log_freq != now["global_step"] // args.log_freq:
                 metrics = learner.read()
                 check_finite({"agent": agent}, metrics, f"step {now['global_step']}", run / "checkpoint.pt")
-                now |= dict(wall_time=time.time() - born, train_time=time.perf_counter() - begin)
+                tick(time.perf_counter())
                 speed = (now["global_step"] - first["global_step"]) / (now["train_time"] - first["train_time"])
-                rolling, count = sum(outcomes) / max(len(outcomes), 1), max(sums["steps"], 1)
-                metrics = {"train/rolling_success": rolling, "train/episodes": ended, "train/scale": now["scale"],
-                           "train/took": sums["took"] / count, "train/moved": sums["moved"] / count,
-                           "train/nan_resets": int(env.nan_resets), "time/sps": speed} | metrics
-                sums.clear()
-                bar.set_postfix_str(f"success {rolling:.2f}")
+                metrics = {"train/rolling_success": rolling(0.0), "train/episodes": ended, "train/scale": now["scale"],
+                           "train/took": 0.0, "train/moved": 0.0, "train/nan_resets": int(env.nan_resets),
+                           "time/sps": speed} | metrics
+                bar.set_postfix_str(f"success {rolling(0.0):.2f}")
                 if "loss/actor" in metrics or "loss/clone" in metrics:  # the first row names the columns
                     write_row(run / "metrics.csv", {k: now[k] for k in CLOCK} | metrics, args.track)
             if eval_due:
                 evaluate_and_save(last)
     except (ChildProcessError, KeyboardInterrupt) as error:
         if args.async_:
-            for step in collector.rest():
-                take(step)
+            with contextlib.suppress(ChildProcessError):
+                while not collector.results.empty():
+                    collector.left.append(collector.next())
+            take_all()
             save_all(None)
             print(f"stopped; what was recorded is in {run}/checkpoint.pt: --resume {run}", file=sys.stderr)
         if isinstance(error, KeyboardInterrupt):

@@ -221,7 +221,7 @@ def collect(steps, base, args, env, agent=None, warm=False, scale=1.0):
     """A collector's steps, as the buffer gets them."""
     torch.manual_seed(0)
     agent = agent or rf.Agent(args, SHAPES, CPU)
-    collector = rf.Collector(args, env, rf.Queue(base, env.num_envs, args, 2, CPU), agent, CPU)
+    collector = rf.Collector(args, env, base, agent, CPU)
     first = collector.now
     return first, [collector.step(warm, scale) for _ in range(steps)]
 
@@ -610,11 +610,11 @@ def test_ppo_advantages_and_ratio_by_hand(dots):
     args = arguments(dots, mode="ppo-residual", ppo_rollout=4, limit=(0.3,), lr=0.0, actor_lr=0.0)
     torch.manual_seed(0)
     agent = rf.Agent(args, SHAPES, CPU)
-    learner = rf.OnPolicy(agent, None, None, args, generator())
+    learner = rf.OnPolicy(agent, None, None, None, args, generator())
     _, steps = collect(2, Counting(4), args, Dots(2), agent)
     for step in steps:
         learner.add(step)
-    value = [learner.value(part).detach() for step in steps for part in (step["log"]["obs"], step["final_obs"])]
+    value = [rf.value(agent, part).detach() for step in steps for part in (step["log"]["obs"], step["final_obs"])]
     delta = [steps[i]["rewards"] + 0.99 * steps[i]["discounts"] * value[2 * i + 1] - value[2 * i] for i in (0, 1)]
     first = delta[0] + 0.99 * 0.95 * (~steps[0]["dones"]) * delta[1]
     returns = torch.cat([first + value[0], delta[1] + value[2]])
@@ -746,8 +746,12 @@ def test_help_shows_the_defaults_of_mode_and_device():
 
 
 def test_a_wrong_command_line_gives_one_line(tmp_path):
-    result = subprocess.run([sys.executable, SCRIPT, "--device", "cpu"], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "give --demos FILE" in result.stderr
+    """An unknown task is named before anything else is asked for, and no folder is made."""
+    pytest.importorskip("mujoco_warp", reason='the SO-101 needs MuJoCo Warp: pip install -e ".[so101]"')
+    command = [sys.executable, SCRIPT, "--device", "cpu", "--env-id", "Nonsense"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "unknown SO-101 task 'Nonsense'" in result.stderr and not (tmp_path / "runs").exists()
 
 
 def test_args_are_json(dots):
