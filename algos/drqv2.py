@@ -153,23 +153,19 @@ class Args:
 
     def check(self):
         """Raises ValueError at the first choice that cannot work. (In __post_init__ the parser would reword it.)"""
-        cuda, least = self.device.startswith("cuda"), self.n_step + 1
-        counts = ("num_envs", "eval_envs", "eval_episodes", "eval_freq", "log_freq", "batch_size", "frame_stack",
-                  "action_repeat", "n_step", "update_every", "target_augs", "online_augs", "std_steps", "feature_dim",
-                  "hidden", "encoder_channels")
-        few = [name.replace("_", "-") for name in counts if getattr(self, name) < 1]
+        cuda, least, n = self.device.startswith("cuda"), self.n_step + 1, self.num_envs
+        few = [name.replace("_", "-") for name, value in asdict(self).items() if type(value) in (int, tuple)
+               and np.min(value, initial=1) < 1 and name not in ("seed", "camera", "workers", "pad", "random_steps")]
         for message, wrong in {
             "--resume continues a run, --checkpoint starts one: give only one": self.resume and self.checkpoint,
             "--evaluate needs --checkpoint FILE": self.evaluate and not self.checkpoint,
             f"--{', --'.join(few)} must be at least 1": few,
             "--eval-episodes must be a multiple of --eval-envs": self.eval_episodes % max(self.eval_envs, 1),
-            "--encoder-strides must be at least 1": min(self.encoder_strides, default=1) < 1,
             "--image-size is too small for --encoder-strides": self.map_size < 1,
             "--pad must not be negative": self.pad < 0,
-            "--learning-starts must be at least (--n-step + 1) x --num-envs":
-                self.learning_starts < least * self.num_envs,
+            "--learning-starts must be at least (--n-step + 1) x --num-envs": self.learning_starts < least * n,
             "--buffer-size must be at least (--n-step + --frame-stack + 2) x --num-envs and --learning-starts":
-                self.buffer_size < max((least + self.frame_stack + 1) * self.num_envs, self.learning_starts),
+                self.buffer_size < max((least + self.frame_stack + 1) * n, self.learning_starts),
             "--device must be cpu or cuda": self.device.split(":")[0] not in ("cpu", "cuda"),
             "--cudagraphs needs --device cuda": self.cudagraphs and not cuda,
             "there is no CUDA device here: use --device cpu, and no --buffer-device cuda":
@@ -639,14 +635,12 @@ def load_file(path: str | Path) -> dict:
 def check_fits(checkpoint: dict, args: Args, shapes: dict):
     """Raises ValueError naming the first field in which the checkpoint differs from this run."""
     theirs, mine = checkpoint["args"] | checkpoint["shapes"], asdict(args) | shapes
-    resumed = []  # what saved episodes, random states and the buffer are bound to
-    if args.resume:
-        resumed = ["num_envs", "device", "buffer_device", *["buffer_size"] * bool(checkpoint["replay"])]
+    # to continue a run, what its environments, random states and buffer are bound to
+    bound = ["num_envs", "device", "buffer_device", *["buffer_size"] * bool(checkpoint.get("replay"))]
     for field in ("env_id", "image_size", "frame_stack", "action_repeat", "encoder_channels", "encoder_strides",
-                  "feature_dim", "hidden", *shapes, *resumed):
+                  "feature_dim", "hidden", *shapes, *bound * bool(args.resume)):
         if theirs[field] != mine[field]:
-            hint = "; --checkpoint FILE starts afresh from the weights" if field in resumed else ""
-            raise ValueError(f"the checkpoint differs in {field}: it has {theirs[field]}, this run {mine[field]}{hint}")
+            raise ValueError(f"the checkpoint differs in {field}: it has {theirs[field]}, this run {mine[field]}")
 
 
 # --- Policy -----------------------------------------------------------------------------------------------------------
@@ -736,23 +730,20 @@ def train(args: Args) -> dict:
         now |= checkpoint["now"] if args.resume else {}
     for use in OPTIMIZERS if args.resume else ():
         getattr(agent, use).load_state_dict(checkpoint[use])
-    def open_run():  # not before everything fits: a refused command leaves no folder, and no other arguments in one
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
-        tuned = tuned_defaults(args.env_id, device.type) or "as published for easy tasks"
-        print(f"{run}: {args.env_id}; defaults for {device.type}: {tuned}")
+    tuned = tuned_defaults(args.env_id, device.type) or "as published for easy tasks"
+    print(f"{run}: {args.env_id}; defaults for {device.type}: {tuned}")
 
     def weights() -> dict:  # all that Policy and --checkpoint need
-        return dict(algo="drqv2", args=asdict(args), shapes=shapes, spec=json.loads(json.dumps(eval_env.spec)),
-                    versions=dict(torch=str(torch.__version__), numpy=np.__version__), agent=agent.state_dict(),
-                    now=dict(now))
+        # the renderer by its name: elsewhere "auto" might be another one, which draws other pictures
+        return dict(algo="drqv2", args=asdict(args) | dict(renderer=eval_env.spec.get("renderer", args.renderer)),
+                    shapes=shapes, spec=json.loads(json.dumps(eval_env.spec)), agent=agent.state_dict(),
+                    versions=dict(torch=str(torch.__version__), numpy=np.__version__), now=dict(now))
 
     def evaluate_now(label: str) -> dict:
         return evaluate(Policy(weights(), device), eval_env, args,
                         run / f"videos/{label}.mp4" if args.capture_video else None)
 
     if args.evaluate:
-        open_run()
         results = evaluate_now("evaluate")
         print(json.dumps(results))
         eval_env.close()
@@ -776,10 +767,11 @@ def train(args: Args) -> dict:
         print("no replay buffer was saved (--save-buffer), it starts empty")
     learner = Learner(agent, replay, args, random["learn"], random["sample"])
     learner.owed = now["owed"]
-    open_run()
     if args.track:
         import wandb
         wandb.init(project=os.environ.get("WANDB_PROJECT", "cleanrobot"), name=run.name, config=asdict(args))
+    run.mkdir(parents=True, exist_ok=True)  # not before all fits: a refused command changes nothing on the disk
+    (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
     episodes, results = torch.zeros(1 + len(EPISODE), device=device), {}  # since the last log: ended, sums of EPISODE
     filled = now["global_step"] if args.resume and checkpoint["replay"] else 0  # transitions in the buffer
     random_until = 0 if args.checkpoint else args.random_steps

@@ -185,27 +185,21 @@ class Args:
 
     def check(self):
         """Raises ValueError at the first choice that cannot work. (In __post_init__ the parser would reword it.)"""
-        cuda, n = self.device.startswith("cuda"), max(self.num_envs, 1)
-        least = self.learning_starts // n
-        counts = ("num_envs", "eval_envs", "eval_episodes", "batch_size", "update_every", "n_step", "frame_stack",
-                  "action_repeat", "policy_frequency", "target_augs", "online_augs", "feature_dim", "hidden",
-                  "encoder_channels", "log_freq", "eval_freq")
-        few = [name.replace("_", "-") for name in counts if getattr(self, name) < 1]
+        cuda, least = self.device.startswith("cuda"), self.learning_starts // max(self.num_envs, 1)
+        few = [name.replace("_", "-") for name, value in asdict(self).items() if type(value) in (int, tuple) and
+               np.min(value, initial=1) < 1 and name not in ("seed", "camera", "workers", "margin", "learning_starts")]
         for message, wrong in {
             "--resume continues a run, --checkpoint starts one: give only one": self.resume and self.checkpoint,
             "--evaluate needs --checkpoint FILE": self.evaluate and not self.checkpoint,
             f"--{', --'.join(few)} must be at least 1": few,
             "--eval-episodes must be a multiple of --eval-envs": self.eval_episodes % max(self.eval_envs, 1),
-            "--encoder-strides must be at least 1": min(self.encoder_strides, default=1) < 1,
-            "--encoder-type impala needs --encoder-channels 2 or more":
-                self.encoder_type == "impala" and self.encoder_channels < 2,
             "--no-critic-gradient leaves the convolutions untrained: it needs --encoder autoencoder":
                 not self.critic_gradient and self.encoder != "autoencoder",
             "--margin must be at least 1, and for translate below --image-size":
                 self.augmentation in OFFSETS and not 1 <= self.margin < self.image_size,
             "--learning-starts must cover --n-step steps of all environments: raise it": least < self.n_step,
             "--buffer-size must exceed --learning-starts by some episodes: raise it":
-                self.buffer_size // n <= least + self.n_step + self.frame_stack + 1,
+                self.buffer_size // max(self.num_envs, 1) <= least + self.n_step + self.frame_stack + 1,
             "--device must be cpu or cuda": self.device.split(":")[0] not in ("cpu", "cuda"),
             "--cudagraphs needs --device cuda": self.cudagraphs and not cuda,
             "there is no CUDA device here: use --device cpu": cuda and not torch.cuda.is_available(),
@@ -359,7 +353,7 @@ class Encoder(nn.Module):
         super().__init__()
         layers, self.steps, size = [], [], args.image_size
         n, padding = args.encoder_channels, int(args.encoder_type == "impala")
-        for width, stride in [(n // 2, 2), (n, 2), (n, 2)] if padding else [(n, s) for s in args.encoder_strides]:
+        for width, stride in [(n // 2 or 1, 2), (n, 2), (n, 2)] if padding else [(n, s) for s in args.encoder_strides]:
             if padding:
                 layers += [nn.Conv2d(channels, width, 3, padding=1), nn.MaxPool2d(3, 2, 1), Residual(width),
                            Residual(width)]
@@ -785,14 +779,12 @@ def load_file(path: str | Path) -> dict:
 def check_fits(checkpoint: dict, args: Args, shapes: dict):
     """Raises ValueError naming the first field in which the checkpoint differs from this run."""
     theirs, mine = checkpoint["args"] | checkpoint["shapes"], asdict(args) | shapes
-    resumed = []  # what saved episodes, random states and the buffer are bound to
-    if args.resume:
-        resumed = ["num_envs", "device", "augmentation", "margin", *["buffer_size"] * bool(checkpoint["replay"])]
-    for field in ("env_id", "encoder", "encoder_type", "encoder_strides", "encoder_channels", "feature_dim", "hidden",
-                  "image_size", "frame_stack", "action_repeat", *shapes, *resumed):
+    # to continue a run, what its environments, random states and buffer are bound to
+    bound = ["num_envs", "device", *["buffer_size"] * bool(checkpoint.get("replay"))]
+    for field in ("env_id", "preset", "encoder", "encoder_type", "encoder_strides", "encoder_channels", "feature_dim",
+                  "hidden", "image_size", "frame_stack", "action_repeat", *shapes, *bound * bool(args.resume)):
         if theirs[field] != mine[field]:
-            hint = "; --checkpoint FILE starts afresh from the weights" if field in resumed else ""
-            raise ValueError(f"the checkpoint differs in {field}: it has {theirs[field]}, this run {mine[field]}{hint}")
+            raise ValueError(f"the checkpoint differs in {field}: it has {theirs[field]}, this run {mine[field]}")
 
 
 # --- Policy -----------------------------------------------------------------------------------------------------------
@@ -885,28 +877,25 @@ def train(args: Args) -> dict:
         now |= checkpoint["now"] if args.resume else {}
     for use, optimizer in agent.optimizers.items() if args.resume else ():
         optimizer.load_state_dict(checkpoint["optimizers"][use])
-    def open_run():  # not before everything fits: a refused command leaves no folder, and no other arguments in one
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
-        print(f"{run}: {args.env_id}, {args.preset} on {device.type}; "
-              f"defaults changed by TUNED: {tuned_defaults(args.env_id, args.device, args.preset) or 'none'}")
+    print(f"{run}: {args.env_id}, {args.preset} on {device.type}; "
+          f"defaults changed by TUNED: {tuned_defaults(args.env_id, args.device, args.preset) or 'none'}")
 
     def weights() -> dict:  # all that Policy and --checkpoint need
-        return dict(algo="sac_pixels", args=asdict(args), shapes=shapes, spec=json.loads(json.dumps(eval_env.spec)),
-                    versions=dict(torch=str(torch.__version__), numpy=np.__version__), agent=agent.state_dict(),
-                    now=dict(now))
+        # the renderer by its name: elsewhere "auto" might be another one, which draws other pictures
+        return dict(algo="sac_pixels", args=asdict(args) | dict(renderer=eval_env.spec.get("renderer", args.renderer)),
+                    shapes=shapes, spec=json.loads(json.dumps(eval_env.spec)), agent=agent.state_dict(),
+                    versions=dict(torch=str(torch.__version__), numpy=np.__version__), now=dict(now))
 
     def evaluate_now(label: str) -> tuple[dict, dict]:  # -> metrics, pictures written
         files = dict(video=run / f"videos/{label}.mp4" if args.capture_video else None)
         results, seen = evaluate(Policy(weights(), device), eval_env, args, files["video"])
         if agent.decoder:
             files["reconstruction"] = run / f"reconstructions/{label}.png"
-            files["reconstruction"].parent.mkdir(exist_ok=True)
+            files["reconstruction"].parent.mkdir(parents=True, exist_ok=True)
             imageio.imwrite(files["reconstruction"], reconstructions(agent, seen))
         return results, files
 
     if args.evaluate:
-        open_run()
         results, _ = evaluate_now("evaluate")
         print(json.dumps(results))
         eval_env.close()
@@ -931,10 +920,11 @@ def train(args: Args) -> dict:
     elif args.resume:
         print("no replay buffer was saved (--save-buffer), it starts empty")
     learner = Learner(agent, replay, args, random["learn"], now["owed"])
-    open_run()
     if args.track:
         import wandb
         wandb.init(project=os.environ.get("WANDB_PROJECT", "cleanrobot"), name=run.name, config=asdict(args))
+    run.mkdir(parents=True, exist_ok=True)  # not before all fits: a refused command changes nothing on the disk
+    (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
     episodes, results = torch.zeros(1 + len(EPISODE), device=device), {}  # since the last log: ended, sums of EPISODE
     random_until = 0 if args.checkpoint else args.learning_starts
     first, born, begin = dict(now), START - now["wall_time"], time.perf_counter() - now["train_time"]

@@ -287,6 +287,8 @@ class DMCEnv:
 
     def step_begin(self, actions: torch.Tensor) -> None:
         """The first half of `step`: the processes go to work, and the caller may compute until `step_end`."""
+        if actions.shape != (self.num_envs, self.action_dim):
+            raise ValueError(f"actions must be ({self.num_envs}, {self.action_dim}), not {tuple(actions.shape)}")
         actions = actions.detach().to("cpu", torch.float32).clamp(-1, 1).nan_to_num(0.0).numpy()
         self._ask("step", lambda share: (actions[share.start : share.stop],))
 

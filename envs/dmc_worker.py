@@ -149,6 +149,8 @@ class Task:
         if self.model is not model:  # the first episode, or a task that is compiled anew for each
             self.model, self.cameras = model, {}
             self.colours = {name: getattr(model, name).copy() for name in ("mat_rgba", "geom_rgba")}
+            room = model.vis.global_  # of the frame buffer; before the first picture
+            room.offwidth, room.offheight = max(room.offwidth, self.size), max(room.offheight, self.size)
             if self.fast:
                 _make_cheap(model, self.size)
         draw = self.jitter_random.uniform
@@ -202,7 +204,13 @@ class Task:
         return self.things() if self.renderer == "warp" else self.picture(self.size, self.camera)
 
     def picture(self, size: int, camera: int) -> np.ndarray:
-        """uint8 (size, size, 3) by OpenGL. The episode's camera jitter applies to the policy's camera."""
+        """uint8 (size, size, 3) by OpenGL. The episode's camera jitter applies to the policy's camera.
+
+        Raises ValueError for a size above that of the frame buffer.
+        """
+        room = self.env.physics.model.ptr.vis.global_
+        if size > (most := min(room.offwidth, room.offheight)):
+            raise ValueError(f"a picture of {size} pixels a side is too large here: OpenGL has room for {most}")
         key = (size, camera)
         if key not in self.cameras:
             self.cameras[key] = Camera(self.env.physics, height=size, width=size, camera_id=camera)

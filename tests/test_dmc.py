@@ -236,6 +236,31 @@ def test_a_world_that_diverges_is_restarted_alone():
     env.close()
 
 
+def test_a_true_end_is_a_termination_and_hands_its_discount_on():
+    env = make(n=3)
+    for _ in range(10):
+        env.step(torch.ones(3, 1))  # away from where an episode begins
+    first, begun = env.obs["rgb"][0].clone(), []
+    for k, frames in ((0, [(1.0, 1.0, False), (2.0, 0.0, True)]), (1, [(1.0, 0.5, False), (2.0, 0.5, False)])):
+        one = env.groups[0].group.tasks[k]
+        whole, begin = one.env, one.begin
+        one.env = SimpleNamespace(step=Script(frames).step, reset=whole.reset, physics=whole.physics)
+        one.begin = lambda *_, k=k, begin=begin: (begun.append(k), begin())[1]
+    obs, rewards, terminations, truncations, info = env.step(actions(3, 1))
+    assert terminations.tolist() == [True, False, False] and not truncations.any() and begun == [0]
+    assert info["discount"].tolist() == [0.0, 0.25, 1.0] and rewards[:2].tolist() == [3.0, 2.0]
+    assert torch.equal(info["final_obs"]["rgb"][0], first) and not torch.equal(obs["rgb"][0], first)
+    assert info["episode"]["length"].tolist() == [11] * 3 and int(env.nan_resets) == 0
+    env.close()
+
+
+def test_actions_of_another_shape_are_refused():
+    env = make("cheetah_run", 2)
+    with pytest.raises(ValueError, match=r"actions must be \(2, 6\), not \(1, 6\)"):
+        env.step(actions(1, 6))
+    env.close()
+
+
 def test_staggered_worlds_do_not_end_together():
     env = make(n=4, stagger=True)
     assert [one.clock for one in env.groups[0].group.tasks] == [0, 125, 250, 375]
@@ -338,6 +363,9 @@ def test_fast_render_keeps_the_scene_and_drops_the_shadows():
     a, b = plain.view().astype(float), fast.view().astype(float)
     assert 0.5 < np.abs(a - b).mean() < 15
     assert fast.picture(200, 0).shape == (200, 200, 3)
+    with pytest.raises(ValueError, match="a picture of 300 pixels a side is too large here: OpenGL has room for 256"):
+        fast.picture(300, 0)
+    assert task("pendulum_swingup", renderer="egl", image_size=700).view().shape == (700, 700, 3)  # above MuJoCo's 480
 
 
 @egl

@@ -416,11 +416,11 @@ def test_updates_are_owed_by_transitions():
         assert len(calls) == expected
 
 
-def compare_with_plain(device, **fast):
+def compare_with_plain(device, buffer_device="", **fast):
     """Five updates by the plain and by the fast route from the same start. -> weights of each"""
     weights = []
     for options in ({}, fast):
-        agent, replay, args = learning_parts(device, **options)
+        agent, replay, args = learning_parts(device, buffer_device=buffer_device, **options)
         learner = dq.Learner(agent, replay, args, torch.Generator(device).manual_seed(1),
                              torch.Generator(replay.device).manual_seed(2))
         for _ in range(5):
@@ -449,9 +449,6 @@ def test_compiled_route_equals_the_plain_one(monkeypatch, backend):
 def test_cuda_graph_equals_the_plain_route(compiled, buffer_device):
     plain, fast = compare_with_plain(torch.device("cuda"), cudagraphs=True, compile=compiled,
                                      buffer_device=buffer_device)
-    if buffer_device:  # the plain route has the buffer on the GPU, which draws other batches
-        assert all(v.isfinite().all() for v in fast.values())
-        return
     for k, v in plain.items():
         torch.testing.assert_close(fast[k], v, atol=1e-4, rtol=1e-3)
 
@@ -516,6 +513,37 @@ def test_true_ends_and_discounts_reach_the_buffer(fake, monkeypatch):
     assert any(dones.any() for _, _, _, dones, _, _ in kept)
     assert "eval/success_rate" not in result and "eval/return" in result
     assert table("runs/run/metrics.csv")[-1]["time/frames"] == "480"
+
+
+def test_the_buffer_gets_what_the_environment_gave(fake, monkeypatch):
+    """The observation before an automatic reset as the one after the step, and the one after it to go on from."""
+    given, kept = [], []
+    step, add = FakeEnv.step, dq.Replay.add
+    monkeypatch.setattr(FakeEnv, "step", lambda self, a: (given.append((a, step(self, a))), given[-1][1])[1])
+    monkeypatch.setattr(dq.Replay, "add", lambda self, *values: (kept.append(values), add(self, *values))[1])
+    dq.train(arguments(name="run", total_timesteps=60))
+    given = given[:len(kept)]  # then comes the evaluation
+    for (acted, (obs, rewards, _, ends, info)), values in zip(given, kept, strict=True):
+        actions, stored, _, dones, final_obs, next_obs = values
+        assert torch.equal(actions, acted) and torch.equal(stored, rewards) and torch.equal(dones, ends)
+        assert final_obs is info["final_obs"] and next_obs is obs
+    assert any(not torch.equal(values[4]["rgb"], values[5]["rgb"]) for values in kept), "an episode ended"
+
+
+def test_noise_follows_its_schedule_in_acting_and_learning(fake, monkeypatch):
+    """Unclipped and by the step while acting, clipped and of the same size in the updates after that step."""
+    calls, noisy = [], dq.noisy_actions
+    monkeypatch.setattr(dq, "noisy_actions", lambda mean, std, noise, clip=None: (
+        calls.append((float(std), clip)), noisy(mean, std, noise, clip))[1])
+    args = arguments(name="run", std_steps=80, std_clip=0.2)
+    dq.train(args)
+    acting = [std for std, clip in calls if clip is None]
+    assert acting == [dq.noise_std(args, t) for t in range(40, 120, 4)] and acting[0] == 0.55
+    assert acting[-1] == pytest.approx(0.1)
+    learning = [(round(dq.noise_std(args, t), 6), 0.2) for t in range(36, 120, 4)]  # of target and actor in each update
+    assert [(round(std, 6), clip) for std, clip in calls if clip] == [call for call in learning for _ in range(2)]
+    assert [float(row["train/std"]) for row in table("runs/run/metrics.csv")] == [
+        dq.noise_std(args, t - 4) for t in range(40, 121, 20)]
 
 
 def test_the_first_actions_are_uniform_and_the_next_ones_noisy(fake, monkeypatch):
@@ -638,6 +666,40 @@ def test_a_checkpoint_that_does_not_fit_is_refused(fake, changes, field):
         dq.train(arguments(name="other", checkpoint="runs/run/best.pt", **changes))
 
 
+@pytest.mark.parametrize("changes, field", [
+    (dict(buffer_size=800), "buffer_size: it has 400, this run 800"), (dict(num_envs=2), "num_envs: it has 4"),
+    (dict(device="cuda", cudagraphs=False), "device: it has cpu, this run cuda"),
+])  # fmt: skip
+def test_a_run_cannot_be_continued_with_another_buffer_or_other_environments(fake, changes, field):
+    """And its folder stays as it was."""
+    args = arguments(name="run", save_buffer=True, total_timesteps=60)
+    dq.train(args)
+    before = {file: file.read_bytes() for file in Path("runs/run").iterdir() if file.is_file()}
+    checkpoint = dq.load_file("runs/run/checkpoint.pt")
+    with pytest.raises(ValueError, match=f"^the checkpoint differs in {field}"):
+        dq.check_fits(checkpoint, replace(args, resume="runs/run", **changes), SHAPES)
+    if "device" not in changes:
+        with pytest.raises(ValueError, match="the checkpoint differs in"):
+            dq.train(replace(args, resume="runs/run", total_timesteps=80, **changes))
+    assert before == {file: file.read_bytes() for file in Path("runs/run").iterdir() if file.is_file()}
+    dq.check_fits(checkpoint | {"replay": None}, replace(args, resume="runs/run", buffer_size=800), SHAPES)
+
+
+def test_a_run_that_is_refused_leaves_no_folder(fake):
+    with pytest.raises(ValueError, match="the replay buffer needs"):
+        dq.train(arguments(name="run", buffer_size=10**12))
+    assert not Path("runs/run").exists()
+
+
+def test_a_checkpoint_names_the_renderer_that_auto_led_to(fake, monkeypatch):
+    """So that another machine draws the same way or says that it cannot."""
+    monkeypatch.setattr(FakeEnv, "__init__", lambda self, *args, make=FakeEnv.__init__, **options: (
+        make(self, *args, **options), setattr(self, "spec", self.spec | {"renderer": "warp"}))[0])
+    dq.train(arguments(name="run", total_timesteps=60))
+    assert dq.load_file("runs/run/best.pt")["args"]["renderer"] == "warp"
+    assert dq.parse_args(["--checkpoint", "runs/run/best.pt", "--device", "cpu"]).renderer == "warp"
+
+
 def test_existing_runs_are_not_overwritten(fake):
     dq.train(arguments(name="run", total_timesteps=60))
     with pytest.raises(ValueError, match="exists: continue it with --resume"):
@@ -703,7 +765,10 @@ def test_arguments_of_a_run_come_from_its_checkpoint(fake):
     (dict(evaluate=True), "--evaluate needs --checkpoint"),
     (dict(cudagraphs=True), "--cudagraphs needs --device cuda"),
     (dict(image_size=6), "--image-size is too small"),
-    (dict(n_step=0), "must be at least 1"),
+    (dict(n_step=0, num_envs=0, eval_envs=0), "--eval-envs, --num-envs, --n-step must be at least 1"),
+    (dict(eval_episodes=0, batch_size=0, log_freq=0), "--eval-episodes, --log-freq, --batch-size must be"),
+    (dict(encoder_strides=(2, 0)), "--encoder-strides must be at least 1"),
+    (dict(device="tpu"), "--device must be cpu or cuda"),
     (dict(pad=-1), "--pad must not be negative"),
     (dict(learning_starts=8), "--learning-starts must be at least"),
     (dict(buffer_size=30), "--buffer-size must be at least"),

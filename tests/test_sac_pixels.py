@@ -643,6 +643,57 @@ def test_a_true_end_is_not_bootstrapped(fake, monkeypatch):
         assert ends[:, world].any() and torch.equal(data["discounts"][:25, world][steps], expected[steps])
 
 
+def test_the_loop_acts_by_the_policy_and_stores_what_the_environment_gave(fake, monkeypatch):
+    """First uniform actions, then the policy's with fresh noise; the observation before an automatic reset is kept."""
+    given, kept, acted = [], [], []
+    step, add, sample = FakeEnv.step, sp.Replay.add, sp.sample_actions
+
+    def sample_actions(actor, features, state, noise):
+        actions, log_probs = sample(actor, features, state, noise)
+        acted.append((noise, actions)) if len(noise) == 4 else None
+        return actions, log_probs
+
+    monkeypatch.setattr(FakeEnv, "step", lambda self, a: (given.append((a, step(self, a))), given[-1][1])[1])
+    monkeypatch.setattr(sp.Replay, "add", lambda self, *values: (kept.append(values), add(self, *values))[1])
+    monkeypatch.setattr(sp, "sample_actions", sample_actions)
+    sp.train(arguments(name="run", total_timesteps=400, learning_starts=200, eval_freq=1_000, log_freq=1_000))
+    given = given[1:101]  # after the one that begins, before the evaluation
+    for (actions, (obs, rewards, _, ends, info)), values in zip(given, kept, strict=True):
+        assert torch.equal(values[0], actions) and torch.equal(values[1], rewards) and torch.equal(values[3], ends)
+        assert values[4] is info["final_obs"] and values[5] is obs
+    assert any(not torch.equal(values[4]["rgb"], values[5]["rgb"]) for values in kept), "an episode ended"
+    first = torch.stack([actions for actions, _ in given[:50]])
+    assert first.std() == pytest.approx(1 / math.sqrt(3), abs=0.05) and first.abs().max() <= 1
+    assert len(acted) == 50 and all(torch.equal(a, b) for (a, _), (_, b) in zip(given[50:], acted, strict=True))
+    noise = torch.stack([noise for noise, _ in acted])
+    assert noise.std() == pytest.approx(1, abs=0.1) and len(noise.unique()) == noise.numel()
+
+
+@pytest.mark.parametrize("changes, field", [
+    (dict(buffer_size=800), "buffer_size: it has 400, this run 800"), (dict(num_envs=2), "num_envs: it has 4"),
+    (dict(device="cuda"), "device: it has cpu, this run cuda"), (dict(preset="rad"), "preset: it has drq"),
+])  # fmt: skip
+def test_a_run_cannot_be_continued_as_another_one(fake, changes, field):
+    """And its folder stays as it was."""
+    args = arguments(name="run", save_buffer=True, total_timesteps=60)
+    sp.train(args)
+    before = {file: file.read_bytes() for file in Path("runs/run").iterdir() if file.is_file()}
+    checkpoint = sp.load_file("runs/run/checkpoint.pt")
+    with pytest.raises(ValueError, match=f"^the checkpoint differs in {field}"):
+        sp.check_fits(checkpoint, replace(args, resume="runs/run", **changes), SHAPES)
+    if "device" not in changes:
+        with pytest.raises(ValueError, match="the checkpoint differs in"):
+            sp.train(replace(args, resume="runs/run", total_timesteps=80, **changes))
+    assert before == {file: file.read_bytes() for file in Path("runs/run").iterdir() if file.is_file()}
+    sp.check_fits(checkpoint | {"replay": None}, replace(args, resume="runs/run", buffer_size=800), SHAPES)
+
+
+def test_a_run_that_is_refused_leaves_no_folder(fake):
+    with pytest.raises(ValueError, match="the replay buffer needs"):
+        sp.train(arguments(name="run", buffer_size=10**12))
+    assert not Path("runs/run").exists()
+
+
 def test_stops_at_nan_and_names_the_tensor(fake):
     sp.train(arguments(name="run", total_timesteps=60))
     checkpoint = sp.load_file("runs/run/checkpoint.pt")
@@ -724,10 +775,13 @@ def test_arguments_of_a_run_come_from_its_checkpoint(fake):
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(batch_size=0, hidden=0), "--batch-size, --hidden must be at least 1"),
+    (dict(batch_size=0, hidden=0), "--hidden, --batch-size must be at least 1"),
     (dict(evaluate=True), "--evaluate needs --checkpoint"),
     (dict(critic_gradient=False), "needs --encoder autoencoder"),
     (dict(eval_episodes=7), "multiple of --eval-envs"),
+    (dict(num_envs=0, eval_envs=0, eval_episodes=0), "--eval-episodes, --eval-envs, --num-envs must be at least 1"),
+    (dict(encoder_strides=(2, 0)), "--encoder-strides must be at least 1"),
+    (dict(device="tpu"), "--device must be cpu or cuda"),
     (dict(augmentation="translate", margin=20), "--margin must be"),
     (dict(learning_starts=0), "--learning-starts must cover"),
     (dict(buffer_size=40), "--buffer-size must exceed"),
