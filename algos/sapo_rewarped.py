@@ -132,7 +132,7 @@ class Args:
     size: Literal["full", "small"] | None = None  # of the simulation; None: full on a GPU, small on a CPU
     reward: Literal["default", "paper"] = "default"  # paper: as published, also where that has no usable gradient
     stagger: bool = False  # begin in the middle of episodes, in each world elsewhere, so that not all end at once
-    recompute: bool = True  # keep the particles alone and rebuild the grid on the way back: a ninth of the memory
+    recompute: bool = True  # keep the particles alone and rebuild the grid on the way back: slower, far less memory
 
     # algorithm
     horizon: int = 32  # T: steps of a window, through which the actor's gradient flows; 0 with --open-loop: the episode

@@ -295,6 +295,10 @@ def test_the_clipped_norm_includes_encoders(max_norm):
     norm = sr.update_actor(agent, window, args)["train/actor_grad"]
     clipped = torch.stack([p.grad.norm() for p in agent.actor.parameters()]).norm()
     assert norm > 5 and float(clipped) == pytest.approx(0.5 if max_norm else float(norm), rel=1e-4)
+    targets = 1000 * torch.randn((args.horizon, args.num_envs), generator=generator())
+    norm = sr.update_critic(agent, window, targets, args, generator())["train/critic_grad"]
+    last = torch.stack([p.grad.norm() for p in agent.critic.parameters()]).norm()
+    assert norm > 5 and (float(last) == pytest.approx(0.5, rel=1e-4) if max_norm else last > 5)
 
 
 def action_gradients(env, args, agent) -> torch.Tensor:
