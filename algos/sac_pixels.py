@@ -13,7 +13,7 @@ with Augmented Data", arXiv 2004.14990 (RAD). The survey in full: docs/visual_rl
     --augmentation  none                                                 SAC, SAC+AE, D4PG
                     shift, each of K and M copies anew                   DrQ, DrQ-v2 (K = M = 1)   augment, views
                     crop, translate, cutout, color_jitter                RAD                       augment, views
-    --encoder-type  dmc: 3 x 3 convolutions, strides 2 1 1 1             D4PG and all of the above Encoder
+    --encoder-type  dmc: 3 x 3 convolutions, strides 2 1 1 1             SAC+AE, RAD, DrQ, DrQ-v2  Encoder
                     impala: three residual stages                        RAD on Procgen (PPO)      Encoder, Residual
 
     target   y = mean over K copies of o' of r + G (min Q'(o', a') - alpha log pi(a'|o')), a' ~ pi   (SAC 3, DrQ 1)
@@ -25,10 +25,11 @@ with Augmented Data", arXiv 2004.14990 (RAD). The survey in full: docs/visual_rl
 Differences from the papers and the authors' code:
  1. The actor's loss uses the features that the critic's loss computed, from before that step; SAC+AE, RAD and DrQ
     compute them again after it. It saves a pass through the convolutions. The reconstruction's step comes before the
-    actor's, not after it. DrQ's losses are added over M copies, as in its code; its paper averages them.
- 2. The tanh's share of log pi is exact; theirs adds 1e-6.
- 3. A cut-out's place is uniform in the picture. In RAD's code its upper left corner lies on the diagonal and is as far
-    from the corner of the picture as the square is wide. Hue is a rotation about the grey axis, not a shift in HSV.
+    actor's, not after it. DrQ's losses are added over M copies, as in its code; its paper averages them. The 1,000
+    updates that SAC+AE's code makes at once after its random actions are left out.
+ 2. The tanh's share of log pi is exact, as in DrQ's code; SAC+AE's and RAD's add 1e-6.
+ 3. A cut-out's place is uniform in the picture. In RAD's code the box is as far from the upper edge as it is high, and
+    as far from the left one as it is wide. Hue is a rotation about the grey axis, not a shift in HSV.
  4. Every frame is stored once as uint8 and augmentation is part of the update; theirs store whole stacks.
  5. The state of an environment that has one is put beside the features of the picture.
  6. Ours: several environments, n-step returns, --no-critic-gradient, IMPALA's convolutions in front of SAC, and every
