@@ -17,7 +17,8 @@ Differences from the authors' code; `# differs (n)` marks the places:
  4. A gradient that is not finite is zeroed for that world and action, and counted; theirs ends the run.
  5. Evaluation takes the mean action; theirs samples.
  6. One way to keep running statistics (float64, one pseudo-observation) for all presets, updated once per window.
- 7. TrajOpt plans for the episodes that the other presets are evaluated on, and keeps its actions within [-1, 1].
+ 7. TrajOpt plans for the episodes that the other presets are evaluated on, and keeps its actions within [-1, 1]. Where
+    one ends early, what follows within the plan counts too. Its optimiser is the others'.
 
 Commands, from the repository's root:
     train          python algos/sapo_rewarped.py --env-id RollingFlat
@@ -244,8 +245,8 @@ class RunningNorm(nn.Module):
 
     @torch.no_grad()
     def update(self, states):
-        """Pool with states (..., S), by the parallel formula of Chan, Golub and LeVeque (1979)."""
-        states = states.double().flatten(0, -2)
+        """Pool with states (..., S), absurd ones apart; by the parallel formula of Chan, Golub, LeVeque (1979)."""
+        states = states[(states.abs() < 1e6).all(-1)].double()  # (M, S)
         delta, share = states.mean(0) - self.mean, len(states) / (self.count + len(states))  # differs (6)
         self.var.lerp_(states.var(0, correction=0), share).add_(delta.square() * share * (1 - share))
         self.mean.add_(delta * share)

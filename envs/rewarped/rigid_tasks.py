@@ -79,8 +79,8 @@ class AntRun(DifferentiableEnv):
         q = about(axis, self.uniform(-math.radians(7.5), math.radians(7.5)))
         angles = self.vector(*(0.0, 1.0) * 4) + self.uniform(-0.2, 0.2, 8)
         idle = torch.zeros(self.num_envs, 8, device=self.device, dtype=self.dtype)
-        rest = torch.zeros_like(p)
-        return {**self.sim.place(p, q, rest, rest, angles, self.uniform(-0.25, 0.25, 8)), "actions": idle}
+        v, w, rates = (self.uniform(-0.25, 0.25, n) for n in (3, 3, 8))
+        return {**self.sim.place(p, q, v, w, angles, rates), "actions": idle}
 
     def physics(self, state, actions):
         p, q, v, w = self.sim.step(state["p"], state["q"], state["v"], state["w"], self.TORQUE * actions)
