@@ -50,18 +50,13 @@ if __name__ == "__main__" and importlib.util.find_spec("envs") is None:
     os.execv(VENV / "bin/python", [VENV / "bin/python", *sys.argv])
 
 # --- Imports ----------------------------------------------------------------------------------------------------------
-import contextlib
 import copy
 import csv
 import json
 import math
-import multiprocessing
 import pickle
-import queue as queues
-import signal
 import time
-import traceback
-from collections import defaultdict, deque
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from typing import Annotated, Literal
@@ -274,28 +269,17 @@ def observe(obs: dict) -> dict:
 
 
 def read_demos(args: Args) -> tuple[list[dict], list[dict]] | None:
-    """Successful demonstrations for training and for validation: dicts of obs, final_obs, actions (T, A), each up to
+    """Successful demonstrations to train and to validate on, each up to its first success; None where none are needed.
 
-    its first success. Validation is the file's list `mask/valid`, or else every tenth. None: no file is needed.
+    Raises ValueError and FileNotFoundError for what is wrong with the file, ImportError where its reader is missing.
     """
     if not args.demos and (args.offline or not (args.base_policy or args.base_from)):
         raise ValueError("give --demos FILE (`python -m envs.demos` writes one), or a --base-policy with --offline 0")
     if not args.demos:
         return None
-    read, keys = importlib.import_module("envs.demos").read, ["state", "privileged" if args.obs == "state" else "rgb"]
-    try:
-        found = read(args.demos, keys, until_success=True)
-    except ImportError as error:
-        raise ValueError(error) from error
-    try:
-        valid = {demo["name"] for demo in read(args.demos, ["state"], "valid")}
-    except ValueError:
-        valid = {demo["name"] for demo in found[9::10]}
-    found = [demo for demo in found if demo["success"].any()]
-    parts = [[demo for demo in found if (demo["name"] in valid) == which] for which in (False, True)]
-    if not parts[0]:
-        raise ValueError(f"{args.demos} has no successful demonstration to train on: record more")
-    return parts[0][: args.demo_limit or None], parts[1]
+    keys = ("state", "privileged" if args.obs == "state" else "rgb")
+    demos, valid = importlib.import_module("envs.demos").read_successes(args.demos, keys)
+    return demos[: args.demo_limit or None], valid
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
@@ -412,13 +396,17 @@ class Actor(nn.Module):
 
     def __init__(self, encoder: Encoder, shapes: dict, args: Args):
         super().__init__()
-        self.trunk, h = Trunk(encoder), args.hidden
-        self.register_buffer("limit", limits(args, shapes["action"]))
+        self.trunk, h, a = Trunk(encoder), args.hidden, shapes["action"]
+        limit = torch.tensor(args.limit if adds_to_base(args) else (1.0,))
+        if len(limit) not in (1, a):
+            raise ValueError(f"--limit has {len(limit)} numbers; give one, or one for each of {a} actions")
+        self.register_buffer("limit", limit.expand(a).clone())
         norm = nn.LayerNorm if args.layer_norm else lambda width: nn.Identity()
-        self.policy = nn.Sequential(nn.Linear(self.trunk.width + shapes["action"], h), norm(h), nn.ReLU(),
-                                    nn.Linear(h, h), norm(h), nn.ReLU(), nn.Linear(h, shapes["action"]))
+        self.policy = nn.Sequential(nn.Linear(self.trunk.width + a, h), norm(h), nn.ReLU(),
+                                    nn.Linear(h, h), norm(h), nn.ReLU(), nn.Linear(h, a))
         if adds_to_base(args):
             nn.init.zeros_(self.policy[-1].weight), nn.init.zeros_(self.policy[-1].bias)
+            self.limit[-1] *= not args.freeze_gripper
 
     def forward(self, x, base):
         return torch.tanh(self.policy(torch.cat([self.trunk(x), base], -1))) * self.limit
@@ -450,29 +438,9 @@ class Critics(nn.Module):
         return torch.baddbmm(self.biases[2][heads], x, self.weights[2][heads]).squeeze(-1)
 
 
-class Still:
-    """The base of those who have none: no motion."""
-
-    def __init__(self, action_dim: int):
-        self.action_dim = action_dim
-
-    def act(self, obs: dict) -> torch.Tensor:
-        return obs["state"].new_zeros((len(obs["state"]), self.action_dim))
-
-
 def adds_to_base(args: Args) -> bool:
     """Whether the actor's output is added to the base's action (or is an action by itself)."""
     return args.mode in ("resfit", "ppo-residual")
-
-
-def limits(args: Args, action_dim: int) -> torch.Tensor:
-    """l of every dimension (A,). Raises ValueError where --limit has neither 1 nor A numbers."""
-    limit = torch.tensor(args.limit if adds_to_base(args) else (1.0,))
-    if len(limit) not in (1, action_dim):
-        raise ValueError(f"--limit has {len(limit)} numbers; give one, or one for each of {action_dim} actions")
-    limit = limit.expand(action_dim).clone()
-    limit[-1] *= not (args.freeze_gripper and adds_to_base(args))
-    return limit
 
 
 class Agent(nn.Module):
@@ -495,7 +463,8 @@ class Queue:
     """Executes a policy of chunks in N environments: asks it again where `execute` actions of the last one are done.
 
     `policy` has `predict_chunk(obs, generator)` or, as a black box, `act(obs)`, and then perhaps `reset(mask)`. It is
-    asked about all N observations when any is due, so that a row's answer does not depend on who else is due.
+    asked about all N observations when any is due, so that a row's answer does not depend on who else is due. None is
+    the policy of those who have none: no motion.
     """
 
     def __init__(self, policy, num_envs: int, args: Args, action_dim: int, device):
@@ -517,7 +486,9 @@ class Queue:
         """-> "base" (N, A), the action to be executed now, and "phase" (N, 1), the share of the chunk that is done."""
         due = self.age >= self.execute
         if due.any():
-            new = self.policy.predict_chunk(obs, self.generator) if self.own else self.policy.act(obs)[:, None]
+            new = torch.zeros_like(self.chunks)
+            if self.policy:
+                new = self.policy.predict_chunk(obs, self.generator) if self.own else self.policy.act(obs)[:, None]
             new = new[:, : self.execute].clamp(-1, 1)
             self.chunks, self.age = torch.where(due[:, None, None], new, self.chunks), torch.where(due, 0, self.age)
         base = self.chunks[torch.arange(len(due), device=self.device), self.age]
@@ -598,8 +569,8 @@ class Replay:
     def _observe(self, slot, world) -> dict:
         return {k: self.data[k][slot % self.slots, world] for k in self.keys}
 
-    def _draw(self, batch_size: int, generator, newest, oldest=None) -> tuple:
-        """Slots (B,) and environments (B,) of steps, uniform from oldest to newest (N,); never a final observation."""
+    def _draw(self, batch_size: int, generator, newest) -> tuple:
+        """Slots (B,) and environments (B,) of steps, uniform up to `newest` (N,); never a final observation."""
         draw = torch.rand((5, batch_size), dtype=torch.float64, generator=generator, device=self.device)
         world = (draw[0] * len(self.worlds)).long()
         newest = newest[world]
@@ -657,24 +628,22 @@ def store_demos(demos: list[dict], policy, args: Args, device) -> Replay:
     begins anew with every demonstration. All demonstrations step through the base side by side.
     """
     lengths = torch.tensor([len(demo["actions"]) for demo in demos])
-    begins = (lengths + 1).cumsum(0) - lengths - 1  # slots of the first observations
+    begins, slots = (lengths + 1).cumsum(0) - lengths - 1, int(lengths.sum()) + len(demos)  # begins: first slots
     queue, replay = Queue(policy, len(demos), args, demos[0]["actions"].shape[1], device), None
     for t in range(int(lengths.max()) + 1):
         now = [{k: v[t] for k, v in demo["obs"].items()} if t < length else demo["final_obs"] or
                {k: v[-1] for k, v in demo["obs"].items()} for demo, length in zip(demos, lengths, strict=True)]
         now = {k: torch.from_numpy(np.stack([obs[k] for obs in now])).to(device) for k in now[0]}  # (D, ...)
         now, there = observe(now) | queue.act(now), t <= lengths
-        if replay is None:
-            slots = int(lengths.sum()) + len(lengths) + args.n_step + 3
-            replay = Replay({k: v[:1] for k, v in now.items()}, queue.chunks.shape[-1], slots, args.n_step, args.gamma,
-                            device)
+        replay = replay or Replay({k: v[:1] for k, v in now.items()}, demos[0]["actions"].shape[1],
+                                  slots + args.n_step + 3, args.n_step, args.gamma, device)
         for k, v in now.items():
             replay.data[k][begins[there] + t, 0] = v[there]
     for demo, begin, end in zip(demos, begins, begins + lengths, strict=True):
         replay.data["actions"][begin:end, 0] = torch.from_numpy(demo["actions"]).to(device)
         replay.data["rewards"][end - 1], replay.data["discounts"][begin:end - 1] = 1.0, 1.0
         replay.data["good"][begin:end], replay.data["last"][end] = True, True
-    replay.head += int(lengths.sum()) + len(lengths)
+    replay.head += slots
     return replay
 
 
@@ -858,7 +827,7 @@ class Learner:
         self.agent, self.base, self.replay, self.demos = agent, base, replay, demos
         self.args, self.generator, self.optimizers = args, generator, agent.optimizers
         self.now, self.metrics = dict(owed=0.0, updates=0), defaultdict(list)
-        self.until = None  # head of the buffer at the end of warm-up
+        self.until, self.steps = None, []  # head of the buffer at the end of warm-up; of OnPolicy: steps to learn from
 
     def add(self, step: dict):
         """Store a step of every environment, as `Collector.step` gives it."""
@@ -905,11 +874,11 @@ class Learner:
         return means
 
     def state_dict(self) -> dict:
-        return dict(now=self.now, until=self.until, generator=self.generator.get_state(),
+        return dict(now=self.now, until=self.until, steps=self.steps, generator=self.generator.get_state(),
                     optimizers={use: optimizer.state_dict() for use, optimizer in self.optimizers.items()})
 
     def load_state_dict(self, state: dict):
-        self.now, self.until = state["now"], state["until"]
+        self.now, self.until, self.steps = state["now"], state["until"], state["steps"]
         self.generator.set_state(state["generator"])
         for use, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][use])
@@ -933,9 +902,9 @@ class OnPolicy(Learner):
 
     def __init__(self, *parts):
         super().__init__(*parts)
-        self.steps, values = [], [*self.agent.encoder.parameters(), *self.agent.critics.parameters()]
-        self.optimizers = {"ppo": torch.optim.Adam([{"params": self.agent.actor.parameters(), "lr": self.args.actor_lr},
-                                                    {"params": values, "lr": self.args.lr}], eps=1e-5)}
+        values = [*self.agent.encoder.parameters(), *self.agent.critics.parameters()]
+        groups = zip((self.agent.actor.parameters(), values), (self.args.actor_lr, self.args.lr), strict=True)
+        self.optimizers = {"ppo": torch.optim.Adam([{"params": ps, "lr": lr} for ps, lr in groups], eps=1e-5)}
 
     def add(self, step: dict):
         self.steps.append(step)
@@ -950,13 +919,6 @@ class OnPolicy(Learner):
                 descend(loss, self.optimizers["ppo"], 0.5)
                 self.note(metrics | {"train/q": rows["returns"].mean()})
         self.steps.clear()
-
-    def state_dict(self) -> dict:
-        return super().state_dict() | {"steps": self.steps}
-
-    def load_state_dict(self, state: dict):
-        super().load_state_dict(state)
-        self.steps = state["steps"]
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------
@@ -1031,9 +993,9 @@ def load_named(text: str):
 
 
 def load_base(args: Args, shapes: dict, env, device, weights: dict | None = None):
-    """-> the base: nothing, the black box of --base-policy (called with `env`), or a ChunkPolicy with `weights`."""
+    """-> the base: None, the black box of --base-policy (called with `env`), or a ChunkPolicy with `weights`."""
     if args.mode == "rlpd":
-        return Still(shapes["action"])
+        return None
     if args.base_policy:
         return load_named(args.base_policy)(env)
     base = ChunkPolicy(shapes, args).to(device)
@@ -1091,30 +1053,28 @@ class Collector:
         self.queue = Queue(base, env.num_envs, args, env.action_dim, device)
         self.generator = torch.Generator(device).manual_seed(1_000_003 * args.seed)
         self.judge = load_named(args.judge) if args.judge else None
-        self.left = []  # steps that wait to be stored
-        self.now = self.see(env.reset(seed=args.seed), None)
-        self.noisy = self.coin()
+        self.left, self.noisy = [], torch.zeros(env.num_envs, dtype=torch.bool, device=device)  # left: to be stored
+        self.begin(env.reset(seed=args.seed), torch.ones_like(self.noisy))
 
-    def see(self, obs: dict, begun: torch.Tensor | None) -> dict:
-        """Observation to act on; `begun` (N,): where an episode begins, None: everywhere."""
-        self.queue.reset(begun)
-        return observe(obs) | self.queue.act(obs)
+    def begin(self, obs: dict, worlds: torch.Tensor):
+        """Act on `obs` next; episodes begin in `worlds`, a mask (N,), with or without noise in warm-up."""
+        self.queue.reset(worlds)
+        self.now = observe(obs) | self.queue.act(obs)
+        draw = torch.rand(len(worlds), generator=self.generator, device=self.generator.device)
+        self.noisy = torch.where(worlds, draw >= self.args.warmup_clean, self.noisy)
 
-    def coin(self) -> torch.Tensor:
-        """Which warm-up episodes have noise (N,)."""
-        draw = torch.rand(self.env.num_envs, generator=self.generator, device=self.generator.device)
-        return draw >= self.args.warmup_clean
-
-    def collect(self, warm: bool, scale: float, wait: bool):
-        """Take a step now. (`Remote` finds those that were taken; at least one with `wait`.)"""
-        self.left.append(self.step(warm, scale))
-
-    def close(self):
-        self.env.close()
+    def collect(self, wait: bool, **order):
+        """Take a step now. (Its stand-in under --async finds those that were taken; at least one with `wait`.)"""
+        self.left.append(self.step(**order))
 
     @torch.no_grad()
-    def step(self, warm: bool, scale: float) -> dict:
-        """One step of every environment -> arguments for `Replay.add`, and under "log" what else to count."""
+    def step(self, warm: bool = True, scale: float = 1.0, weights: dict | None = None) -> dict:
+        """One step of every environment -> arguments for `Replay.add`, and under "log" what else to count.
+
+        `weights`: the agent's from now on, under --async.
+        """
+        if weights:
+            self.agent.load_state_dict(weights)
         args, limit, base, log = self.args, self.agent.actor.limit, self.now["base"], {}
         on = dict(generator=self.generator, device=base.device)
         actions, took = base, torch.zeros(len(base), dtype=torch.bool, device=base.device)
@@ -1135,8 +1095,7 @@ class Collector:
             info["success"], obs = terminations & verdict, self.env.reset()
         dones, final = terminations | truncations, observe(info["final_obs"])
         label = self.queue.peek(info["final_obs"]) if dones.any() else None  # from the old queue; differs (3)
-        self.now = self.see(obs, dones)
-        self.noisy = torch.where(dones, self.coin(), self.noisy)
+        self.begin(obs, dones)
         ended, success = terminations if args.bootstrap_on_timeout else dones, info["success"] & dones
         log |= dict(outcomes=success[dones].tolist(), took=float(took.float().mean()),
                     moved=float((actions - base).abs().mean()))
@@ -1155,78 +1114,16 @@ class Collector:
         self.generator.set_state(state["generator"])
 
 
-def act_apart(make, args: Args, content: dict, state: dict | None, orders, results):
-    """The actor's process under --async: steps until it is told to stop; what goes wrong is handed over too."""
-    parent, warm, scale = multiprocessing.parent_process(), True, 1.0
-
-    def put(**message):
-        while parent.is_alive():  # waits where the queue is full
-            with contextlib.suppress(queues.Full):
-                return results.put(pickle.dumps(message), timeout=1.0)
-
+def open_apart(make, args: Args, content: dict, state: dict | None) -> Collector:
+    """The collector of --async, in a process of its own."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the learner's: it stores what is there
-    try:
-        env, eval_env = make(args, torch.device(args.device))
-        eval_env.close()
-        policy = Policy(content, args.device, env)
-        collector = Collector(args, env, policy.base, policy.agent, args.device)
-        if state:
-            collector.load_state_dict(state)
-        put(first=collector.now)
-        while parent.is_alive():
-            while not orders.empty():
-                warm, scale, weights = pickle.loads(orders.get()) or (warm, scale, None)
-                if weights:
-                    policy.agent.load_state_dict(weights)
-                else:
-                    put(state=collector.state_dict())
-            put(**collector.step(warm, scale))
-    except Exception:  # whatever it is: the learner's process stops the run with it
-        put(error=traceback.format_exc().strip().splitlines()[-1])
-
-
-class Remote:
-    """A collector in a process of its own: a bounded queue of steps comes from there, weights go there."""
-
-    def __init__(self, args: Args, agent: Agent, content: dict, state: dict | None):
-        context = multiprocessing.get_context("spawn")
-        self.agent, self.orders, self.results = agent, context.Queue(), context.Queue(args.async_queue)
-        self.process = context.Process(target=act_apart, daemon=True, args=(
-            make_envs, args, content, state, self.orders, self.results))
-        self.process.start()
-        self.now, self.sent, self.left = self.next()["first"], 0.0, []
-
-    def next(self) -> dict:
-        """What the actor sent. Raises ChildProcessError where it failed or died."""
-        while True:
-            try:
-                found = pickle.loads(self.results.get(timeout=0.5))
-                break
-            except queues.Empty:
-                if not self.process.is_alive():
-                    raise ChildProcessError(f"the actor's process died, status {self.process.exitcode}") from None
-        if "error" in found:
-            raise ChildProcessError("the actor's process failed: " + found["error"])
-        return found
-
-    def collect(self, warm: bool, scale: float, wait: bool):
-        """Find the steps that were taken, at least one with `wait`. Hands new weights over, twice a second."""
-        if time.monotonic() - self.sent > 0.5:
-            self.orders.put(pickle.dumps((warm, scale, {k: v.cpu() for k, v in self.agent.state_dict().items()})))
-            self.sent = time.monotonic()
-        while wait and not self.left or len(self.left) < 16 and not self.results.empty():
-            self.left.append(self.next())
-
-    def state_dict(self) -> dict:
-        """The collector's state; the steps before it are in `left`."""
-        self.orders.put(pickle.dumps(None))
-        while "state" not in (found := self.next()):
-            self.left.append(found)
-        return found["state"]
-
-    def close(self):
-        self.process.terminate()
+    env, eval_env = make(args, torch.device(args.device))
+    eval_env.close()
+    policy = Policy(content, args.device, env)
+    collector = Collector(args, env, policy.base, policy.agent, args.device)
+    if state:
+        collector.load_state_dict(state)
+    return collector
 
 
 def check_finite(modules: dict, metrics: dict, when: str, checkpoint: Path):
@@ -1280,8 +1177,9 @@ def clone(args: Args, base: ChunkPolicy, demos: tuple[Replay, Replay | None], ru
 def train(args: Args) -> dict:
     """Clone, then train the residual; or with --evaluate only evaluate.
 
-    -> metrics of the last evaluation, counters, and `run`, the folder. Raises ValueError or FileNotFoundError for
-    arguments that do not fit, FloatingPointError at the first NaN.
+    -> metrics of the last evaluation, counters, and `run`, the folder. Raises ValueError, FileNotFoundError or
+    ImportError for arguments that do not fit, FloatingPointError at the first NaN, ChildProcessError where an actor
+    apart fails.
     """
     args.check()
     device = torch.device(args.device)
@@ -1308,7 +1206,7 @@ def train(args: Args) -> dict:
     print(f"{run}: {args.env_id}, {args.mode}, recipe {args.recipe}; defaults changed by TUNED: "
           f"{tuned_defaults(args.env_id, args.device, args.mode, args.recipe)}")
     now = dict(global_step=0, best=-1.0, wall_time=0.0, train_time=0.0, scale=1.0, fallback=1.0, base_success=0.0,
-               lowest=1.0) | saved.get("now", {})
+               lowest=1.0, episodes=0, judged=0, outcomes=[]) | saved.get("now", {})
     base, agent = load_base(args, shapes, env, device, given.get("base")), None
     cloned = isinstance(base, ChunkPolicy)
 
@@ -1332,8 +1230,8 @@ def train(args: Args) -> dict:
     # phase 1: cloning
     generator = torch.Generator(device).manual_seed(1_000_003 * args.seed + 1)
     if cloned and (saved["phase"] == "clone" if saved else not given):
-        stored = [store_demos(part, Still(shapes["action"]), args, device) if part else None for part in parts]
-        base.normalize.fit(stored[0].data["state"][: stored[0].head, 0])
+        stored = [store_demos(part, None, args, device) if part else None for part in parts]
+        base.normalize.fit(stored[0].data["state"][: int(stored[0].head), 0])
         clone(args, base, stored, run, evaluate_now, content, saved, generator)
         saved = {}
     if cloned:
@@ -1349,78 +1247,68 @@ def train(args: Args) -> dict:
     torch.manual_seed(args.seed + 1)  # so that the first weights do not depend on the cloning
     agent = Agent(args, shapes, device)
     if demos:
-        agent.encoder.normalize.fit(demos.data["state"][: demos.head, 0])
+        agent.encoder.normalize.fit(demos.data["state"][: int(demos.head), 0])
     elif cloned:
         agent.encoder.normalize.load_state_dict(base.normalize.state_dict())
     if saved:
         agent.load_state_dict(saved["agent"])
     if args.async_:
         env.close()
-        collector = Remote(args, agent, content(), saved.get("collector"))
+        collector = importlib.import_module("envs.apart").Apart(
+            open_apart, (make_envs, args, content(), saved.get("collector")), run / "journal.pkl", args.save_buffer,
+            args.async_queue, lambda: {"weights": {k: v.cpu() for k, v in agent.state_dict().items()}})
     else:
         collector = Collector(args, env, base, agent, device)
     replay = Replay(collector.now, shapes["action"], args.buffer_size // args.num_envs, args.n_step, args.gamma, device)
     kind = {"filtered-bc": Cloner, "ppo-residual": OnPolicy}.get(args.mode, Learner)
     learner = kind(agent, base, replay, demos, args, generator)
-    outcomes, window = deque(maxlen=ROLLING), deque(maxlen=ROLLING // 2)
     if saved:
         learner.load_state_dict(saved["learner"]), replay.load_state_dict(saved["replay"])
         if not args.async_ and saved["collector"]:
             collector.load_state_dict(saved["collector"])
-        outcomes.extend(saved["outcomes"]), window.extend(saved["window"])
         torch.set_rng_state(saved["rng"])
-    ended, results = 0, {}
+    results = {}
     first, born, begin = dict(now), START - now["wall_time"], time.perf_counter() - now["train_time"]
     bar = tqdm(total=args.total_timesteps, initial=now["global_step"], unit="step", mininterval=1)
-    journal = run / "journal.pkl"  # --async: steps since the last checkpoint
-
-    def take(step: dict):
-        nonlocal ended
-        learner.add(step)
-        learner.note({"train/took": step["log"]["took"], "train/moved": step["log"]["moved"]})
-        outcomes.extend(step["log"]["outcomes"]), window.extend(step["log"]["outcomes"])
-        now["global_step"], ended = now["global_step"] + args.num_envs, ended + len(step["log"]["outcomes"])
-        if len(outcomes) == ROLLING:
-            now["lowest"] = min(now["lowest"], sum(outcomes) / ROLLING)
 
     def take_all() -> int:
         """Store the steps that wait in the collector. -> transitions"""
         before = now["global_step"]
         while collector.left:
             step = collector.left.pop(0)
-            take(step)
-            if args.async_ and args.save_buffer:
-                with journal.open("ab") as file:
-                    pickle.dump(step, file)
+            learner.add(step)
+            learner.note({f"train/{k}": step["log"][k] for k in ("took", "moved")})
+            now["outcomes"] = [*now["outcomes"], *step["log"]["outcomes"]][-ROLLING:]
+            now["episodes"] += len(step["log"]["outcomes"])
+            now["global_step"] += args.num_envs
+            if len(now["outcomes"]) == ROLLING:
+                now["lowest"] = min(now["lowest"], sum(now["outcomes"]) / ROLLING)
         return now["global_step"] - before
 
     def rolling(otherwise: float) -> float:
-        return sum(outcomes) / len(outcomes) if outcomes else otherwise
-
-    def tick(moment: float):
-        now.update(wall_time=time.time() - born, train_time=moment - begin)
+        return sum(now["outcomes"]) / len(now["outcomes"]) if now["outcomes"] else otherwise
 
     def save_all(state: dict | None):
         save(run / "checkpoint.pt", content() | dict(
-            phase="residual", learner=learner.state_dict(), collector=state, outcomes=list(outcomes), ended=ended,
-            window=list(window), rng=torch.get_rng_state(), replay=replay.state_dict() if args.save_buffer else None))
-        journal.unlink(missing_ok=True)
+            phase="residual", learner=learner.state_dict(), collector=state, rng=torch.get_rng_state(),
+            replay=replay.state_dict() if args.save_buffer else None))
+        if args.async_:
+            collector.forget()
 
     def evaluate_and_save(last: bool):
         nonlocal results, begin
         pause = time.perf_counter()
         state = collector.state_dict()
         take_all()  # what an actor apart did before it told its state
-        tick(pause)
+        now.update(wall_time=time.time() - born, train_time=pause - begin)
         shown = args.capture_video and (last or not now["global_step"] or args.obs == "pixels")
         video = run / f"videos/step_{now['global_step']:09d}.mp4" if shown else None
         results = evaluate_now(video)
-        train_success = rolling(now["base_success"])
-        row = {k: now[k] for k in CLOCK} | results | {"train/rolling_success": train_success} | {
-            f"train/{k}": now[k] for k in ("lowest", "base_success")}
-        write_row(run / "eval.csv", row, args.track, video)
-        success = results["eval/success_rate"]
-        bar.write(f"{now['global_step']} steps: success {success:.3f}, training {train_success:.3f}")
+        success, training = results["eval/success_rate"], rolling(now["base_success"])
+        write_row(run / "eval.csv", {k: now[k] for k in CLOCK} | results | {
+            "train/rolling_success": training, "train/lowest": now["lowest"],
+            "train/base_success": now["base_success"]}, args.track, video)
+        bar.write(f"{now['global_step']} steps: success {success:.3f}, training {training:.3f}")
         if success >= now["best"]:
             now["best"] = success
             save(run / "best.pt", content())
@@ -1430,11 +1318,7 @@ def train(args: Args) -> dict:
     try:
         if not saved:
             evaluate_and_save(last=False)
-        elif args.async_ and journal.exists():  # killed: what was recorded after the checkpoint, then new episodes
-            with journal.open("rb") as file, contextlib.suppress(EOFError, pickle.UnpicklingError):
-                while True:
-                    take(pickle.load(file))
-        if saved and not saved["collector"] or args.async_ and journal.exists():
+        elif take_all() or not saved["collector"]:  # of a journal, or without the actor's state: new episodes
             replay.cut(collector.now)
         while now["global_step"] < args.total_timesteps:
             # act, step and store
@@ -1442,13 +1326,13 @@ def train(args: Args) -> dict:
             ramp = (before - args.learning_starts) / args.ramp_steps if args.ramp_steps else 1.0
             now["scale"] = min(max(ramp, 0.0), 1.0) * now["fallback"]
             if learner.now["owed"] <= args.async_queue * args.num_envs * max(args.utd, 1):  # an actor far ahead waits
-                collector.collect(warm, now["scale"], learner.now["owed"] < 1)
+                collector.collect(learner.now["owed"] < 1, warm=warm, scale=now["scale"])
             transitions = take_all()
             bar.update(transitions)
-            if args.fallback and len(window) == window.maxlen and not warm:  # guard (e)
-                worse = sum(window) / len(window) < now["base_success"] - args.fallback
+            if args.fallback and now["episodes"] - now["judged"] >= ROLLING // 2 and not warm:  # guard (e)
+                worse = sum(now["outcomes"][-ROLLING // 2:]) / (ROLLING // 2) < now["base_success"] - args.fallback
                 now["fallback"] = now["fallback"] / 2 if worse else min(1.0, now["fallback"] * 2)
-                window.clear()
+                now["judged"] = now["episodes"]
 
             # update
             if not warm:
@@ -1467,29 +1351,25 @@ def train(args: Args) -> dict:
             if eval_due or before // args.log_freq != now["global_step"] // args.log_freq:
                 metrics = learner.read()
                 check_finite({"agent": agent}, metrics, f"step {now['global_step']}", run / "checkpoint.pt")
-                tick(time.perf_counter())
+                now.update(wall_time=time.time() - born, train_time=time.perf_counter() - begin)
                 speed = (now["global_step"] - first["global_step"]) / (now["train_time"] - first["train_time"])
-                metrics = {"train/rolling_success": rolling(0.0), "train/episodes": ended, "train/scale": now["scale"],
-                           "train/took": 0.0, "train/moved": 0.0, "train/nan_resets": int(env.nan_resets),
-                           "time/sps": speed} | metrics
+                metrics = {"train/rolling_success": rolling(0.0), "train/episodes": now["episodes"],
+                           "train/scale": now["scale"], "train/took": 0.0, "train/moved": 0.0,
+                           "train/nan_resets": int(env.nan_resets), "time/sps": speed} | metrics
                 bar.set_postfix_str(f"success {rolling(0.0):.2f}")
                 if "loss/actor" in metrics or "loss/clone" in metrics:  # the first row names the columns
                     write_row(run / "metrics.csv", {k: now[k] for k in CLOCK} | metrics, args.track)
             if eval_due:
                 evaluate_and_save(last)
-    except (ChildProcessError, KeyboardInterrupt) as error:
+    except (ChildProcessError, KeyboardInterrupt):
         if args.async_:
-            with contextlib.suppress(ChildProcessError):
-                while not collector.results.empty():
-                    collector.left.append(collector.next())
+            collector.drain()
             take_all()
             save_all(None)
             print(f"stopped; what was recorded is in {run}/checkpoint.pt: --resume {run}", file=sys.stderr)
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        raise ValueError(error) from None
+        raise
     finally:
-        for part in (bar, collector, eval_env):
+        for part in (bar, eval_env, collector if args.async_ else env):
             part.close()
     return results | {k: now[k] for k in (*CLOCK, "lowest", "base_success")} | {"run": str(run)}
 
@@ -1497,6 +1377,6 @@ def train(args: Args) -> dict:
 if __name__ == "__main__":
     try:
         train(parse_args())
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, FileNotFoundError, ImportError, ChildProcessError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -367,6 +367,23 @@ def read(
         return [_read_one(path, file["data"][name], name, keys, until_success) for name in names[:limit]]
 
 
+def read_successes(path: str | Path, obs_keys: Sequence[str]) -> tuple[list[dict], list[dict]]:
+    """What `read` gives of the demonstrations that succeed, each up to its first success: to train on, and to validate.
+
+    Validation is the file's list `mask/valid` or, where it has none, every tenth of its demonstrations.
+    """
+    found = read(path, obs_keys, until_success=True)
+    try:
+        names = {demo["name"] for demo in read(path, ("state",), "valid")}
+    except ValueError:
+        names = {demo["name"] for demo in found[9::10]}
+    found = [demo for demo in found if demo["success"].any()]
+    train, valid = ([demo for demo in found if (demo["name"] in names) == which] for which in (False, True))
+    if not train:
+        raise ValueError(f"{path} has no successful demonstration to train on: record more")
+    return train, valid
+
+
 def _read_one(path, group, name: str, keys: dict[str, tuple[str, ...]], until_success: bool) -> dict[str, Any]:
     try:
         actions = group["actions"][()].astype(np.float32)

@@ -297,7 +297,7 @@ def test_demonstrations_stop_at_the_first_success_and_failures_are_left_out(tmp_
     demos, valid = rf.read_demos(arguments(tmp_path))
     assert [len(demo["actions"]) for demo in demos] == [3, 2] and valid == []
     assert demos[0]["final_obs"]["state"].tolist() == [6, 7] and demos[1]["final_obs"] is None
-    replay = rf.store_demos(demos, rf.Still(2), arguments(tmp_path), CPU)
+    replay = rf.store_demos(demos, None, arguments(tmp_path), CPU)
     assert replay.data["rewards"][:7, 0].tolist() == [0, 0, 1, 0, 0, 1, 0]
     assert replay.data["last"][:7, 0].tolist() == [False, False, False, True, False, False, True]
 
@@ -305,7 +305,7 @@ def test_demonstrations_stop_at_the_first_success_and_failures_are_left_out(tmp_
 def test_chunks_for_cloning_end_with_the_episode_and_failures_weigh_nothing(dots):
     args = arguments(dots)
     demos, _ = rf.read_demos(args)
-    replay = rf.store_demos(demos, rf.Still(2), args, CPU)
+    replay = rf.store_demos(demos, None, args, CPU)
     batch = replay.sample_chunks(200, 4, generator())
     by_state = {tuple(np.round(demo["obs"]["state"][t], 5)): (demo, t)
                 for demo in demos for t in range(len(demo["actions"]))}
@@ -658,7 +658,7 @@ def test_a_dead_actor_stops_the_run_with_its_error_and_nothing_recorded_is_lost(
         return before(self, transitions, *rest)
 
     monkeypatch.setattr(rf.Learner, "run", run)
-    with pytest.raises(ValueError, match="the actor's process died, status -9"):
+    with pytest.raises(ChildProcessError, match="the actor's process died, status -9"):
         rf.train(arguments(dots, name="a", async_=True, save_buffer=True, total_timesteps=100_000, eval_freq=50_000,
                            buffer_size=300_000))
     file = rf.load_file("runs/a/checkpoint.pt")
@@ -673,7 +673,7 @@ def test_a_dead_actor_stops_the_run_with_its_error_and_nothing_recorded_is_lost(
 
 def test_an_error_in_the_actors_process_is_told(dots, monkeypatch):
     monkeypatch.setattr(rf, "make_envs", make_broken_dots)
-    with pytest.raises(ValueError, match="the actor's process failed: RuntimeError: the arm is unplugged"):
+    with pytest.raises(ChildProcessError, match="the actor's process failed: RuntimeError: the arm is unplugged"):
         rf.train(arguments(dots, name="a", async_=True))
 
 
