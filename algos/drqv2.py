@@ -120,6 +120,7 @@ class Args:
     renderer: Literal["auto", "egl", "osmesa", "warp"] = "auto"  # who draws (DeepMind Control)
     fast_render: bool = False  # no shadows and no smoothing: a simpler picture, drawn faster (DeepMind Control)
     workers: int | None = None  # processes that simulate (DeepMind Control); None: one for each of several envs
+    overlap: bool = False  # update while the environments step, on the data from before it (DeepMind Control)
 
     # algorithm
     buffer_size: int = 1_000_000  # frames kept, one a transition and one more at an episode's end, over all envs
@@ -166,6 +167,8 @@ class Args:
             "--learning-starts must be at least (--n-step + 1) x --num-envs": self.learning_starts < least * n,
             "--buffer-size must be at least (--n-step + --frame-stack + 2) x --num-envs and --learning-starts":
                 self.buffer_size < max((least + self.frame_stack + 1) * n, self.learning_starts),
+            "--overlap is for DeepMind Control's tasks":
+                self.overlap and (self.env_id == "dot_reach" or self.env_id.startswith("SO101")),
             "--device must be cpu or cuda": self.device.split(":")[0] not in ("cpu", "cuda"),
             "--cudagraphs needs --device cuda": self.cudagraphs and not cuda,
             "there is no CUDA device here: use --device cpu, and no --buffer-device cuda":
@@ -789,8 +792,12 @@ def train(args: Args) -> dict:
                 mean = agent.actor(agent.encoder(present["rgb"]), present["state"])
                 actions = noisy_actions(mean, std, torch.randn(shape, generator=random["act"], device=device))
 
-        # step
-        obs, rewards, terminations, truncations, info = env.step(actions)
+        # step, and with --overlap update meanwhile
+        meanwhile = args.overlap and filled >= args.learning_starts
+        if meanwhile:
+            env.step_begin(actions)
+            learner.run(args.num_envs, std)
+        obs, rewards, terminations, truncations, info = env.step_end() if meanwhile else env.step(actions)
 
         # store
         dones = terminations | truncations
@@ -802,7 +809,7 @@ def train(args: Args) -> dict:
         bar.update(args.num_envs)
 
         # update
-        if filled >= args.learning_starts:
+        if filled >= args.learning_starts and not meanwhile:
             learner.run(args.num_envs, std)
 
         # log

@@ -146,6 +146,7 @@ class Args:
     renderer: Literal["auto", "egl", "osmesa", "warp"] = "auto"  # who draws (DeepMind Control)
     fast_render: bool = False  # no shadows and no smoothing: a simpler picture, drawn faster (DeepMind Control)
     workers: int | None = None  # processes that simulate (DeepMind Control); None: one for each of several envs
+    overlap: bool = False  # update while the environments step, on the data from before it (DeepMind Control)
 
     # algorithm
     encoder: Literal["separate", "critic", "autoencoder"] = "critic"  # who trains the convolutions: the table on top
@@ -201,6 +202,8 @@ class Args:
             "--learning-starts must cover --n-step steps of all environments: raise it": least < self.n_step,
             "--buffer-size must exceed --learning-starts by some episodes: raise it":
                 self.buffer_size // max(self.num_envs, 1) <= least + self.n_step + self.frame_stack + 1,
+            "--overlap is for DeepMind Control's tasks":
+                self.overlap and (self.env_id == "dot_reach" or self.env_id.startswith("SO101")),
             "--device must be cpu or cuda": self.device.split(":")[0] not in ("cpu", "cuda"),
             "--cudagraphs needs --device cuda": self.cudagraphs and not cuda,
             "there is no CUDA device here: use --device cpu": cuda and not torch.cuda.is_available(),
@@ -942,8 +945,12 @@ def train(args: Args) -> dict:
                 features = agent.policy_features(center(present["rgb"], args))
                 actions, _ = sample_actions(agent.actor, features, present["state"], noise)
 
-        # step and store
-        obs, rewards, terminations, truncations, info = env.step(actions)
+        # step, with --overlap update meanwhile, and store
+        meanwhile = args.overlap and now["global_step"] - empty_until >= args.learning_starts
+        if meanwhile:
+            env.step_begin(actions)
+            learner.run()
+        obs, rewards, terminations, truncations, info = env.step_end() if meanwhile else env.step(actions)
         dones = terminations | truncations
         discounts = info.get("discount", torch.ones_like(rewards)) * ~terminations
         replay.add(actions, rewards, discounts, dones, info["final_obs"], obs)
@@ -951,7 +958,7 @@ def train(args: Args) -> dict:
 
         # update
         before, now["global_step"] = now["global_step"], now["global_step"] + args.num_envs
-        if now["global_step"] - empty_until >= args.learning_starts:
+        if now["global_step"] - empty_until >= args.learning_starts and not meanwhile:
             learner.run()
         bar.update(args.num_envs)
 

@@ -83,7 +83,7 @@ def choose_renderer(wish: str = "auto", set_by_user: str | None = None, cuda: bo
 
 # --------------------------------------------------------------------------------------------- where physics runs ----
 class _Here:
-    """A `Group` of dmc_worker in this process, asked as `_Process` is."""
+    """A `Group` of dmc_worker in this process, asked as `_Process` is; a GPU computes while it answers."""
 
     def __init__(self, *opening):
         from envs import dmc_worker
@@ -91,10 +91,10 @@ class _Here:
         self.group = dmc_worker.Group(*opening)
 
     def ask(self, name: str, *arguments) -> None:
-        self.answer = getattr(self.group, name)(*arguments)
+        self.question = functools.partial(getattr(self.group, name), *arguments)
 
     def receive(self):
-        return self.answer
+        return self.question()
 
     def close(self) -> None:
         self.group = None

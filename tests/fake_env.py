@@ -46,6 +46,12 @@ class FakeEnv:
         obs = {"rgb": rgb.repeat(1, 1, 1, self.image_shape[2] // 3), "state": noise}
         return obs | ({"privileged": self.place.clone()} if self.privileged_dim else {})
 
+    def step_begin(self, actions):
+        self.actions = actions
+
+    def step_end(self):
+        return self.step(self.actions)
+
     def step(self, actions):
         self.steps += 1
         self.place = (self.place + 0.3 * actions.clamp(-1, 1)).clamp(-1, 1)
