@@ -169,6 +169,8 @@ class Args:
                 self.buffer_size < max((least + self.frame_stack + 1) * n, self.learning_starts),
             "--overlap is for DeepMind Control's tasks":
                 self.overlap and (self.env_id == "dot_reach" or self.env_id.startswith("SO101")),
+            "--track needs Weights & Biases: pip install -e '.[track]'":
+                self.track and importlib.util.find_spec("wandb") is None,
             "--device must be cpu or cuda": self.device.split(":")[0] not in ("cpu", "cuda"),
             "--cudagraphs needs --device cuda": self.cudagraphs and not cuda,
             "there is no CUDA device here: use --device cpu, and no --buffer-device cuda":

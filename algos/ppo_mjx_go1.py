@@ -166,16 +166,19 @@ class Args:
     def check(self):
         """Raises ValueError at the first choice that cannot work. (In __post_init__ the parser would reword it.)"""
         devices = self.device_count
+        few = [name.replace("_", "-") for name, value in asdict(self).items() if name not in ("seed", "devices")
+               and (type(value) is int and value < 1 or name == "hidden" and min(value, default=0) < 1)]
         for message, wrong in {
             "--resume continues a run, --checkpoint starts one: give only one": self.resume and self.checkpoint,
             "--evaluate needs --checkpoint FILE": self.evaluate and not self.checkpoint,
             "--export-onnx needs --checkpoint FILE": self.export_onnx and not self.checkpoint,
-            "--num-seeds, --eval-episodes, --unroll-length and --update-epochs must be at least 1":
-                min(self.num_seeds, self.eval_episodes, self.unroll_length, self.update_epochs) < 1,
+            f"--{', --'.join(few)} must be at least 1": few,
+            "--track needs Weights & Biases: pip install -e '.[track]'":
+                self.track and importlib.util.find_spec("wandb") is None,
             f"there are only {jax.device_count()} devices: lower --devices": devices > jax.device_count(),
             "--backend mujoco-c learns on one device: use --devices 1": self.backend == "mujoco-c" and devices > 1,
             f"--num-envs must be a multiple of --num-minibatches x devices, {self.num_minibatches} x {devices}":
-                self.num_envs % (self.num_minibatches * devices),
+                self.num_envs % max(self.num_minibatches * devices, 1),
             "--gae brax and --distill cannot be combined": self.gae == "brax" and self.distill,
         }.items():
             if wrong:

@@ -204,6 +204,8 @@ class Args:
                 self.buffer_size // max(self.num_envs, 1) <= least + self.n_step + self.frame_stack + 1,
             "--overlap is for DeepMind Control's tasks":
                 self.overlap and (self.env_id == "dot_reach" or self.env_id.startswith("SO101")),
+            "--track needs Weights & Biases: pip install -e '.[track]'":
+                self.track and importlib.util.find_spec("wandb") is None,
             "--device must be cpu or cuda": self.device.split(":")[0] not in ("cpu", "cuda"),
             "--cudagraphs needs --device cuda": self.cudagraphs and not cuda,
             "there is no CUDA device here: use --device cpu": cuda and not torch.cuda.is_available(),

@@ -181,6 +181,8 @@ class Args:
             "--num-minibatches must divide --num-envs x --horizon": self.num_critics and batches % 1,
             "--alpha and --target-entropy-scale must be above 0, --target-decay in [0, 1)":
                 min(self.alpha, self.target_entropy_scale) <= 0 or not 0 <= self.target_decay < 1,
+            "--track needs Weights & Biases: pip install -e '.[track]'":
+                self.track and importlib.util.find_spec("wandb") is None,
             f"--device {self.device}: cpu, cuda or cuda:N": not re.fullmatch(r"cpu|cuda(:\d+)?", self.device),
             "there is no CUDA here: use --device cpu": self.device[:4] == "cuda" and not torch.cuda.is_available(),
         }.items():

@@ -152,21 +152,27 @@ class Args:
 
     def check(self):
         """Raises ValueError at the first choice that cannot work. (In __post_init__ the parser would reword it.)"""
-        least, cuda = self.learning_starts // self.num_envs, self.device.startswith("cuda")  # rows at the first update
+        cuda, least = self.device.startswith("cuda"), self.learning_starts // max(self.num_envs, 1)  # rows at the start
+        few = [name.replace("_", "-") for name, value in asdict(self).items()
+               if type(value) is int and value < 1 and name != "seed"]
         for message, wrong in {
             "--resume continues a run, --checkpoint starts one: give only one": self.resume and self.checkpoint,
-            "--eval-episodes must be a multiple of --eval-envs": self.eval_episodes % self.eval_envs,
             "--evaluate needs --checkpoint FILE": self.evaluate and not self.checkpoint,
-            "--num-updates must be a multiple of --policy-frequency": self.num_updates % self.policy_frequency,
+            f"--{', --'.join(few)} must be at least 1": few,
+            "--eval-episodes must be a multiple of --eval-envs": self.eval_episodes % max(self.eval_envs, 1),
+            "--num-updates must be a multiple of --policy-frequency": self.num_updates % max(self.policy_frequency, 1),
             "--target-network-frequency must divide --policy-frequency":
-                self.policy_frequency % self.target_network_frequency,
+                self.policy_frequency % max(self.target_network_frequency, 1),
             "--image-size-max must not be below --image-size": self.image_size > self.store_size,
             "--render-size must not be below the image size": self.store_size > self.render_size,
             "--image-size must be at least 10, the least that the convolutions take": self.image_size < 10,
             "--v-min must be below --v-max, with 2 atoms or more": self.v_min >= self.v_max or self.num_atoms < 2,
             "--learning-starts must cover --n-step + --frame-stack vector steps: raise it or lower --num-envs":
                 least < self.n_step + self.frame_stack - 1,
-            "--buffer-size must exceed --learning-starts: raise it": self.buffer_size // self.num_envs < least + 2,
+            "--buffer-size must exceed --learning-starts: raise it": self.buffer_size < (least + 2) * self.num_envs,
+            "--track needs Weights & Biases: pip install -e '.[track]'":
+                self.track and importlib.util.find_spec("wandb") is None,
+            "--device must be cpu or cuda": self.device.split(":")[0] not in ("cpu", "cuda"),
             "--cudagraphs needs --device cuda": self.cudagraphs and not cuda,
             "there is no CUDA device here: use --device cpu": cuda and not torch.cuda.is_available(),
         }.items():
