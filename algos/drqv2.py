@@ -712,7 +712,8 @@ def write_row(path: Path, row: dict, track: bool, video: Path | None = None):
 def train(args: Args) -> dict:
     """Train, or with --evaluate only evaluate. -> metrics of the last evaluation, counters, and `run`, the folder.
 
-    Raises ValueError or FileNotFoundError for arguments that do not fit, FloatingPointError at the first NaN.
+    Raises ValueError or FileNotFoundError for arguments that do not fit, FloatingPointError at the first NaN,
+    ChildProcessError where a process of the environments has died.
     """
     args.check()
     device = torch.device(args.device)
@@ -861,6 +862,6 @@ def train(args: Args) -> dict:
 if __name__ == "__main__":
     try:
         train(parse_args())
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, FileNotFoundError, FloatingPointError, ChildProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -127,7 +127,7 @@ class _Process:
             self._died()
 
     def receive(self):
-        """Raises RuntimeError where the process has died, and what it raised otherwise, in one line."""
+        """Raises ChildProcessError where the process has died, and what it raised otherwise, in one line."""
         try:
             fine, *answer = self.pipe.recv()
         except (EOFError, OSError):
@@ -146,7 +146,7 @@ class _Process:
             status = 0
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
         hint = "; out of memory? use fewer --num-envs" if status == -signal.SIGKILL else ""
-        raise RuntimeError(f"{self.name} has ended ({how}){hint}; what it said last stands above") from None
+        raise ChildProcessError(f"{self.name} has ended ({how}){hint}; what it said last stands above") from None
 
     def close(self) -> None:
         self.pipe.close()
@@ -172,7 +172,7 @@ class DMCEnv:
     camera: number or name. camera_jitter: at each episode's start the camera is moved along each axis by up to this
     share of the model's extent and turned by up to this many radians. colour_jitter: and each colour channel of each
     material by up to this much of 1. fast_render: OpenGL without shadows, multisampling and mirrors, which looks
-    different. samples_per_pixel: rays of the renderer "warp". workers: processes; 0 is none, None is one for each
+    different. samples_per_pixel: rays of the renderer "warp". workers: most processes; 0 is none, None is one for each
     environment, and none for a single one.
     """
 
@@ -188,8 +188,8 @@ class DMCEnv:
             raise ValueError(f"num_envs must be at least 1, image_size at least 4; got {num_envs} and {image_size}")
         if action_repeat < 1 or frame_stack < 1:
             raise ValueError(f"action_repeat and frame_stack must be at least 1; got {action_repeat} and {frame_stack}")
-        if workers is not None and not 0 <= workers <= num_envs:
-            raise ValueError(f"workers must be from 0 to num_envs, {num_envs}; got {workers}")
+        if workers is not None and workers < 0:
+            raise ValueError(f"workers must not be negative; got {workers}")
         if camera_jitter < 0 or not 0 <= colour_jitter <= 1:
             raise ValueError("camera_jitter must be at least 0, colour_jitter from 0 to 1")
         self.env_id, self.num_envs, self.device = env_id, num_envs, torch.device(device)
@@ -234,7 +234,7 @@ class DMCEnv:
     def _processes(self, workers: int | None) -> int:
         """How many processes. One where this process already has another OpenGL backend: it can have a single one."""
         if workers or (workers is None and self.num_envs > 1):
-            return workers or self.num_envs
+            return min(workers or self.num_envs, self.num_envs)
         if "dm_control" not in sys.modules:
             os.environ["MUJOCO_GL"] = _backend(self.renderer)
         return int(self.renderer != "warp" and os.environ.get("MUJOCO_GL") != self.renderer)
