@@ -189,7 +189,7 @@ class Args:
 
     def check(self):
         """Raises ValueError at the first choice that cannot work. (In __post_init__ the parser would reword it.)"""
-        cuda = self.device.startswith("cuda")
+        cuda, updates = self.device.startswith("cuda"), self.mode in OFF_POLICY
         for message, wrong in {
             "--resume continues a run, --checkpoint is for --evaluate: give only one": self.resume and self.checkpoint,
             "--evaluate needs --checkpoint FILE": self.evaluate and not self.checkpoint,
@@ -207,8 +207,7 @@ class Args:
             "--buffer-size must be at least --learning-starts and (--n-step + 4) x --num-envs":
                 self.buffer_size < max((self.n_step + 4) * self.num_envs, self.learning_starts),
             "--judge needs --num-envs 1": self.judge and self.num_envs != 1,
-            "--async needs a mode of its own learner: resfit, rlpd or ibrl": self.async_ and self.mode not in
-                OFF_POLICY,
+            "--async needs a mode of its own learner: resfit, rlpd or ibrl": self.async_ and not updates,
             "there is no CUDA device here: use --device cpu": cuda and not torch.cuda.is_available(),
         }.items():
             if wrong:
@@ -239,27 +238,17 @@ def parse_args(argv: list[str] | None = None) -> Args:
 def make_envs(args: Args, device: torch.device) -> tuple:
     """-> training environment (None with --evaluate), evaluation environment.
 
-    Anything with the contract in envs/__init__.py can stand here, if it knows success, and terminates at it or has
-    `restart(worlds)`.
+    Anything with the contract in envs/__init__.py can stand here, if it knows success and ends an episode there.
     """
     pixels, robosuite = args.obs == "pixels", args.env_id.startswith("robosuite/")
     options = dict(pictures=pixels, asymmetric=not pixels, render_size=args.image_size, cameras=args.cameras,
-                   stagger=False) | ({} if robosuite else {"end_on_success": True, "samples_per_pixel": 1})  # as demos
+                   stagger=False, end_on_success=True) | ({} if robosuite else {"samples_per_pixel": 1})  # as demos
     try:
         make = importlib.import_module("envs.robosuite_tasks" if robosuite else "envs.so101").make
         return (None if args.evaluate else make(args.env_id, args.num_envs, device, seed=args.seed, **options),
                 make(args.env_id, args.eval_envs, device, seed=EVAL_SEED, **options))
     except (ImportError, RuntimeError) as error:  # the environment's own messages
         raise ValueError(error) from error
-
-
-def step_to_success(env, actions: torch.Tensor) -> tuple:
-    """`env.step` without its rewards; success terminates an episode also where the environment would go on."""
-    obs, _, terminations, truncations, info = env.step(actions)
-    solved = info["success"] & ~terminations
-    if (going := solved & ~truncations).any():
-        obs = env.restart(going)
-    return obs, terminations | solved, truncations & ~solved, info
 
 
 def observe(obs: dict) -> dict:
@@ -308,12 +297,10 @@ class Normalizer(nn.Module):
 
     def __init__(self, dims: int):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(dims))
-        self.register_buffer("std", torch.ones(dims))
+        self.register_buffer("mean", torch.zeros(dims)), self.register_buffer("std", torch.ones(dims))
 
     def fit(self, states: torch.Tensor):
-        self.mean.copy_(states.mean(0))
-        self.std.copy_(states.std(0).clamp_min(0.01))
+        self.mean.copy_(states.mean(0)), self.std.copy_(states.std(0).clamp_min(0.01))
 
     def forward(self, state):
         return ((state - self.mean) / self.std).clamp(-10, 10)
@@ -492,8 +479,7 @@ class Queue:
             new = new[:, : self.execute].clamp(-1, 1)
             self.chunks, self.age = torch.where(due[:, None, None], new, self.chunks), torch.where(due, 0, self.age)
         base = self.chunks[torch.arange(len(due), device=self.device), self.age]
-        phase = self.age[:, None] / self.execute
-        self.age = self.age + 1
+        phase, self.age = self.age[:, None] / self.execute, self.age + 1
         return dict(base=base, phase=phase)
 
     def peek(self, obs: dict) -> dict:
@@ -522,13 +508,12 @@ class Replay:
 
     def __init__(self, obs: dict, action_dim: int, slots: int, n_step: int, gamma: float, device):
         self.slots, self.n_step, self.gamma, self.device = slots, n_step, gamma, torch.device(device)
-        n = len(obs["state"])
-        zeros = torch.zeros(n)
-        self.keys = tuple(obs)
-        slot = obs | dict(actions=torch.zeros(n, action_dim), rewards=zeros, discounts=zeros, last=zeros.bool(),
-                          good=zeros.bool())
+        zeros, self.keys = torch.zeros(len(obs["state"])), tuple(obs)
+        slot = obs | dict(actions=torch.zeros(len(zeros), action_dim), rewards=zeros, discounts=zeros,
+                          last=zeros.bool(), good=zeros.bool())
         self.data = {k: torch.zeros((slots, *v.shape), dtype=v.dtype, device=device) for k, v in slot.items()}
-        self.head, self.worlds = torch.zeros(n, dtype=torch.int64, device=device), torch.arange(n, device=device)
+        self.worlds = torch.arange(len(zeros), device=device)
+        self.head = torch.zeros_like(self.worlds)
         self.start = self.head.clone()  # slot of the present episode's first observation
         self._open(self.head, obs)
 
@@ -603,9 +588,8 @@ class Replay:
     def sample_chunks(self, batch_size: int, chunk: int, generator: torch.Generator) -> dict:
         """For cloning: obs, the `chunk` actions from there on (B, K, A), weights (B, K): 0 beyond a good episode."""
         slot, world = self._draw(batch_size, generator, self.head - 1)
-        at = slot[:, None] + torch.arange(chunk, device=self.device)
-        inside = at < self.head[world, None]
-        at, world_of = at % self.slots, world[:, None]
+        at, world_of = slot[:, None] + torch.arange(chunk, device=self.device), world[:, None]
+        inside, at = at < self.head[world_of], at % self.slots
         ended = (self.data["last"][at, world_of] | ~inside).long().cumsum(1) > 0
         weights = (~ended & self.data["good"][at, world_of]).float()
         return dict(obs=self._observe(slot, world), actions=self.data["actions"][at, world_of], weights=weights)
@@ -662,15 +646,6 @@ def clone_loss(base: ChunkPolicy, batch: dict, generator: torch.Generator):
     else:
         error = (base.decode(memory) - actions).abs()
     return (error.mean(-1) * weights).sum() / weights.sum().clamp(min=1)
-
-
-def clone_update(base: ChunkPolicy, batch: dict, optimizer, generator: torch.Generator) -> float:
-    """One step of the cloning. -> its loss"""
-    base.train()
-    loss = clone_loss(base, batch, generator)
-    descend(loss, optimizer, 10.0)
-    base.eval()
-    return float(loss.detach())
 
 
 def propose(base, residual, args: Args):
@@ -780,22 +755,19 @@ def update(agent: Agent, batch: dict, chance: dict, scale: float, with_actor: bo
     return metrics
 
 
-def value(agent: Agent, obs: dict) -> torch.Tensor:
-    """Of states (B,), for ppo-residual: the mean of the critics at the base's action."""
-    return agent.critics(agent.encoder(obs), obs["base"]).mean(0)
-
-
 @torch.no_grad()
 def ppo_rows(agent: Agent, steps: list[dict], args: Args) -> dict:
     """Steps of N environments -> rows (B, ...) of obs, raw residuals, their log probability (but for a constant; the
 
-    deviation stays --noise), returns and generalised advantages, lambda 0.95.
+    deviation stays --noise), returns and generalised advantages, lambda 0.95. A state's value is the mean of the
+    critics at the base's action.
     """
     obs, after = join([step["log"]["obs"] for step in steps]), join([step["final_obs"] for step in steps])
     mean, raw = (torch.cat([step["log"][k] for step in steps]) for k in ("mean", "raw"))
     rewards, discounts, dones = (torch.stack([step[k] for step in steps]).float()
                                  for k in ("rewards", "discounts", "dones"))
-    values, next_values = (value(agent, part).view_as(rewards) for part in (obs, after))
+    values, next_values = (agent.critics(agent.encoder(part), part["base"]).mean(0).view_as(rewards)
+                           for part in (obs, after))
     advantages = rewards + args.gamma * discounts * next_values - values
     for t in range(len(advantages) - 2, -1, -1):
         advantages[t] += args.gamma * 0.95 * (1 - dones[t]) * advantages[t + 1]
@@ -823,9 +795,9 @@ def join(batches: list[dict]) -> dict:
 class Learner:
     """Runs the updates that are owed, and keeps their metrics."""
 
-    def __init__(self, agent: Agent, base, replay: Replay, demos: Replay | None, args: Args, generator):
+    def __init__(self, agent: Agent | None, base, replay: Replay | None, demos: Replay | None, args: Args, generator):
         self.agent, self.base, self.replay, self.demos = agent, base, replay, demos
-        self.args, self.generator, self.optimizers = args, generator, agent.optimizers
+        self.args, self.generator, self.optimizers = args, generator, agent.optimizers if agent else {}
         self.now, self.metrics = dict(owed=0.0, updates=0), defaultdict(list)
         self.until, self.steps = None, []  # head of the buffer at the end of warm-up; of OnPolicy: steps to learn from
 
@@ -874,27 +846,33 @@ class Learner:
         return means
 
     def state_dict(self) -> dict:
-        return dict(now=self.now, until=self.until, steps=self.steps, generator=self.generator.get_state(),
-                    optimizers={use: optimizer.state_dict() for use, optimizer in self.optimizers.items()})
+        return dict(now=self.now, until=self.until, steps=self.steps, optimizers={
+            use: optimizer.state_dict() for use, optimizer in self.optimizers.items()},
+            generator=self.generator.get_state(), rng=torch.get_rng_state())
 
     def load_state_dict(self, state: dict):
         self.now, self.until, self.steps = state["now"], state["until"], state["steps"]
-        self.generator.set_state(state["generator"])
         for use, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][use])
+        self.generator.set_state(state["generator"]), torch.set_rng_state(state["rng"])
 
 
 class Cloner(Learner):
-    """--mode filtered-bc: the base goes on being cloned, half from demonstrations, half from its own successes."""
+    """Clones the base, from demonstrations alone or, with --mode filtered-bc, half from its own successes."""
 
-    def __init__(self, *parts):
+    def __init__(self, *parts, **options):
         super().__init__(*parts)
-        self.optimizers = {"base": torch.optim.AdamW(self.base.parameters(), self.args.bc_lr)}
+        self.optimizers = {"base": torch.optim.AdamW(self.base.parameters(), self.args.bc_lr, **options)}
 
-    def step(self, scale: float, with_actor: bool):
-        half, chunk = self.args.bc_batch_size // 2, self.args.chunk
-        batch = join([buffer.sample_chunks(half, chunk, self.generator) for buffer in (self.demos, self.replay)])
-        self.note({"loss/clone": clone_update(self.base, batch, self.optimizers["base"], self.generator)})
+    def step(self, scale: float = 1.0, with_actor: bool = False):
+        buffers = [self.demos, self.replay] if self.replay is not None else [self.demos]
+        size = self.args.bc_batch_size // len(buffers)
+        self.base.train()
+        batch = join([buffer.sample_chunks(size, self.args.chunk, self.generator) for buffer in buffers])
+        loss = clone_loss(self.base, batch, self.generator)
+        descend(loss, self.optimizers["base"], 10.0)
+        self.base.eval()
+        self.note({"loss/clone": loss.detach()})
 
 
 class OnPolicy(Learner):
@@ -935,14 +913,14 @@ def evaluate(policy, env, args: Args, video: Path | None = None) -> dict:
                 frames.append(np.concatenate(list(env.render(range(min(4, env.num_envs)), size=160)), 1))
             actions = policy.act(obs)
             took.append(policy.took[running].float().mean())
-            obs, terminations, truncations, info = step_to_success(env, actions)
+            obs, _, terminations, truncations, info = env.step(actions)
             ends = terminations | truncations
             solved |= running & info["success"]
             length += running
             running &= ~ends  # each world counts once
             if not running.any():
                 break
-            policy.begin(ends)
+            policy.queue.reset(ends)
         success.append(solved), lengths.append(length)
     if video:
         video.parent.mkdir(parents=True, exist_ok=True)
@@ -1016,19 +994,14 @@ class Policy:
         self.args, self.spec, self.shapes = Args(**checkpoint["args"]), checkpoint["spec"], checkpoint["shapes"]
         self.device, self.now = torch.device(device), checkpoint["now"]
         self.base = load_base(self.args, self.shapes, env, device, checkpoint["base"])
-        self.agent = None
-        if checkpoint.get("agent"):
-            self.agent = Agent(self.args, self.shapes, self.device)
+        self.agent = Agent(self.args, self.shapes, self.device) if checkpoint["agent"] else None
+        if self.agent:
             self.agent.load_state_dict(checkpoint["agent"])
         self.reset(1)
 
     def reset(self, num_envs: int = 1):
-        """Begin episodes in `num_envs` environments."""
+        """Begin episodes in `num_envs` environments. (`queue.reset(worlds)` begins some of them.)"""
         self.queue = Queue(self.base, num_envs, self.args, self.shapes["action"], self.device)
-
-    def begin(self, worlds: torch.Tensor):
-        """Begin episodes in `worlds`, a mask (N,)."""
-        self.queue.reset(worlds)
 
     @torch.no_grad()
     def act(self, obs: dict) -> torch.Tensor:
@@ -1037,10 +1010,9 @@ class Policy:
         label, self.took = self.queue.act(obs), torch.zeros(len(obs["state"]), dtype=torch.bool, device=self.device)
         if self.agent is None or self.args.mode == "filtered-bc":
             return label["base"]
-        x = self.agent.encoder(observe(obs) | label)
-        scale = self.now["scale"]
-        proposal = propose(label["base"], scale * self.agent.actor(x, label["base"]), self.args)
-        actions, self.took = select(self.agent, x, label["base"], proposal, scale, self.args)
+        x, base, scale = self.agent.encoder(observe(obs) | label), label["base"], self.now["scale"]
+        proposal = propose(base, scale * self.agent.actor(x, base), self.args)
+        actions, self.took = select(self.agent, x, base, proposal, scale, self.args)
         return actions
 
 
@@ -1048,13 +1020,17 @@ class Policy:
 class Collector:
     """Steps the training environments by (2) and (6) and says what the buffer is to store."""
 
-    def __init__(self, args: Args, env, base, agent: Agent, device):
+    def __init__(self, args: Args, env, base, agent: Agent, device, state: dict | None = None):
         self.args, self.env, self.agent = args, env, agent
         self.queue = Queue(base, env.num_envs, args, env.action_dim, device)
         self.generator = torch.Generator(device).manual_seed(1_000_003 * args.seed)
         self.judge = load_named(args.judge) if args.judge else None
         self.left, self.noisy = [], torch.zeros(env.num_envs, dtype=torch.bool, device=device)  # left: to be stored
         self.begin(env.reset(seed=args.seed), torch.ones_like(self.noisy))
+        if state:  # go on from there
+            env.load_state_dict(pickle.loads(state["env"])), self.queue.load_state_dict(state["queue"])
+            self.now, self.noisy = state["now"], state["noisy"]
+            self.generator.set_state(state["generator"])
 
     def begin(self, obs: dict, worlds: torch.Tensor):
         """Act on `obs` next; episodes begin in `worlds`, a mask (N,), with or without noise in warm-up."""
@@ -1088,7 +1064,7 @@ class Collector:
             actions, took = select(self.agent, x, base, proposal, scale, args, heads)
             if args.mode == "ppo-residual":
                 log = dict(obs=self.now, mean=mean, raw=mean + noise)
-        obs, terminations, truncations, info = step_to_success(self.env, actions)
+        obs, _, terminations, truncations, info = self.env.step(actions)
         verdict = self.judge(info["final_obs"]) if self.judge else None
         if verdict is not None:  # a person ends the episode
             terminations = torch.ones_like(terminations)
@@ -1097,8 +1073,7 @@ class Collector:
         label = self.queue.peek(info["final_obs"]) if dones.any() else None  # from the old queue; differs (3)
         self.begin(obs, dones)
         ended, success = terminations if args.bootstrap_on_timeout else dones, info["success"] & dones
-        log |= dict(outcomes=success[dones].tolist(), took=float(took.float().mean()),
-                    moved=float((actions - base).abs().mean()))
+        log |= dict(took=float(took.float().mean()), moved=float((actions - base).abs().mean()))
         return dict(actions=actions, rewards=info["success"].float(), discounts=(~ended).float(), dones=dones, log=log,
                     success=success, final_obs=final | (label or {k: self.now[k] for k in ("base", "phase")}),
                     next_obs=self.now)
@@ -1107,12 +1082,6 @@ class Collector:
         return dict(env=pickle.dumps(self.env.state_dict()), queue=self.queue.state_dict(), now=self.now,
                     noisy=self.noisy, generator=self.generator.get_state())
 
-    def load_state_dict(self, state: dict):
-        self.env.load_state_dict(pickle.loads(state["env"]))
-        self.queue.load_state_dict(state["queue"])
-        self.now, self.noisy = state["now"], state["noisy"]
-        self.generator.set_state(state["generator"])
-
 
 def open_apart(make, args: Args, content: dict, state: dict | None) -> Collector:
     """The collector of --async, in a process of its own."""
@@ -1120,10 +1089,7 @@ def open_apart(make, args: Args, content: dict, state: dict | None) -> Collector
     env, eval_env = make(args, torch.device(args.device))
     eval_env.close()
     policy = Policy(content, args.device, env)
-    collector = Collector(args, env, policy.base, policy.agent, args.device)
-    if state:
-        collector.load_state_dict(state)
-    return collector
+    return Collector(args, env, policy.base, policy.agent, args.device, state)
 
 
 def check_finite(modules: dict, metrics: dict, when: str, checkpoint: Path):
@@ -1145,33 +1111,25 @@ def write_row(path: Path, row: dict, track: bool, video: Path | None = None):
         wandb.log(row | ({"eval/video": wandb.Video(str(video))} if video else {}))
 
 
-def clone(args: Args, base: ChunkPolicy, demos: tuple[Replay, Replay | None], run: Path, evaluate_now, content,
-          saved: dict, generator: torch.Generator):
-    """Phase 1: trains `base` in place. `content()`: the rest of a checkpoint; `saved`: one to go on from, or empty."""
-    optimizer = torch.optim.AdamW(base.parameters(), args.bc_lr, weight_decay=1e-4, fused=True)
-    first, losses = 0, []
-    if saved:
-        base.load_state_dict(saved["base"]), optimizer.load_state_dict(saved["clone"]["optimizer"])
-        generator.set_state(saved["clone"]["generator"]), torch.set_rng_state(saved["clone"]["rng"])
-        first = saved["clone"]["done"]
-    for done in tqdm(range(first + 1, args.bc_steps + 1), "cloning", args.bc_steps, initial=first, unit="update",
-                     mininterval=1):
-        batch = demos[0].sample_chunks(args.bc_batch_size, args.chunk, generator)
-        losses.append(clone_update(base, batch, optimizer, generator))
+def clone(learner: Cloner, valid: Replay | None, run: Path, evaluate_now, content):
+    """Phase 1: trains the base in place; `valid`: demonstrations kept apart, `content()`: the rest of a checkpoint."""
+    args, base, now = learner.args, learner.base, learner.now
+    for done in tqdm(range(now["updates"] + 1, args.bc_steps + 1), "cloning", args.bc_steps, initial=now["updates"],
+                     unit="update", mininterval=1):
+        learner.step()
+        now["updates"] = done
         if done % args.bc_eval_freq and done < args.bc_steps:
             continue
-        row = {"bc_step": done, "wall_time": time.time() - START, "loss/clone": sum(losses) / len(losses)}
-        losses.clear()
-        if demos[1]:
-            test = torch.Generator(generator.device).manual_seed(0)
+        row = {"bc_step": done, "wall_time": time.time() - START} | learner.read()
+        if valid is not None:
+            test = torch.Generator(learner.generator.device).manual_seed(0)
             with torch.no_grad():
-                row["loss/valid"] = float(clone_loss(base, demos[1].sample_chunks(1024, args.chunk, test), test))
+                row["loss/valid"] = float(clone_loss(base, valid.sample_chunks(1024, args.chunk, test), test))
         check_finite({"base": base}, row, f"update {done} of cloning", run / "checkpoint.pt")
         row["eval/success_rate"] = evaluate_now()["eval/success_rate"]
         write_row(run / "clone.csv", row, args.track)
         print(f"cloning, {done} updates: success {row['eval/success_rate']:.3f}")
-        save(run / "checkpoint.pt", content() | dict(phase="clone", clone=dict(
-            optimizer=optimizer.state_dict(), done=done, generator=generator.get_state(), rng=torch.get_rng_state())))
+        save(run / "checkpoint.pt", content() | dict(phase="clone", learner=learner.state_dict()))
 
 
 def train(args: Args) -> dict:
@@ -1208,7 +1166,7 @@ def train(args: Args) -> dict:
     now = dict(global_step=0, best=-1.0, wall_time=0.0, train_time=0.0, scale=1.0, fallback=1.0, base_success=0.0,
                lowest=1.0, episodes=0, judged=0, outcomes=[]) | saved.get("now", {})
     base, agent = load_base(args, shapes, env, device, given.get("base")), None
-    cloned = isinstance(base, ChunkPolicy)
+    cloned, off_policy = isinstance(base, ChunkPolicy), args.mode in OFF_POLICY
 
     def content() -> dict:  # all that Policy needs
         return dict(algo="resfit", args=asdict(args), shapes=shapes, spec=json.loads(json.dumps(eval_env.spec)),
@@ -1230,9 +1188,13 @@ def train(args: Args) -> dict:
     # phase 1: cloning
     generator = torch.Generator(device).manual_seed(1_000_003 * args.seed + 1)
     if cloned and (saved["phase"] == "clone" if saved else not given):
-        stored = [store_demos(part, None, args, device) if part else None for part in parts]
-        base.normalize.fit(stored[0].data["state"][: int(stored[0].head), 0])
-        clone(args, base, stored, run, evaluate_now, content, saved, generator)
+        stored, valid = (store_demos(part, None, args, device) if part else None for part in parts)
+        cloner = Cloner(None, base, None, stored, args, generator, weight_decay=1e-4, fused=True)
+        if saved:
+            cloner.load_state_dict(saved["learner"])
+        else:
+            base.normalize.fit(stored.data["state"][: int(stored.head), 0])
+        clone(cloner, valid, run, evaluate_now, content)
         saved = {}
     if cloned:
         base.eval().requires_grad_(args.mode == "filtered-bc")
@@ -1250,23 +1212,19 @@ def train(args: Args) -> dict:
         agent.encoder.normalize.fit(demos.data["state"][: int(demos.head), 0])
     elif cloned:
         agent.encoder.normalize.load_state_dict(base.normalize.state_dict())
-    if saved:
-        agent.load_state_dict(saved["agent"])
     if args.async_:
         env.close()
         collector = importlib.import_module("envs.apart").Apart(
             open_apart, (make_envs, args, content(), saved.get("collector")), run / "journal.pkl", args.save_buffer,
             args.async_queue, lambda: {"weights": {k: v.cpu() for k, v in agent.state_dict().items()}})
     else:
-        collector = Collector(args, env, base, agent, device)
+        collector = Collector(args, env, base, agent, device, saved.get("collector"))
     replay = Replay(collector.now, shapes["action"], args.buffer_size // args.num_envs, args.n_step, args.gamma, device)
     kind = {"filtered-bc": Cloner, "ppo-residual": OnPolicy}.get(args.mode, Learner)
     learner = kind(agent, base, replay, demos, args, generator)
     if saved:
-        learner.load_state_dict(saved["learner"]), replay.load_state_dict(saved["replay"])
-        if not args.async_ and saved["collector"]:
-            collector.load_state_dict(saved["collector"])
-        torch.set_rng_state(saved["rng"])
+        for part, key in ((agent, "agent"), (learner, "learner"), (replay, "replay")):
+            part.load_state_dict(saved[key])
     results = {}
     first, born, begin = dict(now), START - now["wall_time"], time.perf_counter() - now["train_time"]
     bar = tqdm(total=args.total_timesteps, initial=now["global_step"], unit="step", mininterval=1)
@@ -1278,8 +1236,8 @@ def train(args: Args) -> dict:
             step = collector.left.pop(0)
             learner.add(step)
             learner.note({f"train/{k}": step["log"][k] for k in ("took", "moved")})
-            now["outcomes"] = [*now["outcomes"], *step["log"]["outcomes"]][-ROLLING:]
-            now["episodes"] += len(step["log"]["outcomes"])
+            outcomes = step["success"][step["dones"]].tolist()
+            now["outcomes"], now["episodes"] = [*now["outcomes"], *outcomes][-ROLLING:], now["episodes"] + len(outcomes)
             now["global_step"] += args.num_envs
             if len(now["outcomes"]) == ROLLING:
                 now["lowest"] = min(now["lowest"], sum(now["outcomes"]) / ROLLING)
@@ -1290,13 +1248,13 @@ def train(args: Args) -> dict:
 
     def save_all(state: dict | None):
         save(run / "checkpoint.pt", content() | dict(
-            phase="residual", learner=learner.state_dict(), collector=state, rng=torch.get_rng_state(),
+            phase="residual", learner=learner.state_dict(), collector=state,
             replay=replay.state_dict() if args.save_buffer else None))
         if args.async_:
             collector.forget()
 
-    def evaluate_and_save(last: bool):
-        nonlocal results, begin
+    def evaluate_and_save(last: bool) -> dict:
+        nonlocal begin
         pause = time.perf_counter()
         state = collector.state_dict()
         take_all()  # what an actor apart did before it told its state
@@ -1314,15 +1272,16 @@ def train(args: Args) -> dict:
             save(run / "best.pt", content())
         save_all(state)
         begin += time.perf_counter() - pause
+        return results
 
     try:
         if not saved:
-            evaluate_and_save(last=False)
+            results = evaluate_and_save(last=False)
         elif take_all() or not saved["collector"]:  # of a journal, or without the actor's state: new episodes
             replay.cut(collector.now)
         while now["global_step"] < args.total_timesteps:
             # act, step and store
-            before, warm = now["global_step"], now["global_step"] < args.learning_starts and args.mode in OFF_POLICY
+            before, warm = now["global_step"], now["global_step"] < args.learning_starts and off_policy
             ramp = (before - args.learning_starts) / args.ramp_steps if args.ramp_steps else 1.0
             now["scale"] = min(max(ramp, 0.0), 1.0) * now["fallback"]
             if learner.now["owed"] <= args.async_queue * args.num_envs * max(args.utd, 1):  # an actor far ahead waits
@@ -1338,8 +1297,7 @@ def train(args: Args) -> dict:
             if not warm:
                 if learner.until is None:
                     learner.until = replay.head.clone()
-                    for _ in tqdm(range(args.critic_warmup * (args.mode in OFF_POLICY)), "critic warm-up",
-                                  mininterval=1, leave=False):
+                    for _ in tqdm(range(args.critic_warmup * off_policy), "critic warm-up", mininterval=1, leave=False):
                         learner.step(0.0, False)
                 if args.anneal:
                     learner.anneal(min(1.0, (1 - before / args.total_timesteps) / args.anneal))
@@ -1360,7 +1318,7 @@ def train(args: Args) -> dict:
                 if "loss/actor" in metrics or "loss/clone" in metrics:  # the first row names the columns
                     write_row(run / "metrics.csv", {k: now[k] for k in CLOCK} | metrics, args.track)
             if eval_due:
-                evaluate_and_save(last)
+                results = evaluate_and_save(last)
     except (ChildProcessError, KeyboardInterrupt):
         if args.async_:
             collector.drain()

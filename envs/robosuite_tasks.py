@@ -307,6 +307,7 @@ class RobosuiteEnv:
         max_episode_steps: None: the paper's (Lift 100, PickPlaceCan 200, NutAssemblySquare 300), others 400.
         workers: processes; None: one for each core, no more than worlds; 0, and None with one world: this process.
         env_kwargs: for robosuite.make, such as robots and controller_configs; None: one Panda, two for a TwoArm task.
+        end_on_success: an episode also terminates at its first success.
     """
 
     control_hz, has_success = float(CONTROL_HZ), True
@@ -315,7 +316,7 @@ class RobosuiteEnv:
         self, env_id: str, num_envs: int, device: str | torch.device = "cpu", *, seed: int = 0, render_size: int = 84,
         cameras: tuple[str, ...] = CAMERAS, look: Literal["plain", "full", "collision"] = "plain",
         pictures: bool = True, asymmetric: bool = False, stagger: bool = True, max_episode_steps: int | None = None,
-        workers: int | None = None, env_kwargs: dict | None = None,
+        workers: int | None = None, env_kwargs: dict | None = None, end_on_success: bool = False,
     ):  # fmt: skip
         name = env_id.removeprefix("robosuite/")
         if num_envs < 1 or render_size < 4:
@@ -326,7 +327,7 @@ class RobosuiteEnv:
             raise ValueError("pictures need at least one camera")
         self.env_id, self.num_envs, self.device = f"robosuite/{name}", num_envs, torch.device(device)
         self.cameras, self.render_size, self.look, self.pictures = tuple(cameras), render_size, look, pictures
-        self.asymmetric, self.stagger, self.seed = asymmetric, stagger, seed
+        self.asymmetric, self.stagger, self.seed, self.end_on_success = asymmetric, stagger, seed, end_on_success
         self.max_episode_steps = max_episode_steps or HORIZONS.get(name, 400)
         self.image_shape = (render_size, render_size, 3 * len(self.cameras))
         kwargs = {"robots": ["Panda", "Panda"] if name.startswith("TwoArm") else "Panda"} | (env_kwargs or {})
@@ -448,7 +449,8 @@ class RobosuiteEnv:
         rewards = success.float()
         self.clock += 1
         self.nan_resets += int((~sane).sum())
-        ends = (self.clock >= self.max_episode_steps) | ~sane
+        terminations = success if self.end_on_success else torch.zeros_like(success)
+        ends = (self.clock >= self.max_episode_steps) | ~sane | terminations.numpy()
         self.returns += rewards
         self.success_once |= success
         episode = {
@@ -463,9 +465,9 @@ class RobosuiteEnv:
             self.obs = self._obs(self._last)
         else:
             self.obs = final_obs
-        truncations = torch.from_numpy(ends).to(self.device)
+        terminations, truncations = (x.to(self.device) for x in (terminations, torch.from_numpy(ends) & ~terminations))
         info = {"final_obs": final_obs, "success": success.to(self.device), "episode": episode}
-        return self.obs, rewards.to(self.device), torch.zeros_like(truncations), truncations, info
+        return self.obs, rewards.to(self.device), terminations, truncations, info
 
     # ---- for people, and for resuming --------------------------------------------------------------------------------
     def render(self, worlds=(0,), size: int = 256, camera: str = "frontview") -> np.ndarray:

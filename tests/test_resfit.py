@@ -468,25 +468,6 @@ def test_time_outs_bootstrap_unless_told_otherwise():
         assert torch.equal(discounts, (~(success if bootstrap else ended)).float())
 
 
-def test_success_terminates_where_the_environment_goes_on():
-    """An environment that only truncates, with `restart`: successes become terminations, at a time-out too."""
-    class Goes:
-        def step(self, actions):
-            success = torch.tensor([True, True, False, False])
-            truncations = torch.tensor([False, True, True, False])
-            return "old", None, torch.zeros(4, dtype=torch.bool), truncations, dict(success=success)
-
-        def restart(self, worlds):
-            self.restarted = worlds.tolist()
-            return "new"
-
-    env = Goes()
-    obs, terminations, truncations, _ = rf.step_to_success(env, None)
-    assert obs == "new" and env.restarted == [True, False, False, False]
-    assert terminations.tolist() == [True, True, False, False]
-    assert truncations.tolist() == [False, False, True, False]
-
-
 def test_so101_episodes_end_at_success_without_pictures():
     pytest.importorskip("mujoco_warp", reason='the SO-101 needs MuJoCo Warp: pip install -e ".[so101]"')
     args = rf.Args(env_id="SO101ReachCube-v1", device="cpu", num_envs=2, eval_envs=1)
@@ -614,7 +595,8 @@ def test_ppo_advantages_and_ratio_by_hand(dots):
     _, steps = collect(2, Counting(4), args, Dots(2), agent)
     for step in steps:
         learner.add(step)
-    value = [rf.value(agent, part).detach() for step in steps for part in (step["log"]["obs"], step["final_obs"])]
+    value = [agent.critics(agent.encoder(part), part["base"]).mean(0).detach() for step in steps
+             for part in (step["log"]["obs"], step["final_obs"])]
     delta = [steps[i]["rewards"] + 0.99 * steps[i]["discounts"] * value[2 * i + 1] - value[2 * i] for i in (0, 1)]
     first = delta[0] + 0.99 * 0.95 * (~steps[0]["dones"]) * delta[1]
     returns = torch.cat([first + value[0], delta[1] + value[2]])

@@ -138,6 +138,22 @@ def test_success_is_rewarded_and_ends_nothing(fake):
     assert info["episode"]["success_once"].all() and info["episode"]["success_at_end"].all()
 
 
+def test_success_ends_an_episode_where_it_is_asked_to(fake):
+    """At a time-out too it is the success that counts; a world that failed there is truncated."""
+    env = make(num_envs=3, workers=0, max_episode_steps=13, end_on_success=True)
+    push, ends = torch.zeros(3, 7), []
+    push[0, 0], push[1, 0] = 1.0, 0.5
+    for task, start in zip(FakeTask.made, (0.0, 0.38, 0.0), strict=True):
+        task.place[:] = start  # beyond 1 after 11 steps, after 13, never
+    for t in range(13):
+        _, rewards, terminations, truncations, info = env.step(push)
+        over = (terminations | truncations).nonzero()[:, 0].tolist()
+        ends += [(t, i, bool(terminations[i]), bool(truncations[i])) for i in over]
+        assert torch.equal(terminations, info["success"]) and torch.equal(terminations, rewards > 0)
+    assert ends == [(10, 0, True, False), (12, 1, True, False), (12, 2, False, True)]
+    assert info["episode"]["length"].tolist() == [2, 13, 13] and env.clock.tolist() == [2, 0, 0]
+
+
 def test_staggered_and_restarted_worlds(fake):
     env = make(num_envs=4, workers=0, stagger=True, max_episode_steps=8)
     assert env.clock.tolist() == [0, 2, 4, 6]
