@@ -890,13 +890,12 @@ def write_row(path: Path, row: dict, track: bool, video: Path | None = None):
         wandb.log(row | ({"eval/video": wandb.Video(str(video))} if video else {}))
 
 
+# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py
 def forget_after(path: Path, global_step: int):
     """Drop the rows of a CSV file that come after the checkpoint which is resumed."""
     if path.exists():
-        with path.open(newline="") as file:
-            rows = list(csv.reader(file))
-        with path.open("w", newline="") as file:
-            csv.writer(file).writerows(rows[:1] + [row for row in rows[1:] if int(row[0]) <= global_step])
+        rows = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(b"".join(rows[:1] + [row for row in rows[1:] if int(row.partition(b",")[0]) <= global_step]))
 
 
 def train(args: Args) -> dict:

@@ -857,6 +857,14 @@ def write_row(path: Path, row: dict, track: bool, **media):
         wandb.log(row | shown, step=row["global_step"])
 
 
+# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py
+def forget_after(path: Path, global_step: int):
+    """Drop the rows of a CSV file that come after the checkpoint which is resumed."""
+    if path.exists():
+        rows = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(b"".join(rows[:1] + [row for row in rows[1:] if int(row.partition(b",")[0]) <= global_step]))
+
+
 def train(args: Args) -> dict:
     """Train, or with --evaluate only evaluate. -> metrics of the last evaluation, counters, and `run`, the folder.
 
@@ -932,6 +940,8 @@ def train(args: Args) -> dict:
         wandb.init(project=os.environ.get("WANDB_PROJECT", "cleanrobot"), name=run.name, config=asdict(args))
     run.mkdir(parents=True, exist_ok=True)  # not before all fits: a refused command changes nothing on the disk
     (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
+    for name in ("metrics.csv", "eval.csv") if args.resume else ():
+        forget_after(run / name, now["global_step"])
     episodes, results = torch.zeros(1 + len(EPISODE), device=device), {}  # since the last log: ended, sums of EPISODE
     random_until = 0 if args.checkpoint else args.learning_starts
     first, born, begin = dict(now), START - now["wall_time"], time.perf_counter() - now["train_time"]

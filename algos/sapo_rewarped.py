@@ -645,6 +645,14 @@ def write_row(path: Path, row: dict, track: bool, video: Path | None = None):
         wandb.log(row | ({"eval/video": wandb.Video(str(video))} if video else {}), step=row["global_step"])
 
 
+# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py
+def forget_after(path: Path, global_step: int):
+    """Drop the rows of a CSV file that come after the checkpoint which is resumed."""
+    if path.exists():
+        rows = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(b"".join(rows[:1] + [row for row in rows[1:] if int(row.partition(b",")[0]) <= global_step]))
+
+
 def train(args: Args) -> dict:
     """Train, or with --evaluate only evaluate. -> metrics of the last evaluation, counters, and `run`, the folder.
 
@@ -691,6 +699,8 @@ def train(args: Args) -> dict:
         random.set_state(checkpoint["random"])
     run.mkdir(parents=True, exist_ok=True)
     (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
+    for name in ("metrics.csv", "eval.csv") if args.resume else ():
+        forget_after(run / name, now["global_step"])
     print(f"{run}: {args.env_id}, {args.size}; defaults: {tuned_defaults(args.algo, args.env_id, str(args.size))}")
     if args.track and not args.evaluate:
         import wandb

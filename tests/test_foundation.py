@@ -161,7 +161,7 @@ def test_there_is_an_algorithm():
 # patterns and six augmentations besides; ppo_mjx_go1 three back ends, many devices, distillation and export. resfit has
 # two phases, two base policies, five modes and an actor in a process of its own: the first to be shortened;
 # sapo_rewarped is four algorithms.
-LIMITS = {"squint_sac": 715, "drqv2": 608, "sac_pixels": 712, "ppo_mjx_go1": 737, "sapo_rewarped": 521, "resfit": 1140}
+LIMITS = {"squint_sac": 721, "drqv2": 614, "sac_pixels": 718, "ppo_mjx_go1": 735, "sapo_rewarped": 527, "resfit": 1140}
 
 
 def code_lines(path: Path) -> int:

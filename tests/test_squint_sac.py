@@ -515,6 +515,8 @@ def test_resume_continues_exactly(fake, changes):
         sq.train(replace(half, total_timesteps=80))
     finally:
         sq.next_size = sq_next
+    for path in Path("runs/half").glob("*.csv"):  # the run went on a little before it was interrupted
+        path.write_text(path.read_text() + "999999" + "," * path.read_text().partition("\n")[0].count(",") + "\n")
     sq.train(replace(half, resume="runs/half"))
     whole, resumed = (torch.load(f"runs/{name}/checkpoint.pt", weights_only=True) for name in ("whole", "half"))
     assert not differences(whole["agent"], resumed["agent"])
