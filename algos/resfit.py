@@ -56,7 +56,6 @@ import json
 import math
 import pickle
 import time
-from collections import defaultdict
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from typing import Annotated, Literal
@@ -315,9 +314,9 @@ class ChunkPolicy(nn.Module):
         self.normalize = Normalizer(shapes["state"])
         self.state = nn.Sequential(nn.Linear(shapes["state"], dim), nn.GELU(), nn.Linear(dim, dim))
         self.tokens = Tokens(shapes["cameras"], dim, args.image_size) if shapes["cameras"] else None
-        layer = lambda kind: transformer_layer(kind, dim, args.base_dropout)  # noqa: E731
-        self.encoder = nn.ModuleList(layer(nn.TransformerEncoderLayer) for _ in range(2))
-        self.decoder = layer(nn.TransformerDecoderLayer)
+        self.encoder = nn.ModuleList(transformer_layer(nn.TransformerEncoderLayer, dim, args.base_dropout)
+                                     for _ in range(2))
+        self.decoder = transformer_layer(nn.TransformerDecoderLayer, dim, args.base_dropout)
         self.queries = nn.Parameter(0.02 * torch.randn(args.chunk, dim))
         self.noisy = nn.Linear(shapes["action"] + 1, dim) if self.flow else None
         self.norm, self.out = nn.LayerNorm(dim), nn.Linear(dim, shapes["action"])
@@ -388,7 +387,7 @@ class Actor(nn.Module):
         if len(limit) not in (1, a):
             raise ValueError(f"--limit has {len(limit)} numbers; give one, or one for each of {a} actions")
         self.register_buffer("limit", limit.expand(a).clone())
-        norm = nn.LayerNorm if args.layer_norm else lambda width: nn.Identity()
+        norm = nn.LayerNorm if args.layer_norm else nn.Identity
         self.policy = nn.Sequential(nn.Linear(self.trunk.width + a, h), norm(h), nn.ReLU(),
                                     nn.Linear(h, h), norm(h), nn.ReLU(), nn.Linear(h, a))
         if adds_to_base(args):
@@ -440,8 +439,8 @@ class Agent(nn.Module):
         self.actor_target, self.critics_target = (copy.deepcopy(net).requires_grad_(False)
                                                   for net in (self.actor, self.critics))
         self.to(device)
-        values = [*self.encoder.parameters(), *self.critics.parameters()]
-        self.optimizers = {"critics": torch.optim.AdamW(values, args.lr, fused=True),
+        self.values = [*self.encoder.parameters(), *self.critics.parameters()]  # what the critics' loss trains
+        self.optimizers = {"critics": torch.optim.AdamW(self.values, args.lr, fused=True),
                            "actor": torch.optim.AdamW(self.actor.parameters(), args.actor_lr, fused=True)}
 
 
@@ -705,8 +704,7 @@ def critic_loss(agent: Agent, batch: dict, chance: dict, scale: float, args: Arg
         following = propose(base, bounded(scale * agent.actor_target(after, base), noise, agent.actor.limit), args)
         next_q = agent.critics_target(after, following, chance["heads"]).amin(0)
         if args.gate != "none":  # the better of proposal and base, by the same pair of heads
-            old = agent.critics_target(after, base, chance["heads"]).amin(0)
-            next_q = torch.maximum(next_q, old)
+            next_q = torch.maximum(next_q, agent.critics_target(after, base, chance["heads"]).amin(0))
         targets = batch["rewards"] + batch["discounts"] * next_q
     x = agent.encoder(random_shift(batch["obs"], chance["shift"], args.pad))
     q = agent.critics(x, batch["actions"])
@@ -798,7 +796,7 @@ class Learner:
     def __init__(self, agent: Agent | None, base, replay: Replay | None, demos: Replay | None, args: Args, generator):
         self.agent, self.base, self.replay, self.demos = agent, base, replay, demos
         self.args, self.generator, self.optimizers = args, generator, agent.optimizers if agent else {}
-        self.now, self.metrics = dict(owed=0.0, updates=0), defaultdict(list)
+        self.now, self.metrics = dict(owed=0.0, updates=0), {}
         self.until, self.steps = None, []  # head of the buffer at the end of warm-up; of OnPolicy: steps to learn from
 
     def add(self, step: dict):
@@ -837,7 +835,7 @@ class Learner:
 
     def note(self, metrics: dict):
         for name, value in metrics.items():
-            self.metrics[name].append(float(value))
+            self.metrics.setdefault(name, []).append(float(value))
 
     def read(self) -> dict[str, float]:
         """Mean metrics since the last reading."""
@@ -880,8 +878,7 @@ class OnPolicy(Learner):
 
     def __init__(self, *parts):
         super().__init__(*parts)
-        values = [*self.agent.encoder.parameters(), *self.agent.critics.parameters()]
-        groups = zip((self.agent.actor.parameters(), values), (self.args.actor_lr, self.args.lr), strict=True)
+        groups = ((self.agent.actor.parameters(), self.args.actor_lr), (self.agent.values, self.args.lr))
         self.optimizers = {"ppo": torch.optim.Adam([{"params": ps, "lr": lr} for ps, lr in groups], eps=1e-5)}
 
     def add(self, step: dict):
@@ -903,11 +900,10 @@ class OnPolicy(Learner):
 @torch.no_grad()
 def evaluate(policy, env, args: Args, video: Path | None = None) -> dict:
     """Whole episodes without noise, fixed seeds. -> metrics; ci_low and ci_high: Wilson's interval, 95 %"""
-    n, frames, success, lengths, took = args.eval_episodes, [], [], [], []
+    n, frames, took, episodes = args.eval_episodes, [], [], []  # episodes: success and length of those that end
     for seed in range(EVAL_SEED, EVAL_SEED + n // env.num_envs):
         obs, running = env.reset(seed=seed), torch.ones(env.num_envs, dtype=torch.bool, device=env.device)
         policy.reset(env.num_envs)
-        solved, length = torch.zeros_like(running), torch.zeros(env.num_envs, device=env.device)
         for _ in range(env.max_episode_steps):
             if video and seed == EVAL_SEED:
                 frames.append(np.concatenate(list(env.render(range(min(4, env.num_envs)), size=160)), 1))
@@ -915,21 +911,20 @@ def evaluate(policy, env, args: Args, video: Path | None = None) -> dict:
             took.append(policy.took[running].float().mean())
             obs, _, terminations, truncations, info = env.step(actions)
             ends = terminations | truncations
-            solved |= running & info["success"]
-            length += running
+            ended = [info["episode"][k][running & ends].float() for k in ("success_at_end", "length")]
+            episodes.append(torch.stack(ended))
             running &= ~ends  # each world counts once
             if not running.any():
                 break
             policy.queue.reset(ends)
-        success.append(solved), lengths.append(length)
     if video:
         video.parent.mkdir(parents=True, exist_ok=True)
         imageio.mimwrite(video, frames, fps=max(1, round(env.control_hz)), macro_block_size=1)
-    rate, z = float(torch.cat(success).float().mean()), 1.96
+    (rate, length), z = torch.cat(episodes, 1).mean(1).tolist(), 1.96
     middle, wide = (rate + z * z / (2 * n)) / (1 + z * z / n), z / (1 + z * z / n) * math.sqrt(
         rate * (1 - rate) / n + z * z / (4 * n * n))
     return {"eval/success_rate": rate, "eval/ci_low": middle - wide, "eval/ci_high": middle + wide,
-            "eval/length": float(torch.cat(lengths).mean()), "eval/took": float(torch.stack(took).mean())}
+            "eval/length": length, "eval/took": float(torch.stack(took).mean())}
 
 
 # --- save / load ------------------------------------------------------------------------------------------------------
@@ -1225,8 +1220,7 @@ def train(args: Args) -> dict:
     if saved:
         for part, key in ((agent, "agent"), (learner, "learner"), (replay, "replay")):
             part.load_state_dict(saved[key])
-    results = {}
-    first, born, begin = dict(now), START - now["wall_time"], time.perf_counter() - now["train_time"]
+    first, born, begin, results = dict(now), START - now["wall_time"], time.perf_counter() - now["train_time"], {}
     bar = tqdm(total=args.total_timesteps, initial=now["global_step"], unit="step", mininterval=1)
 
     def take_all() -> int:

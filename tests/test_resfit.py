@@ -64,9 +64,9 @@ class Dots:
         self.place, self.clock = (self.place + 0.3 * actions).clamp(-1, 1), self.clock + 1
         success = self.place.norm(dim=1) < (0.5 if self.easy else 0.25)
         truncations = (self.clock >= self.max_episode_steps) & ~success
-        final = self._observe()
+        final, length = self._observe(), self.clock
         obs = self._begin(success | truncations)
-        episode = {"return": success.float(), "length": self.clock, "success_once": success, "success_at_end": success}
+        episode = {"return": success.float(), "length": length, "success_once": success, "success_at_end": success}
         return obs, success.float(), success, truncations, dict(final_obs=final, success=success, episode=episode)
 
     def render(self, worlds=(0,), size=256, camera="third"):
