@@ -473,7 +473,7 @@ class Queue:
         due = self.age >= self.execute
         if due.any():
             new = torch.zeros_like(self.chunks)
-            if self.policy:
+            if self.policy is not None:
                 new = self.policy.predict_chunk(obs, self.generator) if self.own else self.policy.act(obs)[:, None]
             new = new[:, : self.execute].clamp(-1, 1)
             self.chunks, self.age = torch.where(due[:, None, None], new, self.chunks), torch.where(due, 0, self.age)
@@ -572,7 +572,7 @@ class Replay:
         next_obs is the final observation. Windows that the write head crosses are left out.
         """
         data, n = self.data, self.n_step
-        slot, world = self._draw(batch_size, generator, (self.head if until is None else until) - n)
+        slot, world = self._draw(batch_size, generator, (self.head if until is None else until.to(self.device)) - n)
         end, rewards = slot, torch.zeros(batch_size, device=self.device)
         discounts, running = torch.ones_like(rewards), torch.ones_like(world, dtype=torch.bool)
         for _ in range(n):
@@ -1024,7 +1024,7 @@ class Collector:
         self.begin(env.reset(seed=args.seed), torch.ones_like(self.noisy))
         if state:  # go on from there
             env.load_state_dict(pickle.loads(state["env"])), self.queue.load_state_dict(state["queue"])
-            self.now, self.noisy = state["now"], state["noisy"]
+            self.now, self.noisy = {k: v.to(device) for k, v in state["now"].items()}, state["noisy"].to(device)
             self.generator.set_state(state["generator"])
 
     def begin(self, obs: dict, worlds: torch.Tensor):
@@ -1079,7 +1079,7 @@ class Collector:
 
 
 def open_apart(make, args: Args, content: dict, state: dict | None) -> Collector:
-    """The collector of --async, in a process of its own."""
+    """The collector of --async, in the process that envs/apart.py starts for it."""
     torch.set_num_threads(1)
     env, eval_env = make(args, torch.device(args.device))
     eval_env.close()
