@@ -189,13 +189,16 @@ class Args:
     def check(self):
         """Raises ValueError at the first choice that cannot work. (In __post_init__ the parser would reword it.)"""
         cuda, updates = self.device.startswith("cuda"), self.mode in OFF_POLICY
+        may_be_0 = "seed demo_limit learning_starts critic_warmup ramp_steps pad".split()
+        few = [name.replace("_", "-") for name, value in asdict(self).items()
+               if type(value) is int and value < 1 and name not in may_be_0]
         for message, wrong in {
             "--resume continues a run, --checkpoint is for --evaluate: give only one": self.resume and self.checkpoint,
             "--evaluate needs --checkpoint FILE": self.evaluate and not self.checkpoint,
-            "--eval-episodes must be a multiple of --eval-envs": self.eval_episodes % self.eval_envs,
+            f"--{', --'.join(few)} must be at least 1": few,
+            "--eval-episodes must be a multiple of --eval-envs": self.eval_episodes % max(self.eval_envs, 1),
             "--execute must be from 1 to --chunk": not 1 <= self.execute <= self.chunk,
-            "--heads must be at least 2, --n-step, --policy-frequency, --num-envs, --batch-size and --hidden 1": min(
-                self.heads - 1, self.n_step, self.policy_frequency, self.num_envs, self.batch_size, self.hidden) < 1,
+            "--heads must be at least 2": self.heads < 2,
             "--limit must be from 0 to 1": not all(0 <= limit <= 1 for limit in self.limit),
             "--offline and --anchor are shares of the batch: together they must leave some of it":
                 min(self.offline, self.anchor) < 0 or self.offline + self.anchor >= 1,
@@ -207,6 +210,11 @@ class Args:
                 self.buffer_size < max((self.n_step + 4) * self.num_envs, self.learning_starts),
             "--judge needs --num-envs 1": self.judge and self.num_envs != 1,
             "--async needs a mode of its own learner: resfit, rlpd or ibrl": self.async_ and not updates,
+            "--mode filtered-bc clones: it needs --demos, and a base of ours": self.mode == "filtered-bc" and (
+                self.base_policy or not self.demos),
+            "--track needs Weights & Biases: pip install -e '.[track]'":
+                self.track and importlib.util.find_spec("wandb") is None,
+            "--device must be cpu or cuda": self.device.split(":")[0] not in ("cpu", "cuda"),
             "there is no CUDA device here: use --device cpu": cuda and not torch.cuda.is_available(),
         }.items():
             if wrong:
@@ -1106,6 +1114,14 @@ def write_row(path: Path, row: dict, track: bool, video: Path | None = None):
         wandb.log(row | ({"eval/video": wandb.Video(str(video))} if video else {}))
 
 
+# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py
+def forget_after(path: Path, global_step: int):
+    """Drop the rows of a CSV file that come after the checkpoint which is resumed."""
+    if path.exists():
+        rows = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(b"".join(rows[:1] + [row for row in rows[1:] if int(row.partition(b",")[0]) <= global_step]))
+
+
 def clone(learner: Cloner, valid: Replay | None, run: Path, evaluate_now, content):
     """Phase 1: trains the base in place; `valid`: demonstrations kept apart, `content()`: the rest of a checkpoint."""
     args, base, now = learner.args, learner.base, learner.now
@@ -1187,6 +1203,7 @@ def train(args: Args) -> dict:
         cloner = Cloner(None, base, None, stored, args, generator, weight_decay=1e-4, fused=True)
         if saved:
             cloner.load_state_dict(saved["learner"])
+            forget_after(run / "clone.csv", cloner.now["updates"])
         else:
             base.normalize.fit(stored.data["state"][: int(stored.head), 0])
         clone(cloner, valid, run, evaluate_now, content)
@@ -1220,6 +1237,8 @@ def train(args: Args) -> dict:
     if saved:
         for part, key in ((agent, "agent"), (learner, "learner"), (replay, "replay")):
             part.load_state_dict(saved[key])
+        for file in ("metrics.csv", "eval.csv"):
+            forget_after(run / file, now["global_step"])
     first, born, begin, results = dict(now), START - now["wall_time"], time.perf_counter() - now["train_time"], {}
     bar = tqdm(total=args.total_timesteps, initial=now["global_step"], unit="step", mininterval=1)
 

@@ -857,7 +857,7 @@ def write_row(path: Path, row: dict, track: bool, **media):
         wandb.log(row | shown, step=row["global_step"])
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py
+# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py
 def forget_after(path: Path, global_step: int):
     """Drop the rows of a CSV file that come after the checkpoint which is resumed."""
     if path.exists():

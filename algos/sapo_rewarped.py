@@ -645,7 +645,7 @@ def write_row(path: Path, row: dict, track: bool, video: Path | None = None):
         wandb.log(row | ({"eval/video": wandb.Video(str(video))} if video else {}), step=row["global_step"])
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py
+# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py
 def forget_after(path: Path, global_step: int):
     """Drop the rows of a CSV file that come after the checkpoint which is resumed."""
     if path.exists():

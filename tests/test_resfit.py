@@ -548,16 +548,30 @@ def test_a_run_writes_what_the_page_says_and_the_base_stays_frozen(dots):
     assert list((run / "videos").glob("*.mp4"))
 
 
+def go_on(*names: str):
+    """A row after the last checkpoint, as a run writes it that is interrupted a little later."""
+    for path in (Path("runs/part") / name for name in names):
+        path.write_text(path.read_text() + "999999" + "," * path.read_text().partition("\n")[0].count(",") + "\n")
+
+
+def steps(name: str) -> list[list[str]]:
+    return [[row[0] for row in csv.reader(open(f"runs/{run}/{name}"))] for run in ("whole", "part")]
+
+
 @pytest.mark.parametrize("changes", [{}, dict(gate="agree", anchor=0.25, ramp_steps=20, fallback=0.01),
                                      dict(mode="filtered-bc"), dict(base="flow", obs="pixels", bc_steps=4)],
                          ids=["plain", "guards", "filtered-bc", "pixels"])
 def test_resume_continues_the_residual_exactly(dots, changes):
     rf.train(arguments(dots, name="whole", save_buffer=True, **changes))
     rf.train(arguments(dots, name="part", save_buffer=True, total_timesteps=60, **changes))
+    go_on("eval.csv", "metrics.csv")
     rf.train(arguments(dots, name="part", save_buffer=True, resume="runs/part", **changes))
     torch.testing.assert_close(weights("runs/whole/checkpoint.pt"), weights("runs/part/checkpoint.pt"), atol=0, rtol=0)
     ends = [list(csv.reader(open(f"runs/{name}/eval.csv")))[-1] for name in ("whole", "part")]
     assert ends[0][:1] + ends[0][3:] == ends[1][:1] + ends[1][3:]  # all but the two times
+    for name in ("eval.csv", "metrics.csv"):
+        whole, part = steps(name)
+        assert part == whole
 
 
 def test_step_sizes_fall_over_the_last_share_of_the_run_also_when_resumed(dots):
@@ -572,7 +586,9 @@ def test_step_sizes_fall_over_the_last_share_of_the_run_also_when_resumed(dots):
 def test_resume_continues_the_cloning_exactly(dots):
     rf.train(arguments(dots, name="whole", bc_steps=8))
     rf.train(arguments(dots, name="part", bc_steps=4, bc_only=True))
+    go_on("clone.csv")
     rf.train(arguments(dots, name="part", bc_steps=8, resume="runs/part"))
+    assert steps("clone.csv")[1] == ["bc_step", "4", "8"]
     torch.testing.assert_close(weights("runs/whole/checkpoint.pt"), weights("runs/part/checkpoint.pt"), atol=0, rtol=0)
 
 
@@ -705,6 +721,8 @@ def test_only_evaluation_repeats_the_last_numbers(dots):
     (dict(execute=9), "--execute must be"), (dict(offline=0.6, anchor=0.5), "together they must leave"),
     (dict(base_policy="nowhere:Nothing"), "must be module:callable"), (dict(heads=1), "--heads must be at least 2"),
     (dict(base_from="runs/none.pt"), "there is no checkpoint"), (dict(evaluate=True), "--evaluate needs"),
+    (dict(num_envs=0, chunk=0), "^--num-envs, --chunk must be at least 1$"), (dict(device="tpu"), "cpu or cuda"),
+    (dict(mode="filtered-bc", base_policy="a:b"), "^--mode filtered-bc clones: it needs --demos, and a base of ours$"),
 ])
 def test_mistakes_are_named_in_one_line(dots, changes, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
