@@ -27,8 +27,8 @@ Commands, from the repository's root:
     evaluate       python algos/sapo_rewarped.py --evaluate --checkpoint runs/NAME/best.pt
     resume         python algos/sapo_rewarped.py --resume runs/NAME    (exactly)
 
-Expected result, small sizes on two shared CPU cores, three seeds: AntRun 317 +- 8 after 131,072 transitions (6.5 min; a
-random policy 51, SHAC 422 +- 68), RollingFlat 38.5 +- 3.0 after 5,120 (6 min; a random policy 29.8, SHAC 37.6 +- 1.2).
+Expected result, small sizes on two shared CPU cores, three seeds: AntRun 384 +- 99 after 131,072 transitions (4 min; a
+random policy 50, SHAC 408 +- 88), RollingFlat 38.5 +- 3.0 after 5,120 (6 min; a random policy 29.8, SHAC 37.6 +- 1.2).
 Curves and commands: docs/algos/sapo_rewarped.md. Not yet measured on a GPU.
 
 Shapes: N environments, T steps of a window (`--horizon`), B batch, K critics, A action dimensions, S state dimensions,
