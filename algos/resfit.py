@@ -74,6 +74,7 @@ CLOCK = ("global_step", "wall_time", "train_time")  # the first columns of metri
 OFF_POLICY = ("resfit", "rlpd", "ibrl")  # the modes with Learner's updates
 BASE_FIELDS = ("env_id", "obs", "image_size", "base", "chunk", "base_dim")  # in which a cloned base must fit a run
 AGENT_FIELDS = ("mode", "hidden", "heads", "encoder_dim", "layer_norm", "see_phase")  # and all that learns after it
+BOUND_FIELDS = ("num_envs", "device", "buffer_size")  # and, to continue a run, its random states and its buffer
 ROLLING = 100  # episodes over which the success of training is averaged
 
 # --- Args -------------------------------------------------------------------------------------------------------------
@@ -1167,9 +1168,11 @@ def train(args: Args) -> dict:
     shapes = dict(cameras=eval_env.image_shape[2] // 3 * (args.obs == "pixels"), action=eval_env.action_dim,
                   state=eval_env.state_dim + eval_env.privileged_dim)
     if given:
-        check_fits(given, args, shapes, BASE_FIELDS + AGENT_FIELDS * bool(saved))
+        check_fits(given, args, shapes, BASE_FIELDS + AGENT_FIELDS * bool(saved) + BOUND_FIELDS * bool(args.resume))
     if args.resume and saved["phase"] == "residual" and not saved["replay"]:
         raise ValueError("no replay buffer was saved (--save-buffer), so this run cannot go on")
+    if args.resume and not {"now", "until", "steps"} <= saved["learner"].keys():
+        raise ValueError(f"{run} was written by an older resfit.py: --evaluate still takes it, --resume does not")
     run.mkdir(parents=True, exist_ok=True)
     (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
     print(f"{run}: {args.env_id}, {args.mode}, recipe {args.recipe}; defaults changed by TUNED: "

@@ -704,8 +704,10 @@ def load_file(path: str | Path) -> dict:
 def check_fits(checkpoint: dict, args: Args, shapes: dict):
     """Raises ValueError naming the first field in which the checkpoint differs from this run."""
     theirs, mine = checkpoint["args"] | checkpoint["shapes"], asdict(args) | shapes
+    # to continue a run, what its environments, random states and buffer are bound to
+    bound = ["num_envs", "device", *["buffer_size"] * bool(checkpoint.get("replay"))]
     for field in ("env_id", "squint", "image_size", "frame_stack", "num_q", "num_atoms", "v_min", "v_max",
-                  "actor_hidden", "critic_hidden", "cameras", "asymmetric", *shapes):
+                  "actor_hidden", "critic_hidden", "cameras", "asymmetric", *shapes, *bound * bool(args.resume)):
         if theirs[field] != mine[field]:
             raise ValueError(f"the checkpoint differs in {field}: it has {theirs[field]}, this run {mine[field]}")
 

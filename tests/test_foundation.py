@@ -161,7 +161,7 @@ def test_there_is_an_algorithm():
 # patterns and six augmentations besides; ppo_mjx_go1 three back ends, many devices, distillation and export. resfit has
 # two phases, two base policies, five modes, six guards and exact resume in both phases; sapo_rewarped is four
 # algorithms.
-LIMITS = {"squint_sac": 721, "drqv2": 614, "sac_pixels": 718, "ppo_mjx_go1": 735, "sapo_rewarped": 527, "resfit": 978}
+LIMITS = {"squint_sac": 722, "drqv2": 614, "sac_pixels": 718, "ppo_mjx_go1": 735, "sapo_rewarped": 527, "resfit": 981}
 
 
 def code_lines(path: Path) -> int:

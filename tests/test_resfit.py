@@ -730,6 +730,26 @@ def test_mistakes_are_named_in_one_line(dots, changes, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("changes, field", [(dict(num_envs=4), "num_envs"), (dict(buffer_size=5_000), "buffer_size")])
+def test_a_run_is_not_continued_with_another_buffer_or_other_environments(dots, changes, field):
+    rf.train(arguments(dots, name="a", save_buffer=True, total_timesteps=60))
+    before = {file: file.read_bytes() for file in Path("runs/a").iterdir() if file.is_file()}
+    with pytest.raises(ValueError, match=f"^the checkpoint differs in {field}: it has .*, this run"):
+        rf.train(arguments(dots, save_buffer=True, resume="runs/a", **changes))
+    assert before == {file: file.read_bytes() for file in Path("runs/a").iterdir() if file.is_file()}
+
+
+def test_a_run_of_an_older_file_is_evaluated_but_not_continued(dots):
+    out = rf.train(arguments(dots, name="a", save_buffer=True, total_timesteps=60))
+    checkpoint = rf.load_file("runs/a/checkpoint.pt")
+    del checkpoint["learner"]["until"]
+    rf.save(Path("runs/a/checkpoint.pt"), checkpoint)
+    with pytest.raises(ValueError, match="^runs/a was written by an older resfit.py: --evaluate still takes it"):
+        rf.train(arguments(dots, save_buffer=True, resume="runs/a"))
+    again = rf.train(arguments(dots, name="b", evaluate=True, checkpoint="runs/a/checkpoint.pt"))
+    assert out["eval/success_rate"] == again["eval/success_rate"]
+
+
 def test_a_nan_stops_the_run_and_is_named(dots, monkeypatch):
     before = rf.critic_loss
     monkeypatch.setattr(rf, "critic_loss", lambda *a: (before(*a)[0] * float("nan"), *before(*a)[1:]))

@@ -629,6 +629,24 @@ def test_a_checkpoint_that_does_not_fit_is_refused(fake, changes, field):
         sq.train(arguments(name="other", checkpoint="runs/run/best.pt", **changes))
 
 
+@pytest.mark.parametrize("changes, field", [
+    (dict(buffer_size=800), "buffer_size: it has .*, this run 800"), (dict(num_envs=2), "num_envs: it has 4"),
+    (dict(device="cuda", cudagraphs=False), "device: it has cpu, this run cuda"),
+])  # fmt: skip
+def test_a_run_cannot_be_continued_with_another_buffer_or_other_environments(fake, changes, field):
+    """And its folder stays as it was."""
+    args = arguments(name="run", save_buffer=True, total_timesteps=60)
+    sq.train(args)
+    before = {file: file.read_bytes() for file in Path("runs/run").iterdir() if file.is_file()}
+    checkpoint = sq.load_file("runs/run/checkpoint.pt")
+    with pytest.raises(ValueError, match=f"^the checkpoint differs in {field}"):
+        sq.check_fits(checkpoint, replace(args, resume="runs/run", **changes), checkpoint["shapes"])
+    if "device" not in changes:
+        with pytest.raises(ValueError, match="the checkpoint differs in"):
+            sq.train(replace(args, resume="runs/run", total_timesteps=80, **changes))
+    assert before == {file: file.read_bytes() for file in Path("runs/run").iterdir() if file.is_file()}
+
+
 def test_existing_runs_are_not_overwritten(fake):
     sq.train(arguments(name="run", total_timesteps=60))
     with pytest.raises(ValueError, match="exists: continue it with --resume"):
