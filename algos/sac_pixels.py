@@ -42,8 +42,8 @@ Commands, from the repository's root:
     resume         python algos/sac_pixels.py --resume runs/NAME    (exactly, if the run was given --save-buffer)
 
 Expected result: with a CPU's sizes, dot_reach from -22 (random; the best possible is -2) to -2.8 after 10,000
-transitions, the mean of three seeds at -2.7, -3.0 and -2.8; cartpole_swingup 805 after 57,500 of its steps (460,000
-frames), one seed. Curves and commands: docs/algos/sac_pixels.md. Not yet measured on a GPU.
+transitions, the mean of three seeds at -2.7, -3.0 and -2.8; cartpole_swingup 796 after 52,500 of its steps (420,000
+frames, two hours of half a core), one seed. Curves and commands: docs/algos/sac_pixels.md. Not yet measured on a GPU.
 
 Shapes: N environments, B batch, K and M copies of next and present observation, A action dimensions, S state
 dimensions, H x W picture, C channels (3 x frame stack), F features of the convolutions.
