@@ -550,34 +550,6 @@ def test_interval_is_that_of_a_mean(fake):
     assert half == pytest.approx(0.196 * np.std(returns, ddof=1), rel=1e-4)
 
 
-def test_overlap_updates_while_the_environments_step(fake, monkeypatch):
-    """As often as without it, from the next step on, between its two halves and without its transition."""
-    log = []
-
-    def watch(owner, name, letter):
-        call = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *given: (log.append(letter), call(*given))[1])
-
-    for watched in (FakeEnv, "step_begin", "<"), (FakeEnv, "step_end", ">"), (sp.Learner, "run", "u"), (
-            sp.Replay, "add", "s"):  # fmt: skip
-        watch(*watched)
-    runs = []
-    for overlap in (False, True):
-        log.clear()
-        sp.train(arguments(name=f"overlap_{overlap}", overlap=overlap))
-        runs.append("".join(log))
-    plain, ours = runs
-    assert set(plain) == set("us") and plain.count("u") == ours.count("u") > 2 and plain.count("s") == ours.count("s")
-    head, tail = ours[: ours.index("u") + 1], ours[ours.index("u") + 1 :]
-    assert set(head[:-1]) == {"s"} and tail == "<u>s" * (len(tail) // 4) and len(tail) > 4
-
-
-def test_overlap_is_refused_where_nothing_can_run_meanwhile():
-    for task in ("dot_reach", "SO101ReachCube-v1"):
-        with pytest.raises(ValueError, match="^--overlap is for DeepMind Control's tasks$"):
-            sp.parse_args(["--env-id", task, "--device", "cpu", "--overlap"]).check()
-
-
 @pytest.mark.parametrize("changes", [
     dict(encoder="separate", augmentation="color_jitter"),
     dict(encoder="critic", n_step=3, target_augs=2, augmentation="crop", encoder_type="impala"),
