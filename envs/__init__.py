@@ -1,17 +1,110 @@
-"""Environments: one module per simulator, each with `make(env_id, num_envs, device, *, seed, ...)` and one contract.
+"""Environments: one folder a simulator, one contract for all of them, and `make`, which finds the simulator by the id.
 
-Attributes   env_id, num_envs (N), device, action_dim (A), state_dim (S), privileged_dim (0 unless `asymmetric`),
-             image_shape (H, W, 3 x cameras), max_episode_steps, control_hz, nan_resets, and `spec`: what a robot needs
-             to run a policy, as plain values (joints, limits, control rate, action scale, cameras, layout of the state)
-obs          dict: "rgb" uint8 (N, H, W, C), cameras stacked on channels; "state" float32 (N, S); with `asymmetric` also
-             "privileged" float32 (N, P), for a critic and never for a policy. Everything lives on `device`
-reset(seed)  -> obs. With a seed, always the same episodes; all clocks at 0
-step(a)      actions (N, A) in [-1, 1] -> obs, rewards (N,), terminations (N,), truncations (N,), info
-             A world whose episode ends begins the next one in the same step. info["final_obs"]: the true next
-             observation of every world; info["success"] (N,): of that state; info["episode"]: return, length,
-             success_once and success_at_end (N,), valid where an episode ended. Success never ends an episode.
-             A world whose physics is no longer finite is restarted alone, truncated and counted in `nan_resets`
-render(...)  pictures for people, uint8 (worlds, size, size, 3)
-state_dict, load_state_dict, close
-With `stagger=True` the constructor spreads the clocks, so that worlds do not reset in lockstep.
+An algorithm of `algos/` is one file that is copied alone. What its `make_envs` has to return is on this page, whole:
+any object that keeps one of the three contracts below can stand there, whatever simulates it.
+
+== Torch: squint_sac, drqv2, sac_pixels, resfit, bc_chunk ==
+
+    env = make(env_id, num_envs, device, *, seed=0, stagger=False, **options)
+
+N environments step together. All tensors live on `device`. A new environment has been reset with its seed, so `step` may
+come first. With `stagger=True` the first episodes have different lengths, so that environments do not end in lockstep.
+
+num_envs, action_dim, max_episode_steps    int: N, A, steps after which an episode is cut off
+state_dim                                  int: S, 0 if there is none
+image_shape                                (H, W, C), with 3 channels a camera; only where there are images
+privileged_dim                             int: P; 0 unless the environment was asked for privileged observations
+control_hz                                 float: steps a second of the robot's time, for videos
+nan_resets                                 int tensor (): environments restarted because their physics was not finite
+spec                                       what a robot needs to run a policy (joints, limits, rates, cameras, layout of
+                                           the state): a dict of JSON values and nothing else; {} will do
+
+obs                 dict: "rgb" uint8 (N, H, W, C); "state" float32 (N, S), also if S is 0; "privileged" float32 (N, P)
+                    for a critic, never for a policy, if P is not 0. Tensors handed out are not written to again.
+reset(seed=None)    -> obs. New episodes everywhere, all clocks at 0; with a seed, the same ones each time
+step(actions)       actions float32 (N, A) in [-1, 1] -> obs, rewards (N,) float32, terminations (N,) bool,
+                    truncations (N,) bool, info. Time limits and restarted physics are truncations. An environment
+                    whose episode ends begins the next one in the same step: `obs` is that one's first observation.
+    info["final_obs"]    obs: the true next observation of every environment, whether its episode ended or not
+    info["episode"]      dict of (N,), valid where an episode ended: "return", "length", "success_once",
+                         "success_at_end" (False where the task knows no success)
+    info["success"]      (N,) bool, of the state just reached. Success ends an episode only with `end_on_success=True`,
+                         an option that resfit and bc_chunk ask for; it is then a termination
+    info["discount"]     optional (N,): factor in [0, 1] of all later rewards; 1 where it is missing
+render(worlds=(0,), size=256)
+                    -> images for people, uint8 NumPy (len(worlds), size, size, 3)
+state_dict()        -> everything that the future depends on, random state included, as nested dicts and lists of
+                    tensors and plain values: `torch.load(weights_only=True)` must read it back. No NumPy, no pickle
+load_state_dict(d)  continues from there, bit for bit on a CPU; raises ValueError if `d` is another set-up's
+close()             optional parts: none. May be called twice
+
+== Torch, differentiable: sapo_rewarped ==
+
+As above, with these differences. There are no images: `obs_dims` (dict of shapes) replaces `state_dim` and
+`image_shape`; obs has "state" (N, S) and, for particles or vertices, "points" (N, P, 3). obs and rewards carry gradients
+with respect to all actions since the last `detach()`. The end of an episode cuts the gradient of that environment and of
+no other: info["final_obs"] has the gradient, the first observation of the next episode has none. info["nan"] (N,) bool:
+environments whose physics was not finite; they restart alone, truncated, with reward 0 and no gradient.
+`spec`, `privileged_dim`, `info["success"]` and the successes of info["episode"] are not needed.
+
+detach()            begins a window: gradients end here
+render(world=0, size=256)
+                    -> uint8 NumPy (size, size, 3)
+
+== JAX: ppo_mjx_go1, distill_go1 ==
+
+action_dim, episode_length, control_hz, spec    as above (episode_length: steps after which an episode is cut off)
+obs_dim, privileged_dim    int: lengths of obs["state"], which the policy sees, and obs["privileged_state"], the critic's
+reset_batch(keys, stagger=False)
+                    keys (N, 2) -> state. With stagger, clocks are spread over the episode
+step_batch(state, actions)
+                    actions (N, A) -> state. Pure: it can stand in a jitted scan. An environment whose episode ends
+                    begins the next one in the same step, with a key of its own
+state               a NamedTuple or struct of arrays (N, ...) with at least
+    obs, final_obs       dicts of the two observations: to act on, and the true next one
+    reward, terminated, truncated
+                         (N,) of the step that led here
+    metrics              dict of (N,) of that step, averaged in the log
+    episode_return, episode_length
+                         (N,), valid where an episode ended in that step
+    qpos                 what `render` takes
+render(qpos, size=(height, width))
+                    qpos (T, ...) of one environment at T times -> uint8 NumPy (T, height, width, 3)
 """
+
+import importlib
+from fnmatch import fnmatchcase
+from importlib.util import find_spec
+
+# (pattern of ids, module here, what it imports, extra of pyproject.toml that brings it); the first match counts
+SIMULATORS = (
+    ("dot_reach", "dot_reach", "torch", "so101"),
+    ("SO101*", "so101", "mujoco_warp", "so101"),
+    ("robosuite/*", "robosuite_tasks", "robosuite", "robosuite"),
+    ("*-v[0-9]*", "maniskill", "mani_skill", "maniskill"),
+    ("[a-z]*_[a-z]*", "dmc", "dm_control", "dmc"),
+    ("*", "rewarped", "warp", "rewarped"),
+)
+
+
+def make(env_id: str, num_envs: int, device="cpu", **options):
+    """The environment `env_id` of whichever simulator has it. Options that are None count as not given.
+
+    Raises ValueError, in one line that says what would do, for an unknown id, for an option that the simulator does not
+    have, and where something is not installed.
+    """
+    module, package, extra = next(row[1:] for row in SIMULATORS if fnmatchcase(env_id, row[0]))
+    if find_spec(package) is None:
+        raise ValueError(f'{env_id} needs {package}: pip install -e ".[{extra}]"')
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        return importlib.import_module(f"envs.{module}").make(env_id, num_envs, device, **given)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise ValueError(f"{env_id} (envs/{module}): {error}") from error
+    except (
+        ImportError,
+        RuntimeError,
+    ) as error:  # the simulators' own messages, which say what to do
+        raise ValueError(str(error)) from error
