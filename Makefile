@@ -20,7 +20,7 @@ PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check lint figures robosuite
+.PHONY: help setup train test check lint reproduce figures robosuite
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /  make \1:/p' Makefile | awk -F: '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -38,6 +38,9 @@ check: $(STAMP)  ## say which simulators and renderers work here
 
 lint: $(STAMP)  ## ruff
 	$(PY) -m ruff check .
+
+reproduce: $(STAMP)  ## run what benchmarks/matrix.toml lists and docs/results lacks (ARGS=--list shows it)
+	$(PY) benchmarks/reproduce.py $(ARGS)
 
 figures: $(STAMP)  ## rebuild every figure and table of the docs from docs/results
 	$(PY) scripts/plot_results.py
