@@ -36,6 +36,7 @@ TIME_COLUMNS = ("global_step", "wall_time", "train_time")
 METRICS = {"eval/success_rate": "success rate", "eval/return": "return"}
 GOAL = 0.9  # the success rate whose first crossing the tables report
 NOT_YET = "_Not yet measured._"
+SINGLE = "† One seed: a single run, no headline."
 # Okabe and Ito's colours, told apart by colour-blind readers as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
@@ -234,7 +235,7 @@ def results_table(runs: list[Run]) -> str:
         row = [
             task,
             hardware,
-            str(len(group)),
+            str(len(group)) if len(group) > 1 else "1 †",
             spread([run.columns["global_step"][-1] for run in group], whole),
             spread([run.columns[metric][-1] for run in group], value),
             spread([run.columns[metric].max() for run in group], value),
@@ -246,7 +247,8 @@ def results_table(runs: list[Run]) -> str:
         elif of_success:
             row += ["", ""]
         rows.append(row)
-    return markdown(header, rows)
+    text = markdown(header, rows)
+    return f"{text}\n\n{SINGLE}" if any(row[2] == "1 †" for row in rows) else text
 
 
 def throughput_table(files: list[tuple[str, Path]]) -> str:

@@ -13,5 +13,5 @@ os.environ["WANDB_MODE"] = "disabled"
 
 ROOT = Path(__file__).resolve().parent.parent
 # Files of algos/ and scripts/ are not packages; tests import them by name.
-for folder in ("algos", "scripts", "tests"):
+for folder in ("algos", "scripts", "benchmarks", "tests"):
     sys.path.insert(0, str(ROOT / folder))

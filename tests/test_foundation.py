@@ -4,6 +4,7 @@ import ast
 import importlib
 import importlib.util
 import io
+import json
 import os
 import re
 import stat
@@ -11,10 +12,12 @@ import subprocess
 import sys
 import tokenize
 import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import plot_results
 import pytest
+import reproduce
 from conftest import ROOT
 
 from envs import check
@@ -170,8 +173,9 @@ COUNTED = {tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING, getattr
 def docstring_lines(tree: ast.AST) -> set[int]:
     lines = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False) is not None:
-            lines.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            if ast.get_docstring(node, clean=False) is not None:
+                lines.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     return lines
 
 
@@ -319,6 +323,32 @@ def test_results_have_the_required_columns_and_commands():
         commands = (ROOT / "docs/results" / algo / "commands.md").read_text()
         for task, hardware in {(run.task, run.hardware) for run in runs if run.algo == algo}:
             assert task in commands and hardware in commands, f"commands.md says nothing of {task} on {hardware}"
+
+
+def marked(page: Path) -> list[tuple[str, str]]:
+    """(algorithm, pattern of tasks) of every table and figure marker of a page."""
+    found = re.findall(r"^<!-- (?:table|figures):(\S+) -->", page.read_text(), re.MULTILINE)
+    return [(name.partition("/")[0], name.partition("/")[2] or "*") for name in found]
+
+
+def test_matrix_files_and_pages_hold_together():
+    """Every result is a cell's, with a record of its command and commit; a cell feeds the pages that show it."""
+    cells, _ = reproduce.read_matrix(ROOT / "benchmarks/matrix.toml")
+    expected = {cell.result(ROOT, seed): cell for cell in cells for seed in cell.seeds}
+    there = {path for path in (ROOT / "docs/results").glob("*/*__s*.csv") if path.parent.name != "throughput"}
+    assert there <= set(expected), f"no cell of the matrix: {sorted(path.name for path in there - set(expected))}"
+    for path in there:
+        record = json.loads(path.with_suffix(".json").read_text())
+        assert record["command"] and record["commit"] and record["ended"] in ("done", "interrupted", "failed")
+    shown = {page: marked(page) for page in plot_results.documents(ROOT)}
+    for cell in cells:
+        by_marker = {
+            str(page.relative_to(ROOT)) for page, markers in shown.items()
+            if any(algo == cell.algo and fnmatch(cell.task, pattern) for algo, pattern in markers)
+        }  # fmt: skip
+        assert set(cell.feeds) == by_marker, f"{cell.name} is shown by {sorted(by_marker)}"
+        assert (ROOT / cell.program).exists() or cell.closed
+        assert all((ROOT / code).exists() for code in cell.code)
 
 
 def test_tables_in_the_docs_are_those_of_the_results():

@@ -10,10 +10,8 @@ import sys
 import time
 
 import pytest
+import reproduce
 from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import reproduce  # noqa: E402
 
 MATRIX = """
 [[cell]]
