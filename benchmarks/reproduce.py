@@ -279,7 +279,7 @@ def prepare(cell: Cell, seed: int, root: Path) -> list[str]:
     saved = any((run / f"checkpoint.{end}").exists() for end in ("pt", "npz"))
     commit = git(root, "rev-parse", "HEAD") or "unknown"
     first = json.loads(begun.read_text()) if begun.exists() else {}
-    if saved and first.get("command") == begin:
+    if saved and first.get("command") == begin and "ended" not in first:
         if first["commit"] != commit and changed_since(cell, first["commit"], root):
             first["resumed_at"] = [*first.get("resumed_at", []), commit]
             write_whole(begun, json.dumps(first))
@@ -312,8 +312,10 @@ def reason_of(status: int, log: Path) -> str:
 def run_to_end(cell: Cell, seed: int, root: Path) -> dict:
     """Run one seed in a child process until it ends, is interrupted or fails. -> its record
 
-    Ctrl-C (STOP) is passed on once, so that the run saves; results are collected while it runs.
+    Ctrl-C (STOP) is passed on once, so that the run saves. Results are collected while it runs, or
+    at its end where a whole result of an earlier run stands in their place.
     """
+    replaces = read_record(cell, seed, root).get("ended") == "done"
     command = prepare(cell, seed, root)
     run, threads = cell.run(root, seed), str(cell.threads)
     environment = os.environ | {
@@ -341,17 +343,20 @@ def run_to_end(cell: Cell, seed: int, root: Path) -> dict:
             if STOP.is_set() and not told:
                 child.send_signal(signal.SIGINT)
                 told = True
-            collect(cell, seed, root)
+            if not replaces:
+                collect(cell, seed, root)
             STOP.wait(POLL) if not told else time.sleep(POLL)
-    collect(cell, seed, root)
     (run / "reproduce.pid").unlink()
-    if child.returncode == 0 and not told:
+    if child.returncode == 0:
         record |= {"ended": "done", "steps": last_step(run / "eval.csv")}
+        write_whole(run / "reproduce.json", json.dumps(begun | {"ended": "done"}))
     elif told:
         record |= {"ended": "interrupted"}
     else:
         record |= {"ended": "failed", "reason": reason_of(child.returncode, run / "reproduce.log")}
-    write_whole(record_path(cell, seed, root), json.dumps(record, indent=1) + "\n")
+    if record["ended"] == "done" or not replaces:
+        collect(cell, seed, root)
+        write_whole(record_path(cell, seed, root), json.dumps(record, indent=1) + "\n")
     return record
 
 
@@ -449,11 +454,8 @@ def to_do(args: Args, runs: list[tuple[Cell, int]]) -> list[tuple[Cell, int]]:
     found = []
     for cell, seed in runs:
         now, _ = state(cell, seed, args.root)
-        if cell.closed or now not in wanted:
-            continue
-        if now in ("done", "stale"):
-            set_aside(cell.run(args.root, seed))
-        found.append((cell, seed))
+        if now in wanted and not cell.closed:
+            found.append((cell, seed))
     return found
 
 
@@ -513,7 +515,9 @@ def run_all(args: Args, runs: list[tuple[Cell, int]]) -> list[dict]:
     else:
         import submitit
 
-        here = str(Path(__file__).resolve().parent)  # where a job on another machine finds this file
+        here = str(
+            Path(__file__).resolve().parent
+        )  # where a job on another machine finds this file
         paths = [here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         os.environ["PYTHONPATH"] = os.pathsep.join(paths)
         executor = submitit.AutoExecutor(args.root / "runs/submitit", cluster=args.launcher)

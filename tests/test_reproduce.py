@@ -162,7 +162,16 @@ def test_a_result_is_stale_once_its_code_has_changed(root):
     path.write_text(path.read_text().replace("random.normal()", "random.uniform()"))
     assert reproduce.state(cell, 1, root)[0] == "stale"
     assert "stale 1 (algos/toy.py, since" in finish(start(root, "--list"))[1]
-    status, _ = finish(start(root, "--only", "toy/Walk", "--seeds", "1", "--stale"))
+    # a new run that was interrupted leaves the old result as it is, and goes on from where it was
+    words = ("--only", "toy/Walk", "--seeds", "1", "--stale")
+    process = start(root, *words, TOY_PAUSE="0.2")
+    wait_until(
+        lambda: reproduce.last_step(root / "runs/toy__Walk__cpu2__s1/eval.csv") in range(2, 24)
+    )
+    process.send_signal(signal.SIGINT)
+    assert finish(process)[0] == 1 and results(root, 1).read_text() == expected(1)
+    status, _ = finish(start(root, *words))
+    assert "--resume" in (root / "runs/toy__Walk__cpu2__s1/args.json").read_text()
     assert status == 0 and results(root, 1).read_text() != expected(1)
     old = list((root / "runs").glob("toy__Walk__cpu2__s1.old-*"))
     assert len(old) == 1, "the earlier run is set aside, not deleted"
