@@ -70,8 +70,8 @@ class Args:
     """print the state of all cells and end"""
     launcher: Literal["here", "local", "slurm", "debug"] = "here"
     """here: child processes of this one; the others hand runs to submitit, `slurm` to a cluster's queue"""
-    slurm: str = ""
-    """more of submitit's parameters as JSON: '{"slurm_partition": "gpu", "timeout_min": 240}'"""
+    slurm: tuple[str, ...] = ()
+    """more of submitit's parameters: `slurm_partition=gpu slurm_gres=gpu:1`"""
     root: Path = ROOT
     """the repository; runs and results go below it"""
 
@@ -524,7 +524,9 @@ def run_all(args: Args, runs: list[tuple[Cell, int]]) -> list[dict]:
         slowest = max(cell.minutes for cell, _ in runs)
         cpus = max(cell.threads for cell, _ in runs)
         executor.update_parameters(timeout_min=int(3 * slowest) + 10, cpus_per_task=cpus)
-        executor.update_parameters(name="cleanrobot", **json.loads(args.slurm or "{}"))
+        executor.update_parameters(
+            name="cleanrobot", **dict(word.split("=", 1) for word in args.slurm)
+        )
         job = Job()
     waiting, busy, records, begun, shown = list(runs), {}, [], {}, 0.0
     while busy or (waiting and not STOP.is_set()):
