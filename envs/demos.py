@@ -489,7 +489,8 @@ def make(args: Args) -> tuple[Any, Any, dict, tuple[str, ...]]:
         )  # fmt: skip
         expert, about = robosuite_experts.Expert(env), env.env_args
     else:
-        from envs import so101, so101_experts
+        from envs import so101
+        from envs.so101 import expert as so101_expert
 
         options = {"domain_randomization": args.domain_randomization}
         cameras = args.cameras or ("wrist",)
@@ -499,7 +500,7 @@ def make(args: Args) -> tuple[Any, Any, dict, tuple[str, ...]]:
         env = so101.make(
             args.env_id, worlds, "cpu", seed=args.seed, asymmetric=True, stagger=False, pictures=pixels, **options
         )
-        expert = so101_experts.Expert(env)
+        expert = so101_expert.Expert(env)
         # robomimic's types are 1 for robosuite, 2 for gym; it only asks when it runs a policy itself.
         kwargs = options | ({"camera_names": list(cameras)} if pixels else {})
         about = {"env_name": args.env_id, "type": 2, "env_kwargs": kwargs}

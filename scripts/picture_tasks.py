@@ -19,7 +19,7 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 
 from envs import so101
-from envs.so101_experts import Expert
+from envs.so101.expert import Expert
 
 ROOT = Path(__file__).resolve().parent.parent
 WORLDS = 12  # episodes tried at once; one that is solved is shown

@@ -579,10 +579,11 @@ def test_the_scene_follows_the_emulated_servos(scene):
 
 def test_success_is_that_of_the_environment(scene):
     """A pose that solves the task, found by the scripted controller, is a success here as well."""
-    from envs import so101, so101_experts
+    from envs import so101
+    from envs.so101.expert import Expert
 
     env = so101.make("SO101ReachCube-v1", 1, seed=2, stagger=False, domain_randomization=False, pictures=False)
-    state, expert = env.state_dict(), so101_experts.Expert(env)
+    state, expert = env.state_dict(), Expert(env)
     for _ in range(49):
         solved = env.step(expert.act())[-1]["success"]
     joints, target = env.qpos[0, :6].double().numpy(), env.target[0].numpy()

@@ -15,8 +15,8 @@ the next phase begins when the tool is there or the phase's time is up. Two choi
 With tilt and roll given, the joints pan, lift, elbow and wrist have one solution for a place (x, y, z), found by damped
 Newton steps on the arm's forward kinematics; lift + elbow + wrist = pi/2 - tilt, since the three axes are parallel.
 
-Success rates of all tasks:     python -m envs.so101_experts --episodes 100
-Videos, one of each task:       python -m envs.so101_experts --video videos
+Success rates of all tasks:     python -m envs.so101.expert --episodes 100
+Videos, one of each task:       python -m envs.so101.expert --video videos
 N: worlds, P: phases of a task, K: tilts tried. Angles are radians, lengths metres.
 """
 
@@ -28,6 +28,7 @@ from typing import Literal
 import torch
 
 from envs import so101
+from envs.so101.rotations import quat_to_mat
 
 # The fingers, in the gripper's frame: fingers point along -z, the jaw opens towards +x.
 FIXED_FACE = -0.002  # x of the fixed finger's inner face
@@ -85,7 +86,7 @@ class Arm:
             raise ValueError("the arm's joints must turn about the z axes of their bodies, through the origins")
         tensor = lambda array: torch.tensor(array, dtype=torch.float32, device=device)  # noqa: E731
         self.offset = tensor(mjm.body_pos[bodies])  # (5, 3), in the parent's frame
-        self.turn = so101._quat_to_mat(tensor(mjm.body_quat[bodies]))  # (5, 3, 3)
+        self.turn = quat_to_mat(tensor(mjm.body_quat[bodies]))  # (5, 3, 3)
         self.low, self.high = tensor(mjm.jnt_range[:5, 0]), tensor(mjm.jnt_range[:5, 1])
 
     def forward(self, q: torch.Tensor):
