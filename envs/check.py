@@ -209,15 +209,15 @@ def probe_dmc() -> str:
 
 
 def probe_dmc_picture(renderer: str) -> str:
-    """Draw DeepMind Control's walker with one of the renderers of envs/dmc.py and look for its colour."""
+    """Draw DeepMind Control's walker with one of the renderers of envs/dmc and look for its colour."""
     if renderer != "warp":
         _find_opengl(renderer)
     task = _dmc_task("walker_walk", renderer)
     picture = task.view()
     if renderer == "warp":
-        from envs import dmc_warp, dmc_worker
+        from envs.dmc import warp_renderer, worker
 
-        scene = dmc_warp.Scene(task.model, dmc_worker.slots(task.model), task.camera, 1, "cpu", task.size, 1)
+        scene = warp_renderer.Scene(task.model, worker.slots(task.model), task.camera, 1, "cpu", task.size, 1)
         picture = scene.draw(picture[None])[0].numpy()
     share = (picture[..., 0].astype(int) > picture[..., 2].astype(int) + 40).mean()  # orange before blue
     if not 0.005 < share < 0.5:
@@ -226,10 +226,10 @@ def probe_dmc_picture(renderer: str) -> str:
 
 
 def _dmc_task(env_id: str, renderer: str):
-    """A task of envs/dmc_worker.py at the start of an episode."""
-    from envs import dmc_worker
+    """A task of envs/dmc/worker.py at the start of an episode."""
+    from envs.dmc import worker
 
-    task = dmc_worker.Task(env_id, image_size=64, action_repeat=2, camera=None, renderer=renderer, fast_render=False,
+    task = worker.Task(env_id, image_size=64, action_repeat=2, camera=None, renderer=renderer, fast_render=False,
                            camera_jitter=0.0, colour_jitter=0.0)  # fmt: skip
     task.begin()
     return task

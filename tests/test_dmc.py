@@ -18,7 +18,7 @@ EGL = check.ask("egl").works
 egl = pytest.mark.skipif(not EGL, reason="no OpenGL by EGL: sudo apt-get install libegl1 libgl1-mesa-dri")
 if not EGL:
     os.environ["MUJOCO_GL"] = "disabled"
-from envs import dmc_worker  # noqa: E402
+from envs.dmc import processes, worker  # noqa: E402
 
 OPTIONS = dict(image_size=32, action_repeat=2, camera=None, renderer="warp", fast_render=False, camera_jitter=0.0,
                colour_jitter=0.0)  # fmt: skip
@@ -26,7 +26,7 @@ OPTIONS = dict(image_size=32, action_repeat=2, camera=None, renderer="warp", fas
 
 def task(env_id="cartpole_swingup", seed=1, **options):
     """A task alone, begun; its views are what there is to draw, so it needs no renderer."""
-    one = dmc_worker.Task(env_id, **OPTIONS | options)
+    one = worker.Task(env_id, **OPTIONS | options)
     one.seed([seed, 0])
     one.begin()
     return one
@@ -59,12 +59,12 @@ def test_published_tasks_load_and_step(env_id):
     camera = one.describe()["cameras"][one.camera]
     assert one.camera == (2 if env_id.startswith("quadruped") else 0)
     assert env_id != "reach_duplo" or camera == "front_close"
-    things = sum(map(len, dmc_worker.slots(one.model)))
+    things = sum(map(len, worker.slots(one.model)))
     assert view.shape == (things * 19 + 12 + 6 * one.model.nlight,) and np.isfinite(view).all()
 
 
 def test_ids():
-    known = dmc_worker.known_tasks()
+    known = worker.known_tasks()
     assert known["cup_catch"] == known["ball_in_cup_catch"] == ("ball_in_cup", "catch")
     assert known["humanoid_CMU_run"] == ("humanoid_CMU", "run") and known["point_mass_easy"] == ("point_mass", "easy")
     assert known["reach_duplo"] == ("manipulation", "reach_duplo_features") and "lqr_lqr_2_1" not in known
@@ -103,7 +103,7 @@ class Script:
     def step(self, _):
         frame = self.frames.pop(0)
         if frame is None:
-            raise dmc_worker.PhysicsError("diverged")
+            raise worker.PhysicsError("diverged")
         reward, discount, last = frame
         return dm_env.TimeStep(dm_env.StepType.LAST if last else dm_env.StepType.MID, reward, discount, {})
 
@@ -180,10 +180,10 @@ def test_cameras_by_name_and_number():
 
 
 def test_versions_that_do_not_work_together_are_told():
-    dmc_worker.check_versions({"dm-control": "1.0.50", "mujoco": "3.17.0"})
-    dmc_worker.check_versions({"dm-control": "1.0.51", "mujoco": "4.0.1"})  # not ours to judge
+    worker.check_versions({"dm-control": "1.0.50", "mujoco": "3.17.0"})
+    worker.check_versions({"dm-control": "1.0.51", "mujoco": "4.0.1"})  # not ours to judge
     with pytest.raises(ImportError, match=r"works with mujoco 3\.17\.0, and mujoco 4\.0\.0 is installed: pip install"):
-        dmc_worker.check_versions({"dm-control": "1.0.50", "mujoco": "4.0.0"})
+        worker.check_versions({"dm-control": "1.0.50", "mujoco": "4.0.0"})
 
 
 # ----------------------------------------------------------------------------------------------- the environment -----
@@ -330,7 +330,7 @@ def test_impossible_options_are_told_in_one_line(options, line):
 # ------------------------------------------------------------------------------------------------------ renderers ----
 def test_choice_of_renderer(monkeypatch, capsys):
     working = {"osmesa", "warp"}
-    monkeypatch.setattr(dmc, "_works", lambda name: check.Result(name in working, f"about {name}"))
+    monkeypatch.setattr(processes, "_works", lambda name: check.Result(name in working, f"about {name}"))
     choose = dmc.choose_renderer.__wrapped__
     assert choose("auto") == "osmesa"
     assert capsys.readouterr().out == "renderer: osmesa (about osmesa); not egl: about egl\n"
@@ -346,12 +346,12 @@ def test_choice_of_renderer(monkeypatch, capsys):
 @egl
 def test_renderers_draw_the_same_scene():
     """Mean difference over a picture, of 255; the pictures of another moment, and of a hidden robot, differ by more."""
-    from envs import dmc_warp
+    from envs.dmc import warp_renderer
 
     limits = {"cartpole_swingup": 5, "walker_walk": 10, "cup_catch": 6, "reach_duplo": 9}
     for env_id, limit in limits.items():
         gl = task(env_id, renderer="egl", image_size=64)
-        scene = dmc_warp.Scene(gl.model, dmc_worker.slots(gl.model), gl.camera, 1, "cpu", 64)
+        scene = warp_renderer.Scene(gl.model, worker.slots(gl.model), gl.camera, 1, "cpu", 64)
         picture, drawn = gl.view().astype(float), scene.draw(gl.things()[None])[0].numpy().astype(float)
         assert picture.shape == drawn.shape == (64, 64, 3) and picture.std() > 5
         assert np.abs(picture - drawn).mean() < limit
@@ -375,7 +375,7 @@ def test_fast_render_keeps_the_scene_and_drops_the_shadows():
 def test_opengl_environments_here_and_in_a_process_agree():
     here = make("cartpole_balance", 1, renderer="egl", workers=None, fast_render=True)
     there = make("cartpole_balance", 1, renderer="egl", workers=1, fast_render=True)
-    assert isinstance(here.groups[0], dmc._Here) and isinstance(there.groups[0], dmc._Process)
+    assert isinstance(here.groups[0], processes.Here) and isinstance(there.groups[0], processes.Process)
     a, b = here.step(actions(1, 1)), there.step(actions(1, 1))
     assert torch.equal(a[0]["rgb"], b[0]["rgb"]) and torch.equal(a[1], b[1])
     assert np.array_equal(here.render((0,), 100), there.render((0,), 100))
@@ -384,12 +384,12 @@ def test_opengl_environments_here_and_in_a_process_agree():
 
 def test_a_batch_is_drawn_as_its_worlds_alone():
     """Warp's scene has as many places as worlds: fewer and more pictures than that are drawn as well."""
-    from envs import dmc_warp
+    from envs.dmc import warp_renderer
 
     tasks = [task("reacher_easy", seed=seed) for seed in range(5)]
     things = np.stack([one.view() for one in tasks])
-    slots, model = dmc_worker.slots(tasks[0].model), tasks[0].model
-    two, one = (dmc_warp.Scene(model, slots, 0, n, "cpu", 24, 1) for n in (2, 1))
+    slots, model = worker.slots(tasks[0].model), tasks[0].model
+    two, one = (warp_renderer.Scene(model, slots, 0, n, "cpu", 24, 1) for n in (2, 1))
     pictures = two.draw(things)
     assert pictures.shape == (5, 24, 24, 3) and len({p.numpy().tobytes() for p in pictures}) == 5
     for k in range(5):

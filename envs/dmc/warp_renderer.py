@@ -1,6 +1,6 @@
 """Draws DeepMind Control tasks with MuJoCo Warp's batch renderer: any number of worlds in one launch, no OpenGL.
 
-The worlds are simulated elsewhere (`envs/dmc_worker.py`) and tell at every step where things are. So this needs no
+The worlds are simulated elsewhere (`worker.py`) and tell at every step where things are. So this needs no
 physics: `drawing` makes a model that only has things to look at, a body-less copy of the task's own, in which sites
 and tendons, which the renderer does not draw, are geoms as well. Textures, materials, sky box, lights and shadows are
 the task's. Against OpenGL there are no mirrors, no haze, no skins and nothing half transparent: what is less than
@@ -19,7 +19,7 @@ try:
 except ImportError as error:
     raise ImportError(f"renderer 'warp' needs MuJoCo Warp: pip install -e \".[so101]\"  ({error})") from None
 
-SLOT = 3 + 9 + 3 + 4  # floats that describe a drawn thing, as dmc_worker sends them: position, rotation, size, colour
+SLOT = 3 + 9 + 3 + 4  # floats that describe a drawn thing, as worker.py sends them: position, rotation, size, colour
 wp.config.log_level = wp.LOG_WARNING  # no line for every kernel that is loaded
 MATERIAL = ("emission", "specular", "shininess", "reflectance", "texuniform", "texrepeat")
 LIGHT = ("type", "castshadow", "active", "attenuation", "cutoff", "exponent", "ambient", "diffuse", "specular")
@@ -27,7 +27,7 @@ MESH = ("vert", "normal", "texcoord", "face", "facenormal", "facetexcoord")
 
 
 def drawing(model: mujoco.MjModel, slots: tuple) -> mujoco.MjModel:
-    """The model that is drawn in place of `model`: a geom for each of `dmc_worker.slots`, one camera, its lights.
+    """The model that is drawn in place of `model`: a geom for each of `worker.slots`, one camera, its lights.
 
     Raises ValueError for what the renderer has no counterpart of.
     """

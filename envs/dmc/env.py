@@ -1,39 +1,13 @@
-"""The DeepMind Control Suite from pixels: several tasks at once, in processes or in one batch, with action repeat.
+"""The batched DeepMind Control environment: episodes, steps, frame stacks, saved states."""
 
-`make("walker_walk", num_envs, device, seed=...)` returns a batched environment with the contract of
-`envs/__init__.py`. Ids are `domain_task` of the control suite (`cup_catch` is `ball_in_cup_catch`) and the
-manipulation tasks (`reach_duplo`, seen by the camera `front_close`). What is as published with DrQ-v2: camera 0
-(quadrupeds: 2), rewards of the repeated frames summed, each times the product of the discounts before it, actions
-scaled to [-1, 1]. What is not:
-  1. A true end (`discount` 0) is a termination (published: turned into 1). Time limits are truncations.
-  2. The discount of a step is the product of those of its frames; info["discount"] hands it to the learner.
-  3. A world whose physics diverges is restarted alone.
-
-Who draws (`renderer`):
-  egl      OpenGL on the GPU, or by software where there is none (packages libegl1 and libgl1-mesa-dri)
-  osmesa   OpenGL by software (package libosmesa6)
-  warp     MuJoCo Warp's ray tracer draws all worlds in one batch on `device`; pip packages alone, a similar picture
-  auto     MUJOCO_GL if that is set, else the first of egl, osmesa and warp that works here; the choice is printed
-Physics always runs in MuJoCo's C library on the CPU (`envs/dmc_worker.py`): in this process for one environment, else
-in `workers` processes.
-"""
-
-import functools
 import os
-import signal
-import socket
-import subprocess
 import sys
-from multiprocessing.connection import Connection
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from envs import check
+from envs.dmc.processes import Here, Process, choose_renderer, gl_backend
 
-RENDERERS = ("egl", "osmesa", "warp")
-INSTALL = {"egl": "libegl1 libgl1-mesa-dri", "osmesa": "libosmesa6"}
 # The published sets; medium and hard need more frames, see docs/envs/dmc.md.
 EASY = (
     "cartpole_balance", "cartpole_balance_sparse", "cartpole_swingup", "cup_catch", "finger_spin", "hopper_stand",
@@ -46,123 +20,6 @@ MEDIUM = (
 HARD = ("humanoid_stand", "humanoid_walk", "humanoid_run")
 
 
-# ------------------------------------------------------------------------------------------------ choice of renderer --
-@functools.cache
-def _works(renderer: str) -> check.Result:
-    """Tries a renderer out in a process of its own; a driver that crashes must not take this one along."""
-    return check.ask({"warp": "warp-renderer"}.get(renderer, renderer))
-
-
-@functools.cache
-def choose_renderer(wish: str = "auto", set_by_user: str | None = None, cuda: bool = False) -> str:
-    """The renderer that `wish` and the variable MUJOCO_GL (`set_by_user`) lead to; OpenGL is tried out before.
-
-    With `cuda`, a driver that draws by software gets a remark: nothing falls from the GPU to the CPU unsaid.
-
-    Raises ValueError for an unknown one, RuntimeError, with what to install, for one that does not work here.
-    """
-    if wish not in ("auto", *RENDERERS):
-        raise ValueError(f"unknown renderer {wish!r}; there are {', '.join(RENDERERS)} and auto")
-    if wish == "warp":  # which says itself what it lacks
-        return wish
-    if wish == "auto" and set_by_user in RENDERERS:
-        wish = set_by_user
-    tried = []
-    for renderer in RENDERERS if wish == "auto" else (wish,):
-        result = _works(renderer)
-        if result.works:
-            soft = cuda and ("llvmpipe" in result.detail or renderer == "osmesa")
-            remark = "; this is software, renderer 'warp' would draw on the GPU" if soft else ""
-            if wish == "auto" or remark:
-                print(f"renderer: {renderer} ({result.detail})" + "".join(f"; not {line}" for line in tried) + remark)
-            return renderer
-        tried.append(f"{renderer}: {result.detail}")
-    install = f"sudo apt-get install {INSTALL.get(wish, INSTALL['egl'])}"
-    raise RuntimeError(f"no picture can be drawn here ({'; '.join(tried)}): {install}, or use warp")
-
-
-# --------------------------------------------------------------------------------------------- where physics runs ----
-class _Here:
-    """A `Group` of dmc_worker in this process, asked as `_Process` is; a GPU computes while it answers."""
-
-    def __init__(self, *opening):
-        from envs import dmc_worker
-
-        self.group = dmc_worker.Group(*opening)
-
-    def ask(self, name: str, *arguments) -> None:
-        self.question = functools.partial(getattr(self.group, name), *arguments)
-
-    def receive(self):
-        return self.question()
-
-    def close(self) -> None:
-        self.group = None
-
-
-class _Process:
-    """A `Group` of dmc_worker in a process of its own, which needs neither torch nor this program's main module."""
-
-    def __init__(self, env_id: str, numbers: list[int], options: dict):
-        self.name = f"the process of {env_id} number {', '.join(map(str, numbers))}"
-        ours, theirs = socket.socketpair()
-        backend = _backend(options["renderer"])
-        # One thread each: the processes themselves are the parallelism.
-        environment = {"OMP_NUM_THREADS": "1", "LP_NUM_THREADS": "1", **os.environ, "MUJOCO_GL": backend}
-        environment["PYOPENGL_PLATFORM"] = backend if backend in INSTALL else ""
-        root = str(Path(__file__).resolve().parent.parent)
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-        command = [sys.executable, "-m", "envs.dmc_worker", str(theirs.fileno())]
-        self.process = subprocess.Popen(
-            command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
-        )  # (a session of its own: Ctrl-C is for us, who end it by closing the pipe)
-        theirs.close()
-        self.pipe = Connection(ours.detach())
-        self.ask("open", env_id, numbers, options)
-
-    def ask(self, name: str, *arguments) -> None:
-        try:
-            self.pipe.send((name, arguments))
-        except OSError:
-            self._died()
-
-    def receive(self):
-        """Raises ChildProcessError where the process has died, and what it raised otherwise, in one line."""
-        try:
-            fine, *answer = self.pipe.recv()
-        except (EOFError, OSError):
-            self._died()
-        if not fine:
-            kind, line = answer
-            raise {"ValueError": ValueError, "ImportError": ImportError}.get(kind, RuntimeError)(
-                line if kind in ("ValueError", "ImportError", "RuntimeError") else f"{self.name}: {kind}: {line}"
-            )
-        return answer[0]
-
-    def _died(self):
-        try:
-            status = self.process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            status = 0
-        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
-        hint = "; out of memory? use fewer --num-envs" if status == -signal.SIGKILL else ""
-        raise ChildProcessError(f"{self.name} has ended ({how}){hint}; what it said last stands above") from None
-
-    def close(self) -> None:
-        self.pipe.close()
-        try:
-            self.process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-
-def _backend(renderer: str) -> str:
-    """Value of MUJOCO_GL for a renderer."""
-    return "disabled" if renderer == "warp" else renderer
-
-
-# ------------------------------------------------------------------------------------------------------ environment --
 class DMCEnv:
     """A batch of DeepMind Control tasks; the contract that every environment module shares (see `envs/__init__.py`).
 
@@ -203,12 +60,12 @@ class DMCEnv:
             fast_render=fast_render, camera_jitter=camera_jitter, colour_jitter=colour_jitter,
         )  # fmt: skip
         self.groups, self.shares = [], _shares(num_envs, self._processes(workers))
-        kind = _Here if not self._processes(workers) else _Process
+        kind = Here if not self._processes(workers) else Process
         try:
             for share in self.shares:
                 self.groups.append(kind(env_id, list(share), options))
             for group in self.groups:
-                if kind is _Process:
+                if kind is Process:
                     group.receive()
             self.groups[0].ask("describe")
             facts = self.groups[0].receive()
@@ -236,7 +93,7 @@ class DMCEnv:
         if workers or (workers is None and self.num_envs > 1):
             return min(workers or self.num_envs, self.num_envs)
         if "dm_control" not in sys.modules:
-            os.environ["MUJOCO_GL"] = _backend(self.renderer)
+            os.environ["MUJOCO_GL"] = gl_backend(self.renderer)
         return int(self.renderer != "warp" and os.environ.get("MUJOCO_GL") != self.renderer)
 
     # ---- episodes ----------------------------------------------------------------------------------------------------
@@ -262,11 +119,11 @@ class DMCEnv:
 
     def _scene(self, n: int, size: int, camera: int):
         """What draws `n` worlds at a time with MuJoCo Warp; made when it is first needed."""
-        from envs import dmc_warp
+        from envs.dmc import warp_renderer
 
         key = (n, size, camera)
         if key not in self.scenes:
-            self.scenes[key] = dmc_warp.Scene(*self.drawn, camera, n, self.device, size, self.samples)
+            self.scenes[key] = warp_renderer.Scene(*self.drawn, camera, n, self.device, size, self.samples)
         return self.scenes[key]
 
     def _obs(self, rgb: torch.Tensor) -> dict[str, torch.Tensor]:

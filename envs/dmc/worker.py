@@ -1,6 +1,6 @@
-"""One DeepMind Control task, its pictures through OpenGL, and the process that runs some of them for `envs/dmc.py`.
+"""One DeepMind Control task, its pictures through OpenGL, and the process that runs some of them for `env.py`.
 
-Nothing here needs torch, so that a process of it starts in a second or two. `envs/dmc.py` has the environment itself.
+Nothing here needs torch, so that a process of it starts in a second or two. `env.py` has the environment itself.
 
 An episode is a function of the random state at its start and of the actions since: that is all that `Task.save` keeps,
 and `Task.load` lives it again without drawing, which is exact.
@@ -121,7 +121,7 @@ class Task:
         return camera
 
     def describe(self) -> dict:
-        """What `envs/dmc.py` needs to know, as plain values; with the renderer "warp" the compiled model too."""
+        """What `env.py` needs to know, as plain values; with the renderer "warp" the compiled model too."""
         model = self.env.physics.model.ptr
         return {
             "action_dim": len(self.low), "frames": self.frames, "limit": self.limit, "camera": self.camera,
@@ -200,7 +200,7 @@ class Task:
 
     # ---- views -------------------------------------------------------------------------------------------------------
     def view(self) -> np.ndarray:
-        """uint8 (size, size, 3); with the renderer "warp" a float32 vector for `envs/dmc.py`'s scene."""
+        """uint8 (size, size, 3); with the renderer "warp" a float32 vector for `env.py`'s scene."""
         return self.things() if self.renderer == "warp" else self.picture(self.size, self.camera)
 
     def picture(self, size: int, camera: int) -> np.ndarray:
@@ -284,7 +284,7 @@ def _make_cheap(model: mujoco.MjModel, size: int) -> None:
 
 # -------------------------------------------------------------------------------------------------- a few of them ----
 class Group:
-    """Some tasks in one place, and the requests that `envs/dmc.py` has for them; here or behind a pipe."""
+    """Some tasks in one place, and the requests that `env.py` has for them; here or behind a pipe."""
 
     def __init__(self, env_id: str, numbers: list[int], options: dict):
         self.numbers = numbers  # of these tasks among all of the environment's
