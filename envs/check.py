@@ -189,7 +189,7 @@ def probe_maniskill(device: str) -> str:
 
 
 def probe_vulkan() -> str:
-    """Start SAPIEN's Vulkan renderer, which draws ManiSkill's pictures, the way envs/maniskill.py does."""
+    """Start SAPIEN's Vulkan renderer, which draws ManiSkill's pictures, the way envs/maniskill does."""
     import sapien
     import torch
 

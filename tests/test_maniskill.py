@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from envs import maniskill
+from envs.maniskill.patches import patches
 
 ROOT = Path(__file__).resolve().parents[1]
 INSTALL = 'mani_skill is not installed: pip install -e ".[maniskill]"'
@@ -38,7 +39,7 @@ def vulkan():
     """Skips unless SAPIEN's renderer starts; asked in another process, which a broken driver may crash."""
     if not installed:
         pytest.skip(INSTALL)
-    probe = "from envs import maniskill as m; m.use_software_vulkan(); import sapien as s; m._check_vulkan(s, 'pci:0')"
+    probe = "from envs.maniskill.vulkan import *; use_software_vulkan(); import sapien as s; check_vulkan(s, 'pci:0')"
     done = run_python(probe)
     if done.returncode != 0:
         pytest.skip(f"no Vulkan driver: python scripts/install_software_vulkan.py ({done.stderr.strip()[-200:]})")
@@ -59,7 +60,7 @@ def actions(env, steps: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_missing_package_is_one_line(monkeypatch):
-    monkeypatch.setattr(maniskill, "find_spec", lambda name: None)
+    monkeypatch.setattr(maniskill.env, "find_spec", lambda name: None)
     with pytest.raises(ImportError) as error:
         maniskill.make("PickCube-v1", 1, "cpu", seed=1)
     assert 'pip install -e ".[maniskill]"' in str(error.value) and "\n" not in str(error.value)
@@ -71,7 +72,7 @@ def test_importing_the_module_imports_no_simulator():
 
 
 def test_gpu_simulation_needs_a_cuda_device(monkeypatch):
-    monkeypatch.setattr(maniskill, "find_spec", lambda name: True)
+    monkeypatch.setattr(maniskill.env, "find_spec", lambda name: True)
     with pytest.raises(ValueError, match="needs a CUDA device"):
         maniskill.make("PickCube-v1", 1, "cpu", seed=1, sim_backend="physx_cuda")
 
@@ -180,7 +181,7 @@ def test_same_as_maniskills_own_wrappers(env):
     from mani_skill.vector.wrappers.gymnasium import ManiSkillVectorEnv
 
     size = dict(width=32, height=32, shader_pack="minimal")
-    with maniskill._patches(cpu=True, light_visuals=True):
+    with patches(cpu=True, light_visuals=True):
         inner = gymnasium.make(
             "PickCube-v1",
             num_envs=1,
@@ -294,9 +295,10 @@ from envs import maniskill
 maniskill.use_software_vulkan()
 import mani_skill.envs
 import mani_skill.envs.utils.system.backend as backend
+from envs.maniskill.patches import patches
 kwargs = dict(num_envs=1, obs_mode="rgb", control_mode="pd_joint_delta_pos", sim_backend="physx_cpu",
               render_backend="pci:0", sensor_configs=dict(width=64, height=64, shader_pack="minimal"))
-with maniskill._patches(cpu=True, light_visuals=False):
+with patches(cpu=True, light_visuals=False):
     ours = gymnasium.make("PickCube-v1", **kwargs)
 parse = backend.parse_backend_device_id
 backend.parse_backend_device_id = lambda name: (name, None) if name.startswith("pci:") else parse(name)
