@@ -80,7 +80,7 @@ from importlib.util import find_spec
 SIMULATORS = (
     ("dot_reach", "dot_reach", "torch", "so101"),
     ("SO101*", "so101", "mujoco_warp", "so101"),
-    ("robosuite/*", "robosuite_tasks", "robosuite", "robosuite"),
+    ("robosuite/*", "robosuite", "robosuite", "robosuite"),
     ("*-v[0-9]*", "maniskill", "mani_skill", "maniskill"),
     ("[a-z]*_[a-z]*", "dmc", "dm_control", "dmc"),
     ("*", "rewarped", "warp", "rewarped"),

@@ -443,7 +443,7 @@ class Args:
     """Records demonstrations of a scripted expert with human-like errors, or shows what a file holds."""
 
     env_id: str = "SO101PlaceCube-v1"
-    """A task of envs/so101.py, or `robosuite/` and one of envs/robosuite_tasks.py."""
+    """A task of envs/so101, or `robosuite/` and one of envs/robosuite."""
     episodes: int = 200
     """Demonstrations to record."""
     noise: float = 0.1
@@ -480,17 +480,18 @@ def make(args: Args) -> tuple[Any, Any, dict, tuple[str, ...]]:
     """Environment, expert with human-like errors, env_args for the file and the cameras' names, as `args` say."""
     pixels = args.obs == "pixels"
     if args.env_id.startswith("robosuite/"):
-        from envs import robosuite_experts, robosuite_tasks
+        from envs import robosuite
+        from envs.robosuite.expert import Expert
 
         options = {"render_size": args.render_size} | ({"cameras": args.cameras} if args.cameras else {})
-        env = robosuite_tasks.make(
+        env = robosuite.make(
             args.env_id, args.num_envs or 1, "cpu", seed=args.seed, pictures=pixels, asymmetric=True, stagger=False,
             **options,
         )  # fmt: skip
-        expert, about = robosuite_experts.Expert(env), env.env_args
+        expert, about = Expert(env), env.env_args
     else:
         from envs import so101
-        from envs.so101 import expert as so101_expert
+        from envs.so101.expert import Expert
 
         options = {"domain_randomization": args.domain_randomization}
         cameras = args.cameras or ("wrist",)
@@ -500,7 +501,7 @@ def make(args: Args) -> tuple[Any, Any, dict, tuple[str, ...]]:
         env = so101.make(
             args.env_id, worlds, "cpu", seed=args.seed, asymmetric=True, stagger=False, pictures=pixels, **options
         )
-        expert = so101_expert.Expert(env)
+        expert = Expert(env)
         # robomimic's types are 1 for robosuite, 2 for gym; it only asks when it runs a policy itself.
         kwargs = options | ({"camera_names": list(cameras)} if pixels else {})
         about = {"env_name": args.env_id, "type": 2, "env_kwargs": kwargs}

@@ -21,16 +21,17 @@ import numpy as np
 import pytest
 import torch
 
-from envs import robosuite_experts, robosuite_tasks
+from envs import robosuite
+from envs.robosuite import expert as scripted
 
 ROOT = Path(__file__).resolve().parents[1]
 installed = importlib.util.find_spec("robosuite") is not None
 needs_robosuite = pytest.mark.skipif(not installed, reason="robosuite is not installed: make robosuite")
-TASKS = [f"robosuite/{name}" for name in robosuite_experts.PHASES]
+TASKS = [f"robosuite/{name}" for name in scripted.PHASES]
 
 
 def make(env_id="robosuite/Lift", num_envs=1, **options):
-    return robosuite_tasks.make(env_id, num_envs, **{"seed": 1, "pictures": False, "stagger": False, **options})
+    return robosuite.make(env_id, num_envs, **{"seed": 1, "pictures": False, "stagger": False, **options})
 
 
 # --- the environment's pins -------------------------------------------------------------------------------------------
@@ -51,7 +52,7 @@ def test_without_robosuite_there_is_one_clear_line():
     with pytest.raises(ImportError, match="environment of its own: make robosuite"):
         make()
     done = subprocess.run(
-        [sys.executable, "-m", "envs.robosuite_experts"], cwd=ROOT, capture_output=True, text=True, timeout=100
+        [sys.executable, "-m", "envs.robosuite.expert"], cwd=ROOT, capture_output=True, text=True, timeout=100
     )
     assert done.returncode == 1 and "make robosuite" in done.stderr and "Traceback" not in done.stderr
 
@@ -212,12 +213,12 @@ def test_robots_of_a_task(fake):
     env = make("robosuite/Wipe", env_kwargs={"robots": "Sawyer"})
     assert FakeTask.made[-1].robots == "Sawyer" and env.max_episode_steps == 400
     with pytest.raises(ValueError, match="no scripted expert for robosuite/Wipe; there are for Lift"):
-        robosuite_experts.Expert(env)
+        scripted.Expert(env)
 
 
 def test_seeds_of_episodes_differ():
-    seeds = {robosuite_tasks.episode_seed(s, w, e) for s in range(4) for w in range(8) for e in range(8)}
-    assert len(seeds) == 256 and robosuite_tasks.episode_seed(1, 2, 3) == robosuite_tasks.episode_seed(1, 2, 3)
+    seeds = {robosuite.episode_seed(s, w, e) for s in range(4) for w in range(8) for e in range(8)}
+    assert len(seeds) == 256 and robosuite.episode_seed(1, 2, 3) == robosuite.episode_seed(1, 2, 3)
 
 
 # --- rotations of the experts -----------------------------------------------------------------------------------------
@@ -230,20 +231,20 @@ def test_rotations_against_the_exponential_map():
     x, y, z = (axis * angle).unbind(1)
     skew = torch.stack((zero, -z, y, z, zero, -x, -y, x, zero), 1).view(-1, 3, 3)
     expected = torch.linalg.matrix_exp(skew)
-    assert torch.allclose(robosuite_experts.matrix(quat), expected)
-    assert torch.allclose(robosuite_experts.rotation_vector(expected), axis * angle, atol=1e-7)
-    assert not robosuite_experts.rotation_vector(torch.eye(3)[None]).any()
+    assert torch.allclose(scripted.matrix(quat), expected)
+    assert torch.allclose(scripted.rotation_vector(expected), axis * angle, atol=1e-7)
+    assert not scripted.rotation_vector(torch.eye(3)[None]).any()
 
 
 def test_a_gripper_that_points_down():
     turn = torch.tensor([0.0, 0.7, -2.0])
-    down = robosuite_experts.pointing_down(turn)
+    down = scripted.pointing_down(turn)
     assert torch.allclose(down @ down.transpose(1, 2), torch.eye(3).expand(3, 3, 3), atol=1e-6)
     assert torch.allclose(torch.linalg.det(down), torch.ones(3)) and (down[:, 2, 2] == -1).all()
     # From turn 0 to `turn` is a rotation about the vertical by `turn`.
-    spin = robosuite_experts.rotation_vector(down @ down[:1].transpose(1, 2).expand(3, 3, 3))
+    spin = scripted.rotation_vector(down @ down[:1].transpose(1, 2).expand(3, 3, 3))
     assert torch.allclose(spin, torch.stack((0 * turn, 0 * turn, turn), 1), atol=1e-6)
-    wrapped = robosuite_experts.wrap(torch.tensor([3.5, -0.9, 0.9]), math.pi / 2)
+    wrapped = scripted.wrap(torch.tensor([3.5, -0.9, 0.9]), math.pi / 2)
     assert torch.allclose(wrapped, torch.tensor([3.5 - math.pi, -0.9 + math.pi / 2, 0.9 - math.pi / 2]))
 
 
@@ -253,10 +254,10 @@ def test_turns_for_the_square_nut():
     quat = torch.stack((0 * item, 0 * item, (item / 2).sin(), (item / 2).cos()), 1)
     facts = {"SquareNut_quat": quat, "SquareNut_pos": torch.zeros(181, 3)}
     env = types.SimpleNamespace(env_id="robosuite/NutAssemblySquare", num_envs=181, fact=facts.__getitem__)
-    expert = robosuite_experts.Expert(env)
-    assert robosuite_experts.wrap(expert.grasp - item, math.pi).abs().max() < 1e-5
+    expert = scripted.Expert(env)
+    assert scripted.wrap(expert.grasp - item, math.pi).abs().max() < 1e-5
     nut = item + expert.final - expert.grasp
-    assert robosuite_experts.wrap(nut, math.pi / 2).abs().max() < 1e-5
+    assert scripted.wrap(nut, math.pi / 2).abs().max() < 1e-5
     assert (nut.cos() < 0.5).all() and expert.grasp.abs().max() <= 1.6 and expert.final.abs().max() <= 1.6
 
 
@@ -265,7 +266,7 @@ def test_turns_for_the_square_nut():
 @pytest.mark.parametrize("env_id", TASKS)
 def test_expert_solves_the_task(env_id):
     env = make(env_id)
-    found = robosuite_experts.run(env, robosuite_experts.Expert(env), 3)
+    found = scripted.run(env, scripted.Expert(env), 3)
     env.close()
     assert all(found), f"steps until success (0: none): {found}"
 
@@ -329,7 +330,7 @@ def test_other_tasks_by_their_ids():
     env = make("robosuite/TwoArmLift", asymmetric=True)
     assert env.action_dim == 14 and env.state_dim == 18
     names = [name for name, _ in env.layout["state"]]
-    assert names == [f"robot{r}_{part}" for r in (0, 1) for part in robosuite_tasks.STATE_PARTS]
+    assert names == [f"robot{r}_{part}" for r in (0, 1) for part in robosuite.STATE_PARTS]
     env.step(torch.zeros(1, 14))
     env.close()
     with pytest.raises(ImportError, match="DexMimicGen, which is not installed"):

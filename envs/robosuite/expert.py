@@ -1,6 +1,6 @@
 """Scripted controllers for robosuite's Lift, PickPlaceCan and NutAssemblySquare, through the same actions as a policy.
 
-`Expert(env).act()` returns actions (N, 7) for all worlds of an `envs.robosuite_tasks` environment. It reads the true
+`Expert(env).act()` returns actions (N, 7) for all worlds of an `envs.robosuite` environment. It reads the true
 poses of gripper and objects, never pictures. An episode is a fixed row of phases; each names where the gripper belongs
 (a place and a turn about the vertical), what the gripper does, and when the next phase begins. The gripper always
 points straight down; changes of its pose are proportional to what is missing, at most the largest action.
@@ -9,7 +9,7 @@ What makes the square nut work: the fingers close across its handle, so their op
 y axis; of the two turns that do this and the four that bring a square onto a square peg, the pair is chosen that keeps
 the wrist nearest to its middle; and the place over the peg is reached by where the *nut* is, not the gripper.
 
-Success rates of all tasks:     python -m envs.robosuite_experts --episodes 20
+Success rates of all tasks:     python -m envs.robosuite.expert --episodes 20
 N: worlds. Angles are radians, lengths metres, quaternions x, y, z, w as robosuite has them.
 """
 
@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 
-from envs import robosuite_tasks
+from envs import robosuite
 
 STEP, TURN = 0.05, 0.5  # metres and radians of a change at |action| = 1
 GAIN, TURN_GAIN = 1.6, 1.2  # of what is missing, asked for in one step; the controller covers a part of it
@@ -119,7 +119,7 @@ class Expert:
 
     absolute = (6,)  # the gripper's action is a command, not a change
 
-    def __init__(self, env: robosuite_tasks.RobosuiteEnv):
+    def __init__(self, env: robosuite.RobosuiteEnv):
         self.task = env.env_id.removeprefix("robosuite/")
         if self.task not in PHASES:
             raise ValueError(f"there is no scripted expert for {env.env_id}; there are for {', '.join(PHASES)}")
@@ -226,7 +226,7 @@ class Expert:
 
 
 # ------------------------------------------------------------------------------------------------------ command line --
-def run(env: robosuite_tasks.RobosuiteEnv, expert, episodes: int) -> list[int]:
+def run(env: robosuite.RobosuiteEnv, expert, episodes: int) -> list[int]:
     """Steps until the first success of each of `episodes` episodes; 0 for those without one."""
     env.reset(env.seed)
     expert.reset()
@@ -261,7 +261,7 @@ def main(args: Args) -> None:
     """The command line of this module."""
     print("| task | success | mean steps to success | CPU ms a step |\n|---|---:|---:|---:|")
     for task in args.tasks:
-        env = robosuite_tasks.make(task, args.num_envs, "cpu", seed=args.seed, pictures=False, stagger=False)
+        env = robosuite.make(task, args.num_envs, "cpu", seed=args.seed, pictures=False, stagger=False)
         expert = Expert(env)
         begin = time.process_time()
         found = run(env, expert, args.episodes)
@@ -282,4 +282,4 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args))
     except (ValueError, ImportError, RuntimeError) as error:
-        sys.exit(f"envs.robosuite_experts: {error}")
+        sys.exit(f"envs.robosuite.expert: {error}")
