@@ -17,6 +17,9 @@ h5py = pytest.importorskip("h5py", reason='h5py is not installed: pip install -e
 from fake_env import FakeEnv  # noqa: E402
 
 from envs import demos  # noqa: E402
+from envs.demos import reading  # noqa: E402
+from envs.demos.__main__ import Args, main  # noqa: E402
+from envs.demos.human import SMOOTH  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -186,7 +189,7 @@ def test_noise_is_smooth_of_the_given_strength_and_spares_commands():
     errors = torch.stack((first[:, 0] - 0.5, second[:, 0] - 0.5))
     # The strength is 0.1 times a factor uniform in [0.5, 1.5], whose mean square is 13/12.
     assert errors.std().item() == pytest.approx(0.1 * (13 / 12) ** 0.5, rel=0.05)
-    assert torch.corrcoef(errors)[0, 1].item() == pytest.approx(demos.SMOOTH, abs=0.03)
+    assert torch.corrcoef(errors)[0, 1].item() == pytest.approx(SMOOTH, abs=0.03)
     assert (human.act().abs() <= 1).all()
 
 
@@ -289,7 +292,7 @@ def test_cut_after_the_first_success(tmp_path):
 
 
 def test_state_and_privileged_of_two_arms():
-    keys = demos._contract_keys(
+    keys = reading._contract_keys(
         ["robot1_eef_quat", "robot0_right_eef_pos", "robot0_left_eef_pos", "robot1_eef_pos", "object",
          "robot0_left_gripper_qpos", "frontview_image", "robot0_joint_pos"], ("frontview",),
     )  # fmt: skip
@@ -332,7 +335,7 @@ def test_command_records_the_so101_and_is_the_same_twice(tmp_path, capsys):
     pytest.importorskip("mujoco_warp", reason='MuJoCo Warp is not installed: pip install -e ".[so101]"')
     files = [tmp_path / f"{k}.hdf5" for k in "ab"]
     for file in files:
-        demos.main(demos.Args(
+        main(Args(
             env_id="SO101LiftCube-v1", episodes=5, noise=0.1, obs="pixels", render_size=16, cameras=("third", "wrist"),
             out=file,
         ))  # fmt: skip
@@ -348,15 +351,15 @@ def test_command_records_the_so101_and_is_the_same_twice(tmp_path, capsys):
     assert about["env_kwargs"]["camera_names"] == ["third", "wrist"] and about["spec"]["control_hz"] == 10.0
     before = files[0].read_bytes()
     with pytest.raises(ValueError, match="exists; name another file"):
-        demos.main(demos.Args(out=files[0]))
+        main(Args(out=files[0]))
     assert files[0].read_bytes() == before
-    demos.main(demos.Args(show=files[0]))
+    main(Args(show=files[0]))
     assert "SO101LiftCube-v1" in capsys.readouterr().out
 
 
 def test_command_speaks_plainly(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        demos.main(demos.Args(show=tmp_path / "none"))
+        main(Args(show=tmp_path / "none"))
     done = subprocess.run(
         [sys.executable, "-m", "envs.demos", "--episodes", "0", "--out", str(tmp_path / "f")], cwd=ROOT,
         capture_output=True, text=True, timeout=200,
