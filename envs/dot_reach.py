@@ -173,8 +173,8 @@ class DotReach:
         if tuple(saved["shape"]) != shape:
             raise ValueError(f"saved (worlds, height, width, channels, repeat): {tuple(saved['shape'])}; here: {shape}")
         for name in self._TENSORS:
-            setattr(self, name, saved[name].to(self.device))
-        self.obs = {name: value.to(self.device) for name, value in saved["obs"].items()}
+            setattr(self, name, saved[name].to(self.device, copy=True))
+        self.obs = {name: value.to(self.device, copy=True) for name, value in saved["obs"].items()}
         self.generator.set_state(saved["generator"].cpu())
 
     def close(self) -> None:

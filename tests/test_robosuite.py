@@ -174,13 +174,14 @@ def test_a_diverged_world_is_restarted_alone(fake):
     assert torch.equal(info["final_obs"]["state"][1], before[1]) and env.clock.tolist() == [2, 0]
 
 
-def test_saved_state_continues_exactly(fake):
+def test_saved_state_continues_exactly(fake, tmp_path):
     generator = torch.Generator().manual_seed(0)
     actions = torch.rand(40, 3, 7, generator=generator) * 2 - 1
     one = make(num_envs=3, workers=0, stagger=True, max_episode_steps=12)
     for a in actions[:17]:
         one.step(a)
-    saved = one.state_dict()
+    torch.save(one.state_dict(), tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt", weights_only=True, mmap=True)
     two = make(num_envs=3, workers=0, seed=5, max_episode_steps=12)
     two.step(actions[0])
     two.load_state_dict(saved)

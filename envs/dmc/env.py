@@ -205,8 +205,9 @@ class DMCEnv:
     def state_dict(self) -> dict:
         """Everything that the future of every world depends on: random states and actions of the running episodes."""
         return {
-            "setup": self._setup(), "tasks": self._all("save"), "returns": self.returns.copy(),
-            "length": self.length.copy(), "nan_resets": self.nan_resets.clone(),
+            "setup": self._setup(), "tasks": [_with_tensors(task) for task in self._all("save")],
+            "returns": torch.tensor(self.returns), "length": torch.tensor(self.length),
+            "nan_resets": self.nan_resets.clone(),
             "obs": {name: value.clone() for name, value in self.obs.items()},
         }  # fmt: skip
 
@@ -215,10 +216,11 @@ class DMCEnv:
         for name, value in self._setup().items():
             if saved["setup"][name] != value:
                 raise ValueError(f"saved environment has {name} {saved['setup'][name]!r}, this one has {value!r}")
-        self._all("load", lambda share: (saved["tasks"][share.start : share.stop],))
-        self.returns[:], self.length[:] = saved["returns"], saved["length"]
-        self.nan_resets = saved["nan_resets"].to(self.device)
-        self.obs = {name: value.to(self.device) for name, value in saved["obs"].items()}
+        tasks = [_with_arrays(task) for task in saved["tasks"]]
+        self._all("load", lambda share: (tasks[share.start : share.stop],))
+        self.returns[:], self.length[:] = saved["returns"].numpy(), saved["length"].numpy()
+        self.nan_resets = saved["nan_resets"].to(self.device, copy=True)
+        self.obs = {name: value.to(self.device, copy=True) for name, value in saved["obs"].items()}
 
     def _setup(self) -> dict:
         return {"env_id": self.env_id, "num_envs": self.num_envs, "image_size": self.image_size,
@@ -229,6 +231,20 @@ class DMCEnv:
         for group in self.groups:
             group.close()
         self.groups = []
+
+
+def _with_tensors(value):
+    """A saved task, which has NumPy arrays since `worker.py` knows no torch, with tensors in their places."""
+    if isinstance(value, dict):
+        return {name: _with_tensors(part) for name, part in value.items()}
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+
+def _with_arrays(value):
+    """The opposite of `_with_tensors`."""
+    if isinstance(value, dict):
+        return {name: _with_arrays(part) for name, part in value.items()}
+    return value.numpy().copy() if isinstance(value, torch.Tensor) else value
 
 
 def _shares(num_envs: int, processes: int) -> list[range]:

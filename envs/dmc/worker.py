@@ -9,6 +9,7 @@ and `Task.load` lives it again without drawing, which is exact.
 import difflib
 import importlib.metadata
 import os
+import signal
 import sys
 from multiprocessing.connection import Connection
 
@@ -95,7 +96,7 @@ class Task:
         self.limit, self.clock = -(-self.frames // action_repeat), 0
         self.model, self.cameras = None, {}
         self.camera = self._camera_id(camera)
-        self.actions, self.at_start = [], None
+        self.actions, self.at_start = [], {}
 
     def _frames(self) -> int:
         """Control steps of an episode, by counting as dm-control does: its limit may be 1000.0000000001."""
@@ -140,7 +141,8 @@ class Task:
 
     def begin(self, clock: int = 0) -> None:
         """A new episode; `clock` agent steps of its time are taken to have passed."""
-        self.at_start, self.actions, self.clock = (self.random.get_state(), self.jitter_random.get_state()), [], clock
+        self.at_start = {"physics": _random_state(self.random), "jitter": _random_state(self.jitter_random)}
+        self.actions, self.clock = [], clock
         self._start()
 
     def _start(self) -> None:
@@ -192,8 +194,8 @@ class Task:
 
     def load(self, saved: dict) -> None:
         """Lives the saved episode again, without drawing, to where it was saved."""
-        self.random.set_state(saved["at_start"][0])
-        self.jitter_random.set_state(saved["at_start"][1])
+        _set_random_state(self.random, saved["at_start"]["physics"])
+        _set_random_state(self.jitter_random, saved["at_start"]["jitter"])
         self.begin(saved["clock"] - len(saved["actions"]))
         for action in saved["actions"]:
             self.step(action)
@@ -248,6 +250,18 @@ class Task:
             pose = data.cam_xpos[camera], data.cam_xmat[camera]
         rest = (*pose, data.light_xpos.ravel(), data.light_xdir.ravel())
         return np.concatenate((np.concatenate(parts).ravel(), *rest)).astype(np.float32)
+
+
+def _random_state(random: np.random.RandomState) -> dict:
+    """The generator's state, as an array and plain values."""
+    _, key, position, has_gauss, gauss = random.get_state()
+    return {"key": key.astype(np.int64), "position": position, "has_gauss": has_gauss, "gauss": gauss}
+
+
+def _set_random_state(random: np.random.RandomState, state: dict) -> None:
+    """Continue from `_random_state`."""
+    key = state["key"].astype(np.uint32)
+    random.set_state(("MT19937", key, state["position"], state["has_gauss"], state["gauss"]))
 
 
 def slots(model: mujoco.MjModel) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
@@ -356,4 +370,5 @@ def serve(pipe: Connection) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which saves, then closes the pipe
     serve(Connection(int(sys.argv[1])))

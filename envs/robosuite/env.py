@@ -208,10 +208,10 @@ class RobosuiteEnv:
     def state_dict(self) -> dict:
         """What the future of every world depends on: the seeds of the episodes and the actions so far."""
         return {
-            "env_id": self.env_id, "num_envs": self.num_envs, "seed": self.seed, "episode": self.episode.copy(),
-            "clock": self.clock.copy(), "started": self.started.copy(), "returns": self.returns.clone(),
+            "env_id": self.env_id, "num_envs": self.num_envs, "seed": self.seed, "episode": torch.tensor(self.episode),
+            "clock": torch.tensor(self.clock), "started": torch.tensor(self.started), "returns": self.returns.clone(),
             "success_once": self.success_once.clone(), "nan_resets": self.nan_resets.clone(),
-            "actions": [np.array(a).reshape(-1, self.action_dim) for a in self._actions],
+            "actions": [torch.tensor(np.array(a).reshape(-1, self.action_dim)) for a in self._actions],
         }  # fmt: skip
 
     def load_state_dict(self, saved: dict) -> None:
@@ -223,14 +223,14 @@ class RobosuiteEnv:
             if saved[name] != getattr(self, name):
                 raise ValueError(f"saved environment has {name} {saved[name]!r}, this one has {getattr(self, name)!r}")
         self.seed = saved["seed"]
-        self.episode[:] = saved["episode"] - 1
+        self.episode[:] = saved["episode"].numpy() - 1
         self._begin(np.arange(self.num_envs))
-        self._actions = [list(a) for a in saved["actions"]]
+        self._actions = [list(a.numpy().copy()) for a in saved["actions"]]
         for t in range(max(len(a) for a in self._actions)):
             moves = {i: (a[t],) for i, a in enumerate(self._actions) if t < len(a)}
             for i, answer in self._call("step", moves).items():
                 self._last[i] = answer
-        self.clock[:], self.started[:] = saved["clock"], saved["started"]
+        self.clock[:], self.started[:] = saved["clock"].numpy(), saved["started"].numpy()
         self.returns.copy_(saved["returns"]), self.success_once.copy_(saved["success_once"])
         self.nan_resets.copy_(saved["nan_resets"])
         self.obs = self._obs(self._last)

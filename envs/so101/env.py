@@ -317,7 +317,7 @@ class SO101Env:
         return {
             "env_id": self.env_id, "num_envs": self.num_envs, "engine": self.engine,
             "physics": self.physics.state_dict(), "generator": self.generator.get_state(),
-            "clock": self.clock.copy(), "started": self.started.copy(),
+            "clock": torch.tensor(self.clock), "started": torch.tensor(self.started),
             "tensors": {name: getattr(self, name).clone() for name in self._TENSORS},
             "fields": {name: field.clone() for name, field in self.fields.items()},
             "obs": {name: value.clone() for name, value in self.obs.items()},
@@ -334,8 +334,8 @@ class SO101Env:
             getattr(self, name).copy_(value)
         self.physics.load_state_dict(saved["physics"])
         self.generator.set_state(saved["generator"].cpu())
-        self.clock[:], self.started[:] = saved["clock"], saved["started"]
-        self.obs = {name: value.to(self.device) for name, value in saved["obs"].items()}
+        self.clock[:], self.started[:] = saved["clock"].numpy(), saved["started"].numpy()
+        self.obs = {name: value.to(self.device, copy=True) for name, value in saved["obs"].items()}
 
     def close(self) -> None:
         """Stops the simulation's threads."""

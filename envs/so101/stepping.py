@@ -75,10 +75,10 @@ class CStepper:
         return qpos, qvel, torch.from_numpy(self.sensors[:, -1].astype(np.float32)), torch.from_numpy(sane)
 
     def state_dict(self) -> dict:
-        return {"state": self.state.copy()}
+        return {"state": torch.tensor(self.state)}
 
     def load_state_dict(self, saved: dict) -> None:
-        self.state[:] = saved["state"]
+        self.state[:] = saved["state"].numpy()
         self.write_models(range(self.n))
 
     def close(self) -> None:
