@@ -25,6 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from envs import usable_cpus
+
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 300  # of one probe; what takes long is the first compilation of kernels
 # The Python of this very environment, so that the printed lines work as they stand, whether or not it is activated.
@@ -404,7 +406,7 @@ def version_lines() -> list[str]:
 
 def machine_lines() -> list[str]:
     """Return what the standard library knows: cores, memory, compiler."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cpus()
     memory = ""
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
         memory = f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB of memory"

@@ -30,7 +30,7 @@ def oracle(env: "DotReach") -> torch.Tensor:
 def reference_returns(episodes: int = 1_000_000, seed: int = 0, device="cpu") -> dict[str, float]:
     """Mean return of the oracle, of uniformly random actions and of standing still, over the same first states."""
     generator, means = torch.Generator(device).manual_seed(seed), {}
-    env = DotReach("dot_reach", episodes, device, seed=seed, image_size=4, pictures=False)
+    env = DotReach("dot_reach", episodes, device, seed=seed, image_size=4, images=False)
     for name, act in {
         "oracle": lambda: oracle(env),
         "random": lambda: torch.rand(episodes, 2, generator=generator, device=device) * 2 - 1,
@@ -54,7 +54,7 @@ class DotReach:
     def __init__(
         self, env_id: str, num_envs: int, device: str | torch.device = "cpu", *, seed: int = 0, stagger: bool = False,
         image_size: int = 32, action_repeat: int = 1, frame_stack: int = 1, camera: None = None, renderer: str = "auto",
-        pictures: bool = True,
+        images: bool = True,
     ):  # fmt: skip
         if env_id != "dot_reach":
             raise ValueError(f"unknown task {env_id!r}; envs/dot_reach.py has one, 'dot_reach'")
@@ -64,7 +64,7 @@ class DotReach:
             raise ValueError(f"action_repeat and frame_stack must be at least 1; got {action_repeat} and {frame_stack}")
         if camera is not None or renderer != "auto":
             raise ValueError("dot_reach has one view, drawn by torch: leave camera None and renderer 'auto'")
-        self.env_id, self.num_envs, self.device, self.pictures = env_id, num_envs, torch.device(device), pictures
+        self.env_id, self.num_envs, self.device, self.images = env_id, num_envs, torch.device(device), images
         self.image_size, self.action_repeat, self.frame_stack = image_size, action_repeat, frame_stack
         self.image_shape = (image_size, image_size, 3 * frame_stack)
         self.max_episode_steps = -(-HORIZON // action_repeat)
@@ -103,7 +103,7 @@ class DotReach:
     def _draw(self, size: int | None = None) -> torch.Tensor:
         """Pictures (N, size, size, 3) uint8 of the present state; a pixel has the share that the disk covers of it."""
         size = size or self.image_size
-        if not self.pictures:
+        if not self.images:
             return torch.zeros(self.num_envs, 0, 0, 3, dtype=torch.uint8, device=self.device)
         pixel = 2 / size
         axis = (torch.arange(size, device=self.device) + 0.5) * pixel - 1
@@ -181,12 +181,7 @@ class DotReach:
         """Nothing to stop."""
 
 
-def make(env_id: str, num_envs: int, device: str | torch.device = "cpu", **options) -> DotReach:
-    """The environment `dot_reach` with `num_envs` worlds on `device`; options as in `DotReach`.
-
-    Raises ValueError for an unknown id or an impossible option, in one line that says what would do.
-    """
-    return DotReach(env_id, num_envs, device, **options)
+make = DotReach  # so that the options have their names
 
 
 if __name__ == "__main__":

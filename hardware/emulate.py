@@ -51,7 +51,7 @@ def episodes(env_id: str, count: int, seed: int = EVAL_SEED, randomize: bool = T
     """The saved states of `count` single worlds at their start: those that training's evaluation begins with."""
     so101 = _so101()
     try:
-        env = so101.make(env_id, count, seed=seed, stagger=False, pictures=False, domain_randomization=randomize)
+        env = so101.make(env_id, count, seed=seed, stagger=False, images=False, domain_randomization=randomize)
     except ValueError as error:
         raise EmulationError(str(error)) from None
     env.reset(seed=seed)

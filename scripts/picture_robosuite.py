@@ -19,7 +19,7 @@ LOOKS = ("plain", "full", "collision")
 
 def strip(task: str, seed: int) -> np.ndarray:
     """Moments of the expert's episode until success, in a row: uint8 (SIZE, FRAMES * SIZE, 3)."""
-    env = robosuite.make(f"robosuite/{task}", 1, seed=seed, pictures=False, stagger=False)
+    env = robosuite.make(f"robosuite/{task}", 1, seed=seed, images=False, stagger=False)
     expert, frames = Expert(env), []
     for _ in range(env.max_episode_steps - 1):
         frames.append(env.render(size=SIZE, camera="agentview")[0] if len(frames) % 4 == 0 else None)

@@ -60,7 +60,7 @@ def episode(env_id: str, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """
     env = so101.make(
         env_id, WORLDS, "cpu", seed=seed, render_size=WRIST, samples_per_pixel=1, domain_randomization=False,
-        stagger=False, pictures=False,  # `draw` below draws what step() would have returned, at three moments only
+        stagger=False, images=False,  # `draw` below draws what step() would have returned, at three moments only
     )  # fmt: skip
     expert, shown, centre = Expert(env), [], torch.tensor(so101.SPAWN_CENTRE)
     objects = ("item", "support") if so101.TASKS[env_id].support else ("item",)

@@ -582,7 +582,7 @@ def test_success_is_that_of_the_environment(scene):
     from envs import so101
     from envs.so101.expert import Expert
 
-    env = so101.make("SO101ReachCube-v1", 1, seed=2, stagger=False, domain_randomization=False, pictures=False)
+    env = so101.make("SO101ReachCube-v1", 1, seed=2, stagger=False, domain_randomization=False, images=False)
     state, expert = env.state_dict(), Expert(env)
     for _ in range(49):
         solved = env.step(expert.act())[-1]["success"]

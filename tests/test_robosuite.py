@@ -31,7 +31,7 @@ TASKS = [f"robosuite/{name}" for name in scripted.PHASES]
 
 
 def make(env_id="robosuite/Lift", num_envs=1, **options):
-    return robosuite.make(env_id, num_envs, **{"seed": 1, "pictures": False, "stagger": False, **options})
+    return robosuite.make(env_id, num_envs, **{"seed": 1, "images": False, "stagger": False, **options})
 
 
 # --- the environment's pins -------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def test_saved_state_continues_exactly(fake, tmp_path):
         ("robosuite/TwoArmBoxCleanup", {}, ImportError, "DexMimicGen, which is not installed"),
         ("robosuite/Lift", {"look": "pretty"}, ValueError, "look must be"),
         ("robosuite/Lift", {"num_envs": 0}, ValueError, "num_envs must be at least 1"),
-        ("robosuite/Lift", {"pictures": True, "cameras": ("top",)}, ValueError, "Lift has no camera top"),
+        ("robosuite/Lift", {"images": True, "cameras": ("top",)}, ValueError, "Lift has no camera top"),
     ],
 )
 def test_impossible_wishes_get_one_clear_line(fake, env_id, options, error, line):
@@ -310,7 +310,7 @@ def test_processes_give_the_same_worlds_and_a_dead_one_is_told():
 @pytest.mark.parametrize("look", ["plain", "collision"])
 def test_pictures_show_the_scene_and_what_moves(look):
     try:
-        env = make("robosuite/Lift", pictures=True, look=look, render_size=48)
+        env = make("robosuite/Lift", images=True, look=look, render_size=48)
     except RuntimeError as error:
         pytest.skip(str(error))
     assert env.obs["rgb"].shape == (1, 48, 48, 6) and env.obs["rgb"].dtype == torch.uint8

@@ -95,7 +95,7 @@ def test_servos_have_the_torque_of_real_ones():
 
 
 def test_targets_do_not_wind_up_beyond_the_limits():
-    env = make(n=2, pictures=False)
+    env = make(n=2, images=False)
     up = torch.tensor([1.0, -1.0, -1.0, -1.0, 1.0, 1.0])  # away from the table
     for _ in range(48):
         env.step(up.expand(2, 6))
@@ -107,7 +107,7 @@ def test_targets_do_not_wind_up_beyond_the_limits():
 
 
 def test_targets_do_not_wind_up_in_front_of_an_obstacle():
-    env = make(n=4, pictures=False, domain_randomization=False)
+    env = make(n=4, images=False, domain_randomization=False)
     down = torch.zeros(4, 6)
     down[:, 1] = 1.0
     for _ in range(14):
@@ -153,7 +153,7 @@ def test_inertia_of_the_bin_by_quadrature():
 
 @pytest.mark.parametrize("env_id", ["SO101LiftCube-v1", "SO101PlaceCan-v1", "SO101StackCube-v1", "SO101StackCan-v1"])
 def test_objects_rest_where_they_spawn(env_id):
-    env = make(env_id, 300, pictures=False)
+    env = make(env_id, 300, images=False)
     before, first_tcp = {name: env.pose(name)[0].clone() for name in env._q}, env.tcp.clone()
     away = torch.zeros(300, 6)
     away[:, 1] = -1.0  # the arm lifts off, so that it cannot touch them
@@ -170,7 +170,7 @@ def test_objects_rest_where_they_spawn(env_id):
 
 @pytest.mark.parametrize("env_id", ["SO101PlaceCube-v1", "SO101PlaceCan-v1", "SO101StackCube-v1", "SO101StackCan-v1"])
 def test_spawn_region_and_distance(env_id):
-    env = make(env_id, 500, pictures=False)
+    env = make(env_id, 500, images=False)
     item, support = env.pose("item")[0], env.pose("support")[0]
     for xyz in (item, support):
         assert (xyz[:, 0] >= 0.2).all() and (xyz[:, 0] <= 0.4).all() and (xyz[:, 1].abs() <= 0.1).all()
@@ -223,7 +223,7 @@ def test_first_frame_is_drawn_from_the_new_episodes_camera():
 
 
 def test_return_and_success_are_those_of_the_episode():
-    env, total = make(n=2, pictures=False), torch.zeros(2)
+    env, total = make(n=2, images=False), torch.zeros(2)
     for i in range(50):
         _, rewards, _, truncations, info = env.step(actions(2, i))
         total += rewards
@@ -233,7 +233,7 @@ def test_return_and_success_are_those_of_the_episode():
 
 
 def test_randomisation_varies_and_one_switch_turns_it_off():
-    on, off = make(n=64, pictures=False), make(n=64, pictures=False, domain_randomization=False)
+    on, off = make(n=64, images=False), make(n=64, images=False, domain_randomization=False)
     for name in ("geom_size", "geom_rgba", "geom_friction", "body_mass", "actuator_gainprm", "cam_pos", "cam_quat",
                  "cam_fovy", "light_ambient", "light_diffuse", "light_dir"):
         assert on.fields[name].std(0).max() > 1e-7, name
@@ -251,8 +251,8 @@ def env_camera(env, name):
 
 def test_action_delay_holds_the_old_target():
     ranges = so101.Randomization(action_delay=(0.1, 0.1))
-    late = make(n=1, randomization=ranges, pictures=False)
-    none = make(n=1, randomization=so101.Randomization(action_delay=(0.0, 0.0)), pictures=False)
+    late = make(n=1, randomization=ranges, images=False)
+    none = make(n=1, randomization=so101.Randomization(action_delay=(0.0, 0.0)), images=False)
     move = torch.zeros(1, 6)
     move[:, 0] = 1.0
     starts = [env.qpos[0, 0].item() for env in (late, none)]
@@ -262,7 +262,7 @@ def test_action_delay_holds_the_old_target():
 
 
 def test_success_tests():
-    env = make("SO101PlaceCube-v1", 1, domain_randomization=False, pictures=False)
+    env = make("SO101PlaceCube-v1", 1, domain_randomization=False, images=False)
     put(env, "support", (0.3, 0.0, env.support_z[0].item()))
     inside = so101.BIN_THICKNESS + env.item_half[0, 2].item()
     yaw = env._q["support"]
@@ -283,7 +283,7 @@ def test_success_tests():
 
 
 def test_stack_success_needs_height_and_release():
-    env = make("SO101StackCube-v1", 1, domain_randomization=False, pictures=False)
+    env = make("SO101StackCube-v1", 1, domain_randomization=False, images=False)
     put(env, "support", (0.3, 0.0, 0.015))
     for dx, dz, touch, expected in ((0, 0, 0, True), (0.03, 0, 0, False), (0, 0.02, 0, False), (0, 0, 1.0, False)):
         put(env, "item", (0.3 + dx, 0.0, 0.03 + 0.0125 + dz))
@@ -324,7 +324,7 @@ def test_resume_is_exact(engine, tmp_path):
 
 def test_the_two_engines_agree():
     """MuJoCo Warp computes in float32 with its own collision code: free motion agrees closely."""
-    c, w = (make("SO101LiftCube-v1", 4, engine=e, pictures=False) for e in ("mujoco", "warp"))
+    c, w = (make("SO101LiftCube-v1", 4, engine=e, images=False) for e in ("mujoco", "warp"))
     assert torch.equal(c.qpos, w.qpos)
     for i in range(10):
         a = actions(4, i) * torch.tensor([1.0, -0.2, -0.2, 1.0, 1.0, 1.0])
@@ -336,7 +336,7 @@ def test_the_two_engines_agree():
 
 def test_a_robot_on_the_table_is_felt_by_both_engines():
     for engine in ("mujoco", "warp"):
-        env = make("SO101LiftCube-v1", 8, engine=engine, pictures=False)
+        env = make("SO101LiftCube-v1", 8, engine=engine, images=False)
         down = torch.zeros(8, 6)
         down[:, 1] = 1.0
         assert not env.facts()["table"].any()

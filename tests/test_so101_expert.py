@@ -12,7 +12,7 @@ from envs.so101.expert import Arm, Expert, run  # noqa: E402
 
 
 def make(env_id, num_envs, seed=1, **options):
-    return so101.make(env_id, num_envs, "cpu", seed=seed, **{"pictures": False, "stagger": False, **options})
+    return so101.make(env_id, num_envs, "cpu", seed=seed, **{"images": False, "stagger": False, **options})
 
 
 @pytest.mark.parametrize("env_id", so101.TASKS)

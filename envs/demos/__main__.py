@@ -58,7 +58,7 @@ def make(args: Args) -> tuple[Any, Any, dict, tuple[str, ...]]:
 
         options = {"render_size": args.render_size} | ({"cameras": args.cameras} if args.cameras else {})
         env = robosuite.make(
-            args.env_id, args.num_envs or 1, "cpu", seed=args.seed, pictures=pixels, asymmetric=True, stagger=False,
+            args.env_id, args.num_envs or 1, "cpu", seed=args.seed, images=pixels, asymmetric=True, stagger=False,
             **options,
         )  # fmt: skip
         expert, about = Expert(env), env.env_args
@@ -72,7 +72,7 @@ def make(args: Args) -> tuple[Any, Any, dict, tuple[str, ...]]:
             options |= {"render_size": args.render_size, "cameras": cameras, "samples_per_pixel": 1}
         worlds = args.num_envs or min(50, args.episodes)
         env = so101.make(
-            args.env_id, worlds, "cpu", seed=args.seed, asymmetric=True, stagger=False, pictures=pixels, **options
+            args.env_id, worlds, "cpu", seed=args.seed, asymmetric=True, stagger=False, images=pixels, **options
         )
         expert = Expert(env)
         # robomimic's types are 1 for robosuite, 2 for gym; it only asks when it runs a policy itself.

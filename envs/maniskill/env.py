@@ -1,12 +1,11 @@
 """`make` and the batched ManiSkill environment: clocks, seeds, episode statistics, saved states."""
 
-import os
 from importlib.util import find_spec
-from typing import Any
 
 import numpy as np
 import torch
 
+from envs import usable_cpus
 from envs.maniskill.processes import CpuWorlds, Workers
 from envs.maniskill.simulation import Batch
 from envs.maniskill.trees import map_tree
@@ -17,12 +16,12 @@ GPU_STAGGER_GROUPS = 5  # a partial reset on the GPU renders every world once mo
 def make(
     env_id: str,
     num_envs: int,
-    device: str | torch.device,
+    device: str | torch.device = "cpu",
     *,
-    seed: int,
+    seed: int = 0,
     render_size: int = 128,
     asymmetric: bool = False,
-    stagger: bool = True,
+    stagger: bool = False,
     control_mode: str = "pd_joint_delta_pos",
     reward_mode: str = "normalized_dense",
     max_episode_steps: int | None = None,
@@ -32,7 +31,7 @@ def make(
     light_visuals: bool | None = None,
     num_workers: int | None = None,
     video_size: int = 256,
-    **task_kwargs: Any,
+    task_options: dict | None = None,
 ) -> "ManiSkillEnv":
     """Builds `num_envs` worlds of the ManiSkill task `env_id`.
 
@@ -54,7 +53,7 @@ def make(
         num_workers: processes for `physx_cpu`; None is 0 (this process) for one world, else one a core, at most one a
             world.
         video_size: pixels on each side of the pictures behind `render`.
-        task_kwargs: handed to the task, for instance `robot_uids="so100"`.
+        task_options: handed to the task, for instance `dict(robot_uids="so100")`.
 
     Raises:
         ImportError: mani_skill is not installed.
@@ -89,13 +88,13 @@ def make(
         render_backend=render_backend,
         light_visuals=(not on_gpu) if light_visuals is None else light_visuals,
         video_size=video_size,
-        task_kwargs=task_kwargs,
+        task_kwargs=task_options or {},
     )
     if on_gpu:
         worlds: Batch | CpuWorlds | Workers = Batch(options, num_envs)
     else:
         if num_workers is None:
-            num_workers = 0 if num_envs == 1 else min(num_envs, len(os.sched_getaffinity(0)))
+            num_workers = 0 if num_envs == 1 else min(num_envs, usable_cpus())
         workers = min(num_workers, num_envs)
         worlds = Workers(options, num_envs, workers) if workers else CpuWorlds(options, num_envs)
     return ManiSkillEnv(worlds, env_id, num_envs, device, seed, stagger, GPU_STAGGER_GROUPS if on_gpu else num_envs)

@@ -1,11 +1,11 @@
 """`make` and the batched robosuite environment: episodes, steps, saved states."""
 
-import os
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from envs import usable_cpus
 from envs.robosuite.processes import Process, Worlds
 from envs.robosuite.simulation import CAMERAS, CONTROL_HZ, import_robosuite
 
@@ -17,22 +17,13 @@ def episode_seed(seed: int, world: int, episode: int) -> int:
     return int(np.random.SeedSequence((seed, world, episode)).generate_state(1)[0])
 
 
-def make(env_id: str, num_envs: int, device: str | torch.device = "cpu", **options) -> "RobosuiteEnv":
-    """The robosuite task `env_id` ("robosuite/" and robosuite's name); options as in `RobosuiteEnv`.
-
-    Raises ImportError where robosuite or DexMimicGen is missing, ValueError for an unknown id or option, RuntimeError
-    where no picture can be drawn or a process died; each one line that says what would do.
-    """
-    return RobosuiteEnv(env_id, num_envs, device, **options)
-
-
 class RobosuiteEnv:
     """A batch of robosuite worlds; the contract that every environment module here shares (see `envs/__init__.py`).
 
     Args:
         env_id: "robosuite/" and a name that robosuite knows.
         render_size, cameras, look: pixels on each side of a picture, which cameras, and how they are drawn.
-        asymmetric: adds obs["privileged"]. pictures: False leaves obs["rgb"] out.
+        asymmetric: adds obs["privileged"]. images: False leaves obs["rgb"] out.
         stagger: first episodes start at different clock readings, so that worlds do not end in lockstep.
         max_episode_steps: None: the paper's (Lift 100, PickPlaceCan 200, NutAssemblySquare 300), others 400.
         workers: processes; None: one for each core, no more than worlds; 0, and None with one world: this process.
@@ -45,7 +36,7 @@ class RobosuiteEnv:
     def __init__(
         self, env_id: str, num_envs: int, device: str | torch.device = "cpu", *, seed: int = 0, render_size: int = 84,
         cameras: tuple[str, ...] = CAMERAS, look: Literal["plain", "full", "collision"] = "plain",
-        pictures: bool = True, asymmetric: bool = False, stagger: bool = True, max_episode_steps: int | None = None,
+        images: bool = True, asymmetric: bool = False, stagger: bool = False, max_episode_steps: int | None = None,
         workers: int | None = None, env_kwargs: dict | None = None, end_on_success: bool = False,
     ):  # fmt: skip
         name = env_id.removeprefix("robosuite/")
@@ -53,10 +44,10 @@ class RobosuiteEnv:
             raise ValueError(f"num_envs must be at least 1, render_size at least 4; got {num_envs} and {render_size}")
         if look not in ("plain", "full", "collision"):
             raise ValueError(f"look must be 'plain', 'full' or 'collision', not {look!r}")
-        if pictures and not cameras:
-            raise ValueError("pictures need at least one camera")
+        if images and not cameras:
+            raise ValueError("images need at least one camera")
         self.env_id, self.num_envs, self.device = f"robosuite/{name}", num_envs, torch.device(device)
-        self.cameras, self.render_size, self.look, self.pictures = tuple(cameras), render_size, look, pictures
+        self.cameras, self.render_size, self.look, self.images = tuple(cameras), render_size, look, images
         self.asymmetric, self.stagger, self.seed, self.end_on_success = asymmetric, stagger, seed, end_on_success
         self.max_episode_steps = max_episode_steps or HORIZONS.get(name, 400)
         self.image_shape = (render_size, render_size, 3 * len(self.cameras))
@@ -65,12 +56,12 @@ class RobosuiteEnv:
             "env_name": name, "type": 1,
             "env_kwargs": kwargs | {"control_freq": CONTROL_HZ} | (
                 {"camera_names": list(self.cameras), "camera_heights": render_size, "camera_widths": render_size}
-                if pictures else {}
+                if images else {}
             ),
         }  # fmt: skip
         if workers is None:
-            workers = 0 if num_envs == 1 else min(num_envs, os.cpu_count() or 1)
-        opening = (name, kwargs, self.cameras if pictures else (), render_size, look, pictures)
+            workers = 0 if num_envs == 1 else min(num_envs, usable_cpus())
+        opening = (name, kwargs, self.cameras if images else (), render_size, look, images)
         self._shares = np.array_split(np.arange(num_envs), max(1, min(workers, num_envs)))
         self._groups = []
         try:
@@ -109,7 +100,7 @@ class RobosuiteEnv:
             "env_id": self.env_id, "robot": self.env_args["env_kwargs"]["robots"], "control_hz": self.control_hz,
             "action_semantics": "operational space: change of the gripper's pose, then the gripper's command",
             "state_layout": [k for k, size in self.layout["state"] for _ in range(size)],
-            "cameras": list(self.cameras) if self.pictures else [], "render_size": self.render_size, "look": self.look,
+            "cameras": list(self.cameras) if self.images else [], "render_size": self.render_size, "look": self.look,
             "max_episode_steps": self.max_episode_steps,
         }  # fmt: skip
 
@@ -137,7 +128,7 @@ class RobosuiteEnv:
         self.returns[worlds], self.success_once[worlds] = 0.0, False
 
     def _obs(self, answers: list[dict]) -> dict[str, torch.Tensor]:
-        keys = ["state"] + ["privileged"] * self.asymmetric + ["rgb"] * self.pictures
+        keys = ["state"] + ["privileged"] * self.asymmetric + ["rgb"] * self.images
         return {k: torch.from_numpy(np.stack([a[k] for a in answers])).to(self.device) for k in keys}
 
     def fact(self, name: str) -> torch.Tensor:
@@ -240,3 +231,6 @@ class RobosuiteEnv:
         for group in self._groups:
             group.close()
         self._groups = []
+
+
+make = RobosuiteEnv  # so that the options have their names

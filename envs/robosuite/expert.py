@@ -261,7 +261,7 @@ def main(args: Args) -> None:
     """The command line of this module."""
     print("| task | success | mean steps to success | CPU ms a step |\n|---|---:|---:|---:|")
     for task in args.tasks:
-        env = robosuite.make(task, args.num_envs, "cpu", seed=args.seed, pictures=False, stagger=False)
+        env = robosuite.make(task, args.num_envs, "cpu", seed=args.seed, images=False, stagger=False)
         expert = Expert(env)
         begin = time.process_time()
         found = run(env, expert, args.episodes)

@@ -97,9 +97,9 @@ class Painter:
 class World:
     """One robosuite environment. Answers are dicts of numpy arrays: "state", "privileged", "rgb", "success", "sane"."""
 
-    def __init__(self, name: str, kwargs: dict, cameras, size: int, look: str, pictures: bool):
+    def __init__(self, name: str, kwargs: dict, cameras, size: int, look: str, images: bool):
         robosuite = import_robosuite(name)
-        self.cameras, self.size, self.look, self.pictures = cameras, size, look, pictures
+        self.cameras, self.size, self.look, self.images = cameras, size, look, images
         errors = io.StringIO()
         try:
             with contextlib.redirect_stdout(errors):
@@ -145,7 +145,7 @@ class World:
         state = np.concatenate([obs[k] for k in self.state_keys])
         privileged = np.concatenate((state, obs.get("object-state", ())))
         answer = {"state": state.astype(np.float32), "privileged": privileged.astype(np.float32)}
-        if self.pictures:
+        if self.images:
             answer["rgb"] = np.concatenate([self.picture(c, self.size, self.look) for c in self.cameras], -1)
         return answer | {"success": np.bool_(self.env._check_success()), "sane": np.bool_(sane)}
 

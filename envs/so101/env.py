@@ -1,10 +1,10 @@
 """The batched SO-101 environment: episodes, control steps, observations, saved states."""
 
-import os
 
 import numpy as np
 import torch
 
+from envs import usable_cpus
 from envs.so101 import episodes, rewards
 from envs.so101.episodes import Randomization
 from envs.so101.render import Scene
@@ -40,8 +40,8 @@ class SO101Env:
     def __init__(
         self, env_id: str, num_envs: int, device: str | torch.device = "cpu", *, seed: int = 0, render_size: int = 16,
         samples_per_pixel: int = 4, cameras: tuple[str, ...] = ("wrist",), domain_randomization: bool = True,
-        randomization: Randomization | None = None, asymmetric: bool = False, stagger: bool = True,
-        engine: str = "auto", asset_dir: str | None = None, threads: int | None = None, pictures: bool = True,
+        randomization: Randomization | None = None, asymmetric: bool = False, stagger: bool = False,
+        engine: str = "auto", asset_dir: str | None = None, threads: int | None = None, images: bool = True,
         end_on_success: bool = False,
     ):  # fmt: skip
         if env_id not in TASKS:
@@ -58,7 +58,7 @@ class SO101Env:
         if engine not in ("warp", "mujoco") or (engine == "mujoco" and self.device.type != "cpu"):
             raise ValueError(f"engine {engine!r} cannot run on {self.device}: 'mujoco' is for the CPU, 'warp' for both")
         self.engine, self.cameras, self.asymmetric, self.stagger = engine, tuple(cameras), asymmetric, stagger
-        self.pictures = pictures  # False: no rgb key; for tests, scripted controllers and policies of the true state
+        self.images = images  # False: no rgb key; for tests, scripted controllers and policies of the true state
         self.end_on_success = end_on_success  # True: success terminates an episode, as sparse rewards want it
         dr = randomization or Randomization()
         self.dr = dr if domain_randomization else dr.off()
@@ -72,12 +72,14 @@ class SO101Env:
         m0 = torch.tensor(self.mjm.dof_M0, dtype=torch.float32, device=self.device).repeat(num_envs, 1)
         self.fields = {**self.scene.fields, "dof_M0": m0}
         self.nominal = {name: field[0].clone() for name, field in self.fields.items()}
-        threads = threads or os.cpu_count() or 1
-        self.physics = WarpStepper(self.scene) if engine == "warp" else CStepper(self.mjm, self.fields, threads)
+        if engine == "warp":
+            self.physics = WarpStepper(self.scene)
+        else:
+            self.physics = CStepper(self.mjm, self.fields, threads or usable_cpus())
         # Staggered worlds reset a few at a time: their first frames come from a small second scene.
         self.resets_at_once = -(-num_envs // HORIZON)
         self.small = None
-        if stagger and pictures and 2 * self.resets_at_once <= num_envs:
+        if stagger and images and 2 * self.resets_at_once <= num_envs:
             self.small = Scene(
                 self.mjm, self.resets_at_once, warp_device, self.cameras, render_size, samples_per_pixel
             )
@@ -227,7 +229,7 @@ class SO101Env:
         else:
             scene.qpos.copy_(self.qpos)
         scene.kinematics()
-        rgb = scene.draw()[rows] if self.pictures else None
+        rgb = scene.draw()[rows] if self.images else None
         first = self._observe(rgb, idx, scene.site_xpos[rows])
         return {key: value.index_copy(0, idx, first[key]) for key, value in obs.items()}
 
@@ -236,7 +238,7 @@ class SO101Env:
         self.scene.kinematics()
 
     def _pictures(self) -> torch.Tensor | None:
-        return self.scene.draw() if self.pictures else None
+        return self.scene.draw() if self.images else None
 
     def _observe(self, rgb, idx=slice(None), site_xpos=None) -> dict[str, torch.Tensor]:
         """Observation of the worlds `idx`, given their pictures (and site positions, if not the scene's own)."""
@@ -346,9 +348,4 @@ def _like(mask: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return mask.view(-1, *[1] * (value.dim() - 1))
 
 
-def make(env_id: str, num_envs: int, device: str | torch.device = "cpu", **options) -> SO101Env:
-    """The SO-101 environment `env_id` with `num_envs` worlds on `device`; options as in `SO101Env`.
-
-    Raises ValueError for an unknown id or an impossible option, in one line that says what would do.
-    """
-    return SO101Env(env_id, num_envs, device, **options)
+make = SO101Env  # so that the options have their names

@@ -385,7 +385,7 @@ def main(args: Args) -> None:
         if args.video is not None:
             import imageio
 
-            env, frames = so101.make(task, 1, args.device, seed=args.seed, pictures=False, stagger=False), []
+            env, frames = so101.make(task, 1, args.device, seed=args.seed, images=False, stagger=False), []
             run(env, frames)
             args.video.mkdir(parents=True, exist_ok=True)
             imageio.mimsave(args.video / f"{task}.mp4", frames, fps=so101.CONTROL_HZ)
@@ -393,7 +393,7 @@ def main(args: Args) -> None:
         cells = []
         for dr in (True, False):
             env = so101.make(
-                task, args.episodes, args.device, seed=args.seed, domain_randomization=dr, pictures=False, stagger=False
+                task, args.episodes, args.device, seed=args.seed, domain_randomization=dr, images=False, stagger=False
             )
             solved = run(env)
             cells.append(f"{int(solved.sum())} / {len(solved)}")
