@@ -26,8 +26,10 @@ from pathlib import Path
 import numpy as np
 
 from hardware.camera import Camera, CameraError, RenderSource, aligned_cameras, frame_around
+from hardware.deployment import Refused, check_policy, emulated_episode
 from hardware.emulator import EmulatedBus, EmulatedTransport, VirtualClock
 from hardware.feetech import STEPS
+from hardware.so101 import Calibration
 
 EVAL_SEED = 10_000  # of the episodes that algos/ evaluate on
 WORLD_STEP = 0.01  # s, the simulation's
@@ -350,9 +352,7 @@ def simulator_success(policy, count: int, noise: bool) -> tuple[np.ndarray, np.n
 def main(args: Args) -> None:
     import torch
 
-    from hardware.deploy_so101 import check_policy, emulated_episode
     from hardware.policy import TorchPolicy
-    from hardware.so101 import Calibration
 
     torch.set_num_threads(1)
     policy = TorchPolicy(args.checkpoint)
@@ -395,7 +395,6 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     import tyro
 
-    from hardware.deploy_so101 import Refused
     from hardware.policy import PolicyError
 
     try:

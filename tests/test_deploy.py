@@ -20,7 +20,7 @@ from conftest import ROOT
 from fake_checkpoint import SPEC, write_checkpoint
 
 from hardware import deploy_so101 as deploy
-from hardware import export
+from hardware import deployment, export
 from hardware.camera import ArraySource, Camera, CameraError, frame_around
 from hardware.deploy_so101 import Args, Deployment, Fault, Interrupted, Recorder, Recording, Refused, check_policy
 from hardware.emulate import calibrate, joints_of, place, recorded_calibration, shafts
@@ -130,7 +130,7 @@ def test_on_the_way_to_a_pose_no_joint_is_faster_than_it_should_be():
         d.start()
         d.move(START)
     speeds = np.abs(np.diff(targets, axis=0)) / 0.1
-    assert 0.45 < speeds.max() <= deploy.MOVE_SPEED * 1.001
+    assert 0.45 < speeds.max() <= deployment.MOVE_SPEED * 1.001
 
 
 def test_stop_is_final_and_no_goal_follows_it():
@@ -662,8 +662,8 @@ class Live:
         absent = ["mujoco", "warp", "mujoco_warp", *([] if first else ["torch"])]
         code = (f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
                 f"import fake_absence; fake_absence.of({absent})\n"
-                "from hardware import deploy_so101 as d\n"
-                "d.BUS_TIMEOUT, d.HEARTBEAT, d.LATE_TICKS = 1.0, 20.0, 10**6; sys.exit(d.command())")  # fmt: skip
+                "from hardware import deploy_so101 as d, deployment\n"
+                "d.BUS_TIMEOUT, d.HEARTBEAT, deployment.LATE_TICKS = 1.0, 20.0, 10**6; sys.exit(d.command())")  # fmt: skip
         arguments = ["--checkpoint", checkpoint, "--port", server.port, "--calibration", calibration, "--camera",
                      folder / "still.png", "--record", folder / "log", *words]  # fmt: skip
         arguments += [] if first else ["--no-keyboard", "--scale", "1", "--step", "no"]
