@@ -3,7 +3,7 @@
     python -m envs.check
 
 For everything that does not work, the line that installs it stands below it. Each probe really steps a simulator or
-draws a picture, in a process of its own with a time limit, so that a driver that crashes or hangs cannot take the
+draws an image, in a process of its own with a time limit, so that a driver that crashes or hangs cannot take the
 check with it. The exit status is 0 unless the embedded default, the SO-101 tasks on the CPU, cannot run; then it is 1.
 The first run on a machine compiles kernels of MuJoCo Warp, which takes longer; they are cached.
 """
@@ -88,7 +88,7 @@ def probe_mujoco() -> str:
 
 
 def _warp_scene(device: str):
-    """Put two worlds of the scene on `device`; return (host model, model, data, warp, mujoco_warp)."""
+    """Put two environments of the scene on `device`; return (host model, model, data, warp, mujoco_warp)."""
     import mujoco
     import mujoco_warp
     import warp
@@ -104,7 +104,7 @@ def _warp_scene(device: str):
 
 
 def probe_warp_physics(device: str) -> str:
-    """Drop a box in two worlds with MuJoCo Warp."""
+    """Drop a box in two environments with MuJoCo Warp."""
     _, model, data, warp, mujoco_warp = _warp_scene(device)
     with warp.ScopedDevice(device):
         for _ in range(20):
@@ -112,11 +112,11 @@ def probe_warp_physics(device: str) -> str:
         heights = data.qpos.numpy()[:, 2]
     if not (heights < 0.5).all():
         raise RuntimeError(f"the boxes did not fall: their heights are {heights} m")
-    return f"{importlib.metadata.version('mujoco-warp')}, two worlds stepped on {device}"
+    return f"{importlib.metadata.version('mujoco-warp')}, two environments stepped on {device}"
 
 
 def probe_warp_renderer(device: str) -> str:
-    """Draw a red box before a grey floor in two worlds with MuJoCo Warp's batch renderer, and look at the colours."""
+    """Draw a red box before a grey floor in two environments with MuJoCo Warp's renderer, and look at the colours."""
     host_model, model, data, warp, mujoco_warp = _warp_scene(device)
     with warp.ScopedDevice(device):
         context = mujoco_warp.create_render_context(host_model, nworld=2, cam_res=(16, 16), render_rgb=True)
@@ -124,9 +124,9 @@ def probe_warp_renderer(device: str) -> str:
         mujoco_warp.render(model, data, context)
         pixels = warp.zeros((2, 16, 16), dtype=warp.vec3)
         mujoco_warp.get_rgb(context, 0, pixels)
-        pictures = pixels.numpy()  # (2, 16, 16, 3), 0 to 1
-    _expect_red_box(pictures[0] * 255.0)
-    return f"two pictures of 16x16 drawn on {device}"
+        images = pixels.numpy()  # (2, 16, 16, 3), 0 to 1
+    _expect_red_box(images[0] * 255.0)
+    return f"two images of 16x16 drawn on {device}"
 
 
 def probe_opengl() -> str:
@@ -139,13 +139,13 @@ def probe_opengl() -> str:
     mujoco.mj_forward(model, data)
     renderer = mujoco.Renderer(model, 64, 64)
     renderer.update_scene(data, camera="front")
-    picture = renderer.render()
-    _expect_red_box(picture)
+    image = renderer.render()
+    _expect_red_box(image)
     from OpenGL import GL
 
     driver = GL.glGetString(GL.GL_RENDERER).decode()
     renderer.close()
-    return f"a picture of 64x64 drawn by {driver}"
+    return f"an image of 64x64 drawn by {driver}"
 
 
 def _find_opengl(backend: str) -> None:
@@ -155,15 +155,15 @@ def _find_opengl(backend: str) -> None:
         raise RuntimeError(f"the system has no lib{library}")
 
 
-def _expect_red_box(picture) -> None:
-    """Raise RuntimeError unless the middle of `picture` (H, W, 3; 0 to 255) is red and its corner is not."""
-    middle, corner = picture[picture.shape[0] // 2, picture.shape[1] // 2], picture[0, 0]
+def _expect_red_box(image) -> None:
+    """Raise RuntimeError unless the middle of `image` (H, W, 3; 0 to 255) is red and its corner is not."""
+    middle, corner = image[image.shape[0] // 2, image.shape[1] // 2], image[0, 0]
     if not (middle[0] > 100 and middle[0] > 2 * middle[1] and corner[0] < 0.5 * middle[0]):
-        raise RuntimeError(f"the picture is wrong: a red box was drawn, its middle has the colour {middle.tolist()}")
+        raise RuntimeError(f"the image is wrong: a red box was drawn, its middle has the colour {middle.tolist()}")
 
 
 def _step_and_draw(make: Callable, env_id: str, num_envs: int, device: str) -> str:
-    """Make a few worlds of a task, take one step and look at the observation's shape."""
+    """Make a few environments of a task, take one step and look at the observation's shape."""
     import torch
 
     env = make(env_id, num_envs, device, seed=0)
@@ -172,26 +172,26 @@ def _step_and_draw(make: Callable, env_id: str, num_envs: int, device: str) -> s
     shape = tuple(obs["rgb"].shape)
     env.close()
     if shape != (num_envs, *env.image_shape) or not bool(torch.isfinite(rewards).all()):
-        raise RuntimeError(f"{env_id} gave pictures of shape {shape} and rewards {rewards.tolist()}")
+        raise RuntimeError(f"{env_id} gave images of shape {shape} and rewards {rewards.tolist()}")
     return f"{env_id} stepped and drawn on {device}"
 
 
 def probe_so101(device: str) -> str:
-    """Try two worlds of the embedded default."""
+    """Try two environments of the embedded default."""
     from envs import so101
 
     return _step_and_draw(so101.make, "SO101ReachCube-v1", 2, device)
 
 
 def probe_maniskill(device: str) -> str:
-    """Try one world of ManiSkill's PickCube-v1."""
+    """Try one environment of ManiSkill's PickCube-v1."""
     from envs import maniskill
 
     return _step_and_draw(maniskill.make, "PickCube-v1", 1, device)
 
 
 def probe_vulkan() -> str:
-    """Start SAPIEN's Vulkan renderer, which draws ManiSkill's pictures, the way envs/maniskill does."""
+    """Start SAPIEN's Vulkan renderer, which draws ManiSkill's images, the way envs/maniskill does."""
     import sapien
     import torch
 
@@ -203,28 +203,28 @@ def probe_vulkan() -> str:
 
 
 def probe_dmc() -> str:
-    """Step a task of DeepMind Control's suite and one of its manipulation tasks, without a picture."""
+    """Step a task of DeepMind Control's suite and one of its manipulation tasks, without an image."""
     for env_id in ("walker_walk", "reach_duplo"):
         task = _dmc_task(env_id, "warp")
         task.step(0 * task.low.astype("float32"))
     return "walker_walk and reach_duplo stepped"
 
 
-def probe_dmc_picture(renderer: str) -> str:
+def probe_dmc_image(renderer: str) -> str:
     """Draw DeepMind Control's walker with one of the renderers of envs/dmc and look for its colour."""
     if renderer != "warp":
         _find_opengl(renderer)
     task = _dmc_task("walker_walk", renderer)
-    picture = task.view()
+    image = task.view()
     if renderer == "warp":
         from envs.dmc import warp_renderer, worker
 
         scene = warp_renderer.Scene(task.model, worker.slots(task.model), task.camera, 1, "cpu", task.size, 1)
-        picture = scene.draw(picture[None])[0].numpy()
-    share = (picture[..., 0].astype(int) > picture[..., 2].astype(int) + 40).mean()  # orange before blue
+        image = scene.draw(image[None])[0].numpy()
+    share = (image[..., 0].astype(int) > image[..., 2].astype(int) + 40).mean()  # orange before blue
     if not 0.005 < share < 0.5:
-        raise RuntimeError(f"the picture is wrong: {share:.1%} of it has the walker's colour")
-    return f"a picture of walker_walk, {share:.0%} of it walker"
+        raise RuntimeError(f"the image is wrong: {share:.1%} of it has the walker's colour")
+    return f"an image of walker_walk, {share:.0%} of it walker"
 
 
 def _dmc_task(env_id: str, renderer: str):
@@ -280,9 +280,9 @@ PROBES: dict[str, Probe] = {
     "warp-renderer-cuda": Probe("MuJoCo Warp, GPU", probe_warp_renderer, "cuda:0", install=DRIVER),
     "egl": Probe("OpenGL by EGL", probe_opengl, install=EGL, environment=OPENGL["egl"]),
     "osmesa": Probe("OpenGL by OSMesa", probe_opengl, install=OSMESA, environment=OPENGL["osmesa"]),
-    "dmc-egl": Probe("DM Control by EGL", probe_dmc_picture, "egl", install=EGL, environment=OPENGL["egl"]),
-    "dmc-osmesa": Probe("DM Control by OSMesa", probe_dmc_picture, "osmesa", OSMESA, environment=OPENGL["osmesa"]),
-    "dmc-warp": Probe("DM Control by Warp", probe_dmc_picture, "warp", environment=(("MUJOCO_GL", "disabled"),)),
+    "dmc-egl": Probe("DM Control by EGL", probe_dmc_image, "egl", install=EGL, environment=OPENGL["egl"]),
+    "dmc-osmesa": Probe("DM Control by OSMesa", probe_dmc_image, "osmesa", OSMESA, environment=OPENGL["osmesa"]),
+    "dmc-warp": Probe("DM Control by Warp", probe_dmc_image, "warp", environment=(("MUJOCO_GL", "disabled"),)),
     "vulkan": Probe(
         "Vulkan by SAPIEN",
         probe_vulkan,

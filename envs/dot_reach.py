@@ -1,9 +1,9 @@
-"""Dot-reach: the smallest task that has to be solved from pixels, thousands of worlds at once in plain torch.
+"""Dot-reach: the smallest task that has to be solved from pixels, thousands of environments at once in plain torch.
 
 `make("dot_reach", num_envs, device, seed=...)` returns a batched environment with the contract of `envs/__init__.py`.
-A red disk (the agent) is to be moved onto a green one (the goal); where the two overlap the picture is yellow. Both
+A red disk (the agent) is to be moved onto a green one (the goal); where the two overlap the image is yellow. Both
 begin at uniformly random places of a square arena. An action is a velocity, the reward is minus the distance, and an
-episode ends by its time limit after 25 steps, which is a truncation. The state is empty: only the picture tells.
+episode ends by its time limit after 25 steps, which is a truncation. The state is empty: only the image tells.
 
     python -m envs.dot_reach        measures the returns of the oracle and of random actions anew
 
@@ -16,7 +16,7 @@ import torch
 # ------------------------------------------------------------------------------------------------------- the task ----
 HORIZON, CONTROL_HZ = 25, 10.0  # frames of an episode; the rate matters to videos only
 SPEED, RADIUS, NEAR = 0.15, 0.16, 0.2  # per frame at |action| = 1; of both disks; distance that counts as success
-START = 0.8  # goal and agent begin in [-START, START]^2, wholly in the picture, which shows the arena [-1, 1]^2
+START = 0.8  # goal and agent begin in [-START, START]^2, wholly in the image, which shows the arena [-1, 1]^2
 # Mean returns over a million episodes, as `python -m envs.dot_reach` prints them. No policy beats the oracle: each
 # coordinate's distance shrinks as fast as it can, independently of the other.
 ORACLE_RETURN, RANDOM_RETURN, STILL_RETURN = -2.031, -22.064, -20.861
@@ -43,7 +43,7 @@ def reference_returns(episodes: int = 1_000_000, seed: int = 0, device="cpu") ->
 
 # --------------------------------------------------------------------------------------------------- environment ----
 class DotReach:
-    """A batch of dot-reach worlds; the contract that every environment module here shares (see `envs/__init__.py`).
+    """A batch of dot-reach environments; the contract is in `envs/__init__.py`.
 
     Observations: `rgb` uint8 (N, image_size, image_size, 3 * frame_stack), newest frame last; `state` float32 (N, 0).
     Actions: (N, 2) in [-1, 1], right and up. Nothing waits for the device: masks instead of branches.
@@ -84,7 +84,7 @@ class DotReach:
             self.clock = torch.arange(num_envs, device=self.device) * self.max_episode_steps // num_envs
 
     def reset(self, seed: int | None = None) -> dict[str, torch.Tensor]:
-        """Starts a new episode in every world, all clocks at 0. With a seed, always the same episodes."""
+        """Starts a new episode in every environment, all clocks at 0. With a seed, always the same episodes."""
         if seed is not None:
             self.generator.manual_seed(seed)
         everywhere = torch.ones(self.num_envs, dtype=torch.bool, device=self.device)
@@ -93,7 +93,7 @@ class DotReach:
         return self.obs
 
     def _begin(self, where: torch.Tensor) -> None:
-        """New episodes in the worlds of the mask `where` (N,). Draws for all, so that nothing waits for the mask."""
+        """New episodes in the environments of the mask `where` (N,). Draws for all: nothing waits for the mask."""
         places = torch.rand(2, self.num_envs, 2, generator=self.generator, device=self.device) * 2 * START - START
         self.agent, self.goal = (torch.where(where[:, None], new, old)
                                  for new, old in zip(places, (self.agent, self.goal), strict=True))  # fmt: skip
@@ -101,7 +101,7 @@ class DotReach:
         self.returns, self.once = self.returns.masked_fill(where, 0.0), self.once & ~where
 
     def _draw(self, size: int | None = None) -> torch.Tensor:
-        """Pictures (N, size, size, 3) uint8 of the present state; a pixel has the share that the disk covers of it."""
+        """Images (N, size, size, 3) uint8 of the present state; a pixel has the share that the disk covers of it."""
         size = size or self.image_size
         if not self.images:
             return torch.zeros(self.num_envs, 0, 0, 3, dtype=torch.uint8, device=self.device)
@@ -155,13 +155,13 @@ class DotReach:
         return self.obs, rewards, nowhere, truncations, info
 
     def render(self, worlds=(0,), size: int = 256, camera: str | None = None):
-        """Pictures for people, uint8 (len(worlds), size, size, 3); `camera` is ignored, there is one view."""
+        """Images for people, uint8 (len(worlds), size, size, 3); `camera` is ignored, there is one view."""
         return self._draw(size)[list(worlds)].cpu().numpy()
 
     _TENSORS = ("agent", "goal", "returns", "clock", "length", "once")
 
     def state_dict(self) -> dict:
-        """Everything that the future of every world depends on."""
+        """Everything that the future depends on."""
         state = {name: getattr(self, name).clone() for name in self._TENSORS}
         obs = {name: value.clone() for name, value in self.obs.items()}
         shape = (self.num_envs, *self.image_shape, self.action_repeat)
@@ -171,7 +171,8 @@ class DotReach:
         """Continues where `state_dict` was taken, bit for bit. Raises ValueError on another set-up."""
         shape = (self.num_envs, *self.image_shape, self.action_repeat)
         if tuple(saved["shape"]) != shape:
-            raise ValueError(f"saved (worlds, height, width, channels, repeat): {tuple(saved['shape'])}; here: {shape}")
+            names = "environments, height, width, channels, repeat"
+            raise ValueError(f"saved ({names}): {tuple(saved['shape'])}; here: {shape}")
         for name in self._TENSORS:
             setattr(self, name, saved[name].to(self.device, copy=True))
         self.obs = {name: value.to(self.device, copy=True) for name, value in saved["obs"].items()}

@@ -67,7 +67,7 @@ class Args:
     checkpoint: str  # the policy: a checkpoint (.pt) or an export (.onnx, .npz)
     port: str | None = None  # of the arm's adapter, such as /dev/ttyACM0
     calibration: str | None = None  # the arm's calibration, lerobot's JSON: see hardware/calibrate.py
-    camera: tuple[str, ...] = ()  # number, device, picture or video; several as name=device
+    camera: tuple[str, ...] = ()  # number, device, image or video; several as name=device
     episodes: int = 1  # runs, each from the start pose
     steps: int | None = None  # ticks of an episode; None: as in training
     scale: float | None = None  # factor on every action, up to 1; None: 0.25 in the first run, then 1
@@ -82,7 +82,7 @@ class Args:
 
     emulate: bool = False  # the emulated arm in place of port and camera
     latency_periods: int = 0  # control periods between an observation and its command; to try out delays
-    camera_delay: float = 0.0  # s that emulated pictures are late
+    camera_delay: float = 0.0  # s that emulated images are late
     seed: int = 10_000  # of the emulated episodes
     randomize: bool = True  # emulated episodes vary as in training; off: all in the middle of their ranges
     frame_size: int = 240  # pixels a side that the emulated camera draws, enlarged to 480; divides 480
@@ -120,7 +120,7 @@ def folder_of(args: Args, policy) -> Path:
 
 
 def named_cameras(args: Args, policy) -> dict[str, str]:
-    """{name: device, picture or video} of --camera; a single one needs no name."""
+    """{name: device, image or video} of --camera; a single one needs no name."""
     pairs = [word.split("=", 1) if "=" in word else ["", word] for word in args.camera]
     known = tuple(policy.spec["cameras"])
     if len(pairs) == 1 and len(known) == 1 and not pairs[0][0]:
@@ -312,7 +312,7 @@ def emulated(args: Args, policy) -> dict:
         raise Refused(str(error)) from None
     calibration = Calibration.from_dict(rig.calibration())
     facts = facts_of(args, policy, scale=scale, calibration=rig.calibration(), arm=calibration.hash)
-    person = lambda: rig.world.view(320)  # noqa: E731
+    person = lambda: rig.scene.view(320)  # noqa: E731
     recorder = Recorder(folder_of(args, policy), facts, policy.spec["control_hz"], person)
     steps, results, problem = args.steps or int(policy.spec["max_episode_steps"]), [], None
     try:

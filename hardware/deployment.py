@@ -263,7 +263,7 @@ def emulated_episode(
         for rule in record["rules"]:
             fired[rule.split()[0]] = fired.get(rule.split()[0], 0) + 1
         if record["tick"]:
-            once.append(rig.world.success(record["target_before"]))
+            once.append(rig.scene.success(record["target_before"]))
         each_tick(record)
 
     options = dict(latency=latency, scale=scale, each_tick=tick, beat=beat)
@@ -273,7 +273,7 @@ def emulated_episode(
         deployment.start()
         deployment.move(first)
         deployment.run(steps)
-        success = rig.world.success(deployment.target)
+        success = rig.scene.success(deployment.target)
     if any(state != "off" for state in deployment.torque.values()):
         raise Fault(deployment.ending())
     return {"success": success, "success_once": success or any(once), "rules": fired}

@@ -1,9 +1,9 @@
 """A whole SO-101 that is not there: emulated servos in front of the driver, a rendered camera, a scene that answers.
 
-`EmulatedArm` puts the servos of `hardware/emulator.py` into an episode of `envs/so101.py`, under one virtual clock: the
+`EmulatedArm` puts the servos of `hardware/emulator.py` into an episode of `envs/so101`, under one virtual clock: the
 arm of the scene stands where the servos' shafts stand, objects obey MuJoCo, the camera draws the scene as a frame of
 640 x 480, and the environment's own rule says whether the task was solved. Bytes go through `hardware/feetech.py` and
-pictures through `hardware/camera.py`, exactly as with the real arm.
+images through `hardware/camera.py`, exactly as with the real arm.
 
     python -m hardware.emulate --checkpoint runs/NAME/best.pt --latency-periods 0 1 2 --out NAME.csv
 
@@ -32,8 +32,8 @@ from hardware.feetech import STEPS
 from hardware.so101 import Calibration
 
 EVAL_SEED = 10_000  # of the episodes that algos/ evaluate on
-WORLD_STEP = 0.01  # s, the simulation's
-STALL_TORQUE = 3.0  # N m, of the servos in envs/so101.xml
+SCENE_STEP = 0.01  # s, the simulation's
+STALL_TORQUE = 3.0  # N m, of the servos in envs/so101/so101.xml
 
 
 class EmulationError(Exception):
@@ -50,7 +50,7 @@ def _so101():
 
 # ------------------------------------------------------------------------------------------------------------ scene ---
 def episodes(env_id: str, count: int, seed: int = EVAL_SEED, randomize: bool = True) -> list[dict]:
-    """The saved states of `count` single worlds at their start: those that training's evaluation begins with."""
+    """The saved states of `count` single environments at their start: those that training's evaluation begins with."""
     so101 = _so101()
     try:
         env = so101.make(env_id, count, seed=seed, stagger=False, images=False, domain_randomization=randomize)
@@ -70,8 +70,8 @@ def episodes(env_id: str, count: int, seed: int = EVAL_SEED, randomize: bool = T
     return [state | {"num_envs": 1} for state in states]
 
 
-class World:
-    """One world of `envs/so101.py` whose arm is led by hand; everything else obeys the simulation."""
+class Scene:
+    """One environment of `envs/so101` whose arm is led by hand; everything else obeys the simulation."""
 
     def __init__(self, env_id: str, cameras: tuple[str, ...] = ("wrist",), size: int = 240, samples: int = 1):
         import mujoco
@@ -98,7 +98,7 @@ class World:
     def follow(self, joints: np.ndarray, now: float) -> None:
         """One step of the simulation, at whose end the arm's joints are at `joints`, radians."""
         before = self.data.qpos[:6].copy()
-        self.data.qvel[:6] = speed = (joints - before) / WORLD_STEP
+        self.data.qvel[:6] = speed = (joints - before) / SCENE_STEP
         self.data.ctrl[:6] = joints
         self.mujoco.mj_step(self.model, self.data)
         self.data.qpos[:6], self.data.qvel[:6] = joints, speed
@@ -114,7 +114,7 @@ class World:
         self.env.qpos[0] = torch.from_numpy(qpos.astype(np.float32))
         self.env._kinematics()
 
-    def pictures(self, at: float) -> dict[str, np.ndarray]:
+    def images(self, at: float) -> dict[str, np.ndarray]:
         """What each camera showed at a time of the clock: {name: uint8 (size, size, 3)}."""
         qpos = next((qpos for when, qpos in reversed(self.past) if when <= at + 1e-9), self.past[0][1])
         self._place(qpos)
@@ -133,7 +133,7 @@ class World:
         return bool(self.env.reward()[1][0])
 
     def view(self, size: int = 480, camera: str = "person") -> np.ndarray:
-        """A picture for people, uint8 (size, size, 3)."""
+        """An image for people, uint8 (size, size, 3)."""
         self._place(self.data.qpos)
         return self.env.render((0,), size, camera)[0]
 
@@ -145,9 +145,9 @@ class StartView:
     """The start pose as one camera sees it, nothing randomised, the item 23 cm in front of the base."""
 
     def __init__(self, spec: dict, camera: str = "wrist", size: int = 240):
-        self.camera, self.world = camera, World(spec["env_id"], (camera,), size, 4)
-        self.qpos = self.world.data.qpos.copy()
-        item = self.world.env._q["item"]
+        self.camera, self.scene = camera, Scene(spec["env_id"], (camera,), size, 4)
+        self.qpos = self.scene.data.qpos.copy()
+        item = self.scene.env._q["item"]
         self.qpos[:6] = spec["start_pose"]
         self.qpos[item:item + 2], self.qpos[item + 3:item + 7] = (0.23, 0.0), (1, 0, 0, 0)
 
@@ -155,19 +155,19 @@ class StartView:
         """uint8 (size, size, 3) by a camera with these `pos`, `quat_wxyz` and `fovy_degrees`."""
         import torch
 
-        env = self.world.env
+        env = self.scene.env
         at = env.mjm.camera(self.camera).id
         for field, key in (("cam_pos", "pos"), ("cam_quat", "quat_wxyz"), ("cam_fovy", "fovy_degrees")):
             env.fields[field][:, at] = torch.tensor(values[key], dtype=torch.float32)
-        self.world._place(self.qpos)
+        self.scene._place(self.qpos)
         return env.scene.draw()[0].numpy().copy()
 
 
 def task_spec(env_id: str, cameras: tuple[str, ...] = ("wrist",)) -> dict:
     """What the environment says of itself now."""
-    world = World(env_id, cameras, 16)
-    world.close()
-    return json.loads(json.dumps(world.env.spec))
+    scene = Scene(env_id, cameras, 16)
+    scene.close()
+    return json.loads(json.dumps(scene.env.spec))
 
 
 # -------------------------------------------------------------------------------------------------------------- arm ---
@@ -181,9 +181,9 @@ class ScenicClock(VirtualClock):
 
     def sleep(self, seconds: float) -> None:
         end = self.time + max(seconds, 0.0)
-        while self.each_step is not None and (self.steps + 1) * WORLD_STEP <= end + 1e-9:
+        while self.each_step is not None and (self.steps + 1) * SCENE_STEP <= end + 1e-9:
             self.steps += 1
-            self.time = max(self.time, self.steps * WORLD_STEP)
+            self.time = max(self.time, self.steps * SCENE_STEP)
             self.each_step(self.time)
         self.time = max(self.time, end)
 
@@ -244,7 +244,7 @@ class EmulatedArm:
     spec            of the policy: task, cameras, joint limits
     frame_size      pixels a side that the cameras draw; a frame shows them enlarged to 480, in 640 x 480
     samples         rays a pixel
-    camera_delay    seconds that pictures are old when they arrive, which nobody is told
+    camera_delay    seconds that images are old when they arrive, which nobody is told
     gravity         the arm's weight loads the servos while torque is on; an arm without torque stays where it was put
     options         of EmulatedBus
     """
@@ -255,8 +255,8 @@ class EmulatedArm:
         self.clock = ScenicClock()
         self.servos = EmulatedBus(range(1, 7), self.clock, **options)
         self.transport = EmulatedTransport(self.servos, self.clock)
-        self.world = World(spec["env_id"], tuple(spec["cameras"]), frame_size, samples)
-        self.joints_at = None  # time of the pictures below, drawn once for all cameras
+        self.scene = Scene(spec["env_id"], tuple(spec["cameras"]), frame_size, samples)
+        self.joints_at = None  # time of the images below, drawn once for all cameras
         calibrate(self.servos, self.calibration())
         place(self.servos, spec["start_pose"])
         self.clock.each_step = self._step
@@ -272,18 +272,18 @@ class EmulatedArm:
     # Time
     def begin(self, state: dict) -> np.ndarray:
         """Power off and on, a new scene (see `episodes`), the arm at its first pose, which is returned."""
-        self.world.begin(state, self.clock())
+        self.scene.begin(state, self.clock())
         self.servos.power_cycle()
         self.joints_at = None
-        first = self.world.data.qpos[:6].copy()
+        first = self.scene.data.qpos[:6].copy()
         place(self.servos, first)
         return first
 
     def _step(self, now: float) -> None:
         self.servos.advance()
-        self.world.follow(self.joints(), now)
+        self.scene.follow(self.joints(), now)
         if self.gravity:
-            for servo, weight in zip(self.servos.servos.values(), self.world.weight(), strict=True):
+            for servo, weight in zip(self.servos.servos.values(), self.scene.weight(), strict=True):
                 servo.load = float(weight) / STALL_TORQUE if servo.torque else 0.0
 
     # Cameras
@@ -298,7 +298,7 @@ class EmulatedArm:
     def frame(self, name: str, at: float) -> np.ndarray:
         """What a camera sees at a time of the clock, 480 x 640."""
         if self.joints_at != at:
-            self.squares, self.joints_at = self.world.pictures(at), at
+            self.squares, self.joints_at = self.scene.images(at), at
         return frame_around(self.squares[name])
 
 
@@ -307,7 +307,7 @@ class EmulatedArm:
 class Args:
     checkpoint: str  # trained by algos/, with SO-101 as its robot
     latency_periods: tuple[int, ...] = (0, 1, 2)  # control periods between an observation and its command
-    camera_delay: float = 0.0  # s that pictures are late, besides
+    camera_delay: float = 0.0  # s that images are late, besides
     gravity: bool = True  # the arm's weight loads the servos
     frame_size: int = 240  # pixels a side that the camera draws, one ray each; the training's own size: as in training
     simulator: bool = True  # measure the simulator on the same episodes too

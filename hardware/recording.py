@@ -68,12 +68,12 @@ def plain(value):
     return [plain(part) for part in value] if isinstance(value, tuple | list) else value
 
 
-def fit(picture: np.ndarray, side: int) -> np.ndarray:
-    """Any picture as (side, side, 3), nearest pixels, its middle square."""
-    edge = min(picture.shape[:2])
-    top, left = (picture.shape[0] - edge) // 2, (picture.shape[1] - edge) // 2
+def fit(image: np.ndarray, side: int) -> np.ndarray:
+    """Any image as (side, side, 3), nearest pixels, its middle square."""
+    edge = min(image.shape[:2])
+    top, left = (image.shape[0] - edge) // 2, (image.shape[1] - edge) // 2
     at = np.arange(side) * edge // side
-    return picture[top + at][:, left + at]
+    return image[top + at][:, left + at]
 
 
 @dataclass
@@ -126,16 +126,16 @@ class ReplayArm:
 
 
 class ReplayCamera:
-    """Shows a recording's pictures, as they were after preprocessing: once more leaves them as they are."""
+    """Shows a recording's images, as they were after preprocessing: once more leaves them as they are."""
 
     def __init__(self, ticks: list[dict], index: int):
-        self.index, self.pictures = index, iter(ticks)
+        self.index, self.ticks = index, iter(ticks)
 
     def wait(self):
         return None
 
     def latest(self):
-        rgb = next(self.pictures)["rgb"]
+        rgb = next(self.ticks)["rgb"]
         rgb = np.frombuffer(base64.b64decode(rgb["bytes"]), np.uint8).reshape(rgb["shape"])[0]
         return Frame(rgb[..., 3 * self.index:3 * self.index + 3], 0.0, 0)
 

@@ -1,11 +1,11 @@
-"""Draw the pictures of the DeepMind Control tasks that the docs show, and measure how much the renderers differ.
+"""Draw the images of the DeepMind Control tasks that the docs show, and measure how much the renderers differ.
 
     python scripts/picture_dmc.py                                    all published tasks
-    python scripts/picture_dmc.py --tasks walker_walk reach_duplo    only these, and no pictures are written
-    python scripts/picture_dmc.py --no-measure                       the pictures alone
+    python scripts/picture_dmc.py --tasks walker_walk reach_duplo    only these, and no images are written
+    python scripts/picture_dmc.py --no-measure                       the images alone
 
 Every renderer that works here draws the same states (same seed, same random actions), 84 pixels a side. The reference
-is OpenGL by EGL with its defaults, which is what the published results were learnt from. Printed for each task: mean
+is OpenGL by EGL with its defaults, which is what the published results were learned from. Printed for each task: mean
 absolute difference to it over all pixels and states, of 255, and beside it that of the reference to itself a step
 later, as a measure of what a difference means.
 
@@ -36,7 +36,7 @@ LIMIT = 60_000  # bytes
 @dataclass
 class Args:
     tasks: tuple[str, ...] = dmc.EASY + dmc.MEDIUM + dmc.HARD
-    """which tasks to measure; the pictures are written when all are"""
+    """which tasks to measure; the images are written when all are"""
     measure: bool = True
     """compare the renderers for every task"""
     out: Path = ROOT / "docs/images/dmc"

@@ -58,7 +58,7 @@ def recorded(path, episodes=7, **options):
 
 # --- recording --------------------------------------------------------------------------------------------------------
 def test_what_is_recorded_is_what_happened(tmp_path):
-    """The transitions of world 0's first episode against the same episode stepped by hand."""
+    """The transitions of environment 0's first episode against the same episode stepped by hand."""
     tally = recorded(tmp_path / "f.hdf5")
     assert tally["kept"] == 7 == tally["succeeded"] and tally["steps"] == 70 and tally["tried"] == 7
     env, expert = dots()
@@ -91,7 +91,7 @@ def test_layout_is_robomimics(tmp_path):
             assert demo.attrs["num_samples"] == 10 and demo.attrs["success"]
             assert {"actions", "rewards", "dones", "obs", "next_obs"} <= set(demo)
             assert set(demo["obs"]) == set(demo["next_obs"]) == {"w_image", "a_image", "state", "privileged"}
-            # One step's next observation is the next step's observation; pictures are stored by camera.
+            # One step's next observation is the next step's observation; images are stored by camera.
             assert np.array_equal(demo["obs/privileged"][1:], demo["next_obs/privileged"][:-1])
             assert demo["obs/w_image"].shape == (10, 8, 8, 3) and demo["obs/w_image"].dtype == np.uint8
             assert np.array_equal(demo["dones"][()] > 0, (demo["success"][()] > 0) | (np.arange(10) == 9))
@@ -133,7 +133,7 @@ def test_a_diverged_episode_is_left_out(tmp_path):
     def diverging(actions):
         obs, rewards, terminations, truncations, info = step(actions)
         count[0] += 1
-        if count[0] == 4:  # the world is put back alone: an early truncation without success
+        if count[0] == 4:  # the environment is put back alone: an early truncation without success
             env._begin(torch.ones(1, dtype=torch.bool))
             info["success"] = torch.zeros(1, dtype=torch.bool)
             return env._observe(), rewards, terminations, torch.ones(1, dtype=torch.bool), info

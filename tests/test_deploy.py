@@ -1,6 +1,6 @@
 """From a policy to the arm's motors: states, deadlines, faults, recordings, refusals, and every way out of a run.
 
-Most of it runs the real driver against emulated servos in virtual time. The scene is there where pictures matter.
+Most of it runs the real driver against emulated servos in virtual time. The scene is there where images matter.
 """
 
 import csv
@@ -70,7 +70,7 @@ def picture(value=100):
 
 
 class Rig:
-    """The driver, emulated servos and a camera that shows one picture, in virtual time."""
+    """The driver, emulated servos and a camera that shows one image, in virtual time."""
 
     def __init__(self, policy=None, joints=START, source=None, **options):
         self.clock = VirtualClock()
@@ -149,7 +149,7 @@ def test_stop_is_final_and_no_goal_follows_it():
 
 
 def test_what_the_policy_sees():
-    """Joint readings and targets in training's order and units; the picture as training prepares it."""
+    """Joint readings and targets in training's order and units; the image as training prepares it."""
     square = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     policy = FakePolicy([[1, 0, 0, 0, 0, -1]])
     rig = Rig(policy, source=lambda: frame_around(square))
@@ -511,7 +511,7 @@ def scene():
     spec = emulate.task_spec("SO101ReachCube-v1")
     rig = emulate.EmulatedArm(spec, frame_size=16, samples=4)
     yield SimpleNamespace(spec=spec, rig=rig, states=emulate.episodes(spec["env_id"], 4, seed=5))
-    rig.world.close()
+    rig.scene.close()
 
 
 def test_shafts_and_joints():
@@ -523,7 +523,7 @@ def test_shafts_and_joints():
         assert (raw > 0).all() and (raw < 4095).all()
 
 
-def test_a_simulated_frame_through_a_camera_is_the_picture_of_training(scene):
+def test_a_simulated_frame_through_a_camera_is_the_image_of_training(scene):
     """What the policy of a deployment gets equals, bit for bit, what `env.reset` gives in training."""
     from envs import so101
 
@@ -536,12 +536,12 @@ def test_a_simulated_frame_through_a_camera_is_the_picture_of_training(scene):
         keep = lambda record: seen.append(record["rgb"])  # noqa: E731
         deploy.emulated_episode(scene.rig, state, policy, LIMITS, CALIBRATION, 1, each_tick=keep)
     assert len({rgb.tobytes() for rgb in seen}) == 4
-    for rgb, picture_of_training, state in zip(seen, expected, scene.states, strict=True):
-        scene.rig.world.begin(state, scene.rig.clock())
-        exact = policy.preprocess(frame_around(scene.rig.world.pictures(scene.rig.clock())["wrist"]))
-        np.testing.assert_array_equal(exact[0], picture_of_training)
+    for rgb, image_of_training, state in zip(seen, expected, scene.states, strict=True):
+        scene.rig.scene.begin(state, scene.rig.clock())
+        exact = policy.preprocess(frame_around(scene.rig.scene.images(scene.rig.clock())["wrist"]))
+        np.testing.assert_array_equal(exact[0], image_of_training)
         # the driven arm stands where its encoder's steps allow, at most half a step away: a pixel's edge may move
-        assert (np.abs(rgb[0].astype(int) - picture_of_training) <= 8).mean() > 0.97
+        assert (np.abs(rgb[0].astype(int) - image_of_training) <= 8).mean() > 0.97
 
 
 def test_a_finer_simulated_frame_equals_training_at_that_size_too():
@@ -570,11 +570,11 @@ def test_the_scene_follows_the_emulated_servos(scene):
     before = rig.frame("wrist", rig.clock())
     place(rig.servos, first + 0.4)
     rig.clock.sleep(0.05)
-    np.testing.assert_allclose(rig.world.data.qpos[:6], first + 0.4, atol=1e-6)
+    np.testing.assert_allclose(rig.scene.data.qpos[:6], first + 0.4, atol=1e-6)
     now, past = rig.frame("wrist", rig.clock()), rig.frame("wrist", rig.clock() - 0.05)
     assert (now != before).mean() > 0.02 and (past == before).all()
-    assert not rig.world.success(first)
-    assert rig.world.view(64).shape == (64, 64, 3)
+    assert not rig.scene.success(first)
+    assert rig.scene.view(64).shape == (64, 64, 3)
 
 
 def test_success_is_that_of_the_environment(scene):
@@ -591,10 +591,10 @@ def test_success_is_that_of_the_environment(scene):
     assert solved
     rig = scene.rig
     rig.begin(state)
-    assert not rig.world.success(target)
+    assert not rig.scene.success(target)
     place(rig.servos, joints)
     rig.clock.sleep(0.05)
-    assert rig.world.success(target)
+    assert rig.scene.success(target)
 
 
 # --- The command ------------------------------------------------------------------------------------------------------
@@ -663,7 +663,8 @@ class Live:
         code = (f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
                 f"import fake_absence; fake_absence.of({absent})\n"
                 "from hardware import deploy_so101 as d, deployment\n"
-                "d.BUS_TIMEOUT, d.HEARTBEAT, deployment.LATE_TICKS = 1.0, 20.0, 10**6; sys.exit(d.command())")  # fmt: skip
+                "d.BUS_TIMEOUT, d.HEARTBEAT, deployment.LATE_TICKS = 1.0, 20.0, 10**6\n"
+                "sys.exit(d.command())")  # fmt: skip
         arguments = ["--checkpoint", checkpoint, "--port", server.port, "--calibration", calibration, "--camera",
                      folder / "still.png", "--record", folder / "log", *words]  # fmt: skip
         arguments += [] if first else ["--no-keyboard", "--scale", "1", "--step", "no"]

@@ -42,7 +42,7 @@ def actions(n, size, seed=0):
 
 
 def end_soon(env, steps=1):
-    """The worlds' time is up after so many steps."""
+    """The environments' time is up after so many steps."""
     for group in env.groups:
         for one in group.group.tasks:
             one.clock = one.limit - steps
@@ -343,13 +343,13 @@ def test_choice_of_renderer(monkeypatch, capsys):
     with pytest.raises(RuntimeError, match=r"egl: about egl.*apt-get install libegl1 libgl1-mesa-dri, or use warp"):
         choose("auto", "egl")  # what the user has set is taken at its word
     working.clear()
-    with pytest.raises(RuntimeError, match="no picture can be drawn here"):
+    with pytest.raises(RuntimeError, match="no image can be drawn here"):
         choose("auto")
 
 
 @egl
 def test_renderers_draw_the_same_scene():
-    """Mean difference over a picture, of 255; the pictures of another moment, and of a hidden robot, differ by more."""
+    """Mean difference over an image, of 255; the images of another moment, and of a hidden robot, differ by more."""
     from envs.dmc import warp_renderer
 
     limits = {"cartpole_swingup": 5, "walker_walk": 10, "cup_catch": 6, "reach_duplo": 9}
@@ -359,7 +359,7 @@ def test_renderers_draw_the_same_scene():
         picture, drawn = gl.view().astype(float), scene.draw(gl.things()[None])[0].numpy().astype(float)
         assert picture.shape == drawn.shape == (64, 64, 3) and picture.std() > 5
         assert np.abs(picture - drawn).mean() < limit
-        # Shapes too, not only brightness: the pictures agree better as they stand than shifted by two pixels.
+        # Shapes too, not only brightness: the images agree better as they stand than shifted by two pixels.
         shifted = np.abs(picture[:, 2:] - drawn[:, :-2]).mean()
         assert np.abs(picture[:, 2:] - drawn[:, 2:]).mean() < shifted
 
@@ -369,9 +369,9 @@ def test_fast_render_keeps_the_scene_and_drops_the_shadows():
     plain, fast = task("walker_walk", renderer="egl"), task("walker_walk", renderer="egl", fast_render=True)
     a, b = plain.view().astype(float), fast.view().astype(float)
     assert 0.5 < np.abs(a - b).mean() < 15
-    assert fast.picture(200, 0).shape == (200, 200, 3)
-    with pytest.raises(ValueError, match="a picture of 300 pixels a side is too large here: OpenGL has room for 256"):
-        fast.picture(300, 0)
+    assert fast.image(200, 0).shape == (200, 200, 3)
+    with pytest.raises(ValueError, match="an image of 300 pixels a side is too large here: OpenGL has room for 256"):
+        fast.image(300, 0)
     assert task("pendulum_swingup", renderer="egl", image_size=700).view().shape == (700, 700, 3)  # above MuJoCo's 480
 
 
@@ -387,7 +387,7 @@ def test_opengl_environments_here_and_in_a_process_agree():
 
 
 def test_a_batch_is_drawn_as_its_worlds_alone():
-    """Warp's scene has as many places as worlds: fewer and more pictures than that are drawn as well."""
+    """Warp's scene has as many places as environments: fewer and more images than that are drawn as well."""
     from envs.dmc import warp_renderer
 
     tasks = [task("reacher_easy", seed=seed) for seed in range(5)]

@@ -1,4 +1,4 @@
-"""Dot-reach: what the pictures show, the returns that it is measured against, episodes, exact resume."""
+"""Dot-reach: what the images show, the returns that it is measured against, episodes, exact resume."""
 
 import pytest
 import torch

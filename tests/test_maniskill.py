@@ -148,7 +148,7 @@ def test_contract(env):
         env.render(camera="elbow")
     with pytest.raises(ValueError, match=r"shape \(2, 8\)"):
         env.step(torch.zeros(2, 7))
-    with pytest.raises(ValueError, match=r"worlds \[1\] are not finite"):
+    with pytest.raises(ValueError, match=r"environments \[1\] are not finite"):
         env.step(torch.tensor([[0.0] * 8, [float("nan")] * 8]))
 
 
@@ -211,7 +211,7 @@ def test_same_as_maniskills_own_wrappers(env):
 def test_privileged_is_the_tasks_state_observation(env):
     """It begins with what the policy has too, and holds the cube's pose; the policy's state holds no part of it."""
     obs = env.reset(4)
-    base = env._worlds.batches[0].base
+    base = env._simulation.batches[0].base
     cube, goal = base.cube.pose.raw_pose[0], base.goal_site.pose.p[0]
     assert torch.equal(obs["privileged"][0, :29], obs["state"][0])
     torch.testing.assert_close(obs["privileged"][0, 29:36], cube)
@@ -220,8 +220,8 @@ def test_privileged_is_the_tasks_state_observation(env):
 
 
 def test_partial_reset_gives_the_seeds_episode(env):
-    """The reset that the GPU's batch uses for some of its worlds, taken here by a batch of one."""
-    batch = env._worlds.batches[0]
+    """The reset that the GPU's batch uses for some of its environments, taken here by a batch of one."""
+    batch = env._simulation.batches[0]
     expected = batch.reset(np.array([123]))
     batch.reset(np.array([5]))
     batch.n = 2
@@ -235,7 +235,7 @@ def test_partial_reset_gives_the_seeds_episode(env):
 def test_broken_physics_resets_that_world_alone(env):
     before = env.reset(2)
     count = int(env.nan_resets)
-    env._worlds.batches[1].base.agent.robot.set_qpos(torch.full((1, 9), float("nan")))
+    env._simulation.batches[1].base.agent.robot.set_qpos(torch.full((1, 9), float("nan")))
     obs, rewards, terminations, truncations, info = env.step(torch.zeros(2, 8))
     assert truncations.tolist() == [False, True] and not terminations.any() and int(env.nan_resets) == count + 1
     assert all(torch.isfinite(obs[key].float()).all() for key in obs)
@@ -264,7 +264,7 @@ def test_state_dict_resumes(env, tmp_path):
 def test_workers_give_the_same_worlds_as_one_process(env):
     workers = maniskill.make("PickCube-v1", 2, "cpu", num_workers=2, asymmetric=True, stagger=True, **SMALL)
     try:
-        # staggered: the second world's first episode began half-way through its clock
+        # staggered: the second environment's first episode began half-way through its clock
         plan = actions(env, 50, seed=2)
         ends = [workers.step(action)[3].tolist() for action in plan]
         assert [i for i, end in enumerate(ends) if end[1]] == [24] and [i for i, end in enumerate(ends) if end[0]] == [
@@ -280,7 +280,7 @@ def test_workers_give_the_same_worlds_as_one_process(env):
         np.testing.assert_array_equal(env.render((1,), 64), workers.render((1,), 64))
         with pytest.raises(ValueError, match="no camera"):
             workers.render(camera="elbow")
-        workers._worlds.processes[1].kill()
+        workers._simulation.processes[1].kill()
         with pytest.raises(RuntimeError, match=r"worker 1 of 2 died \(exit code -9\)"):
             workers.step(plan[0])
     finally:

@@ -111,7 +111,7 @@ def test_contract_of_the_environment(fake):
     first = env.obs
     assert torch.equal(first["privileged"][:, :9], first["state"])
     assert torch.allclose(env.fact("cube_pos"), 2 * first["state"][:, :3])
-    assert not torch.equal(first["state"][0], first["state"][1]), "each world has episodes of its own"
+    assert not torch.equal(first["state"][0], first["state"][1]), "each environment has episodes of its own"
     push = torch.zeros(2, 7)
     push[0, 0] = 7.0  # clamped to 1
     for t in range(4):
@@ -140,7 +140,7 @@ def test_success_is_rewarded_and_ends_nothing(fake):
 
 
 def test_success_ends_an_episode_where_it_is_asked_to(fake):
-    """At a time-out too it is the success that counts; a world that failed there is truncated."""
+    """At a time-out too it is the success that counts; an environment that failed there is truncated."""
     env = make(num_envs=3, workers=0, max_episode_steps=13, end_on_success=True)
     push, ends = torch.zeros(3, 7), []
     push[0, 0], push[1, 0] = 1.0, 0.5
@@ -300,7 +300,7 @@ def test_processes_give_the_same_worlds_and_a_dead_one_is_told():
     for a in actions:
         assert torch.equal(here.step(a)[0]["state"], there.step(a)[0]["state"])
     os.kill(there._groups[1].process.pid, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match="a process of robosuite worlds has ended with status -9"):
+    with pytest.raises(RuntimeError, match="a process of robosuite environments has ended with status -9"):
         for a in actions:
             there.step(a)
     here.close(), there.close()

@@ -20,7 +20,7 @@ def make(env_id="SO101ReachCube-v1", n=2, **options):
 
 
 def put(env, name, xyz, world=0):
-    """Moves a free object of one world and updates poses."""
+    """Moves a free object of one environment and updates poses."""
     adr = env._q[name]
     env.qpos[world, adr : adr + 3] = torch.tensor(xyz)
     env.qpos[world, adr + 3 : adr + 7] = torch.tensor([1.0, 0.0, 0.0, 0.0])

@@ -63,7 +63,7 @@ def test_actions_are_deterministic_and_in_range():
 
 
 def test_new_episodes_of_single_worlds():
-    """With staggered clocks, worlds begin their episodes one by one and each first whole episode is solved."""
+    """With staggered clocks, environments begin their episodes one by one and each first whole episode is solved."""
     env = make("SO101LiftCube-v1", 10, stagger=True)
     expert = Expert(env)
     solved = whole = 0

@@ -8,7 +8,7 @@
 The expert knows the true state and never errs by itself. `Human` makes it err, by what people do with a leader arm:
   noise   smooth disturbances of each action (an autoregressive process, 0.8 of it left after a step); the strength of
           an episode is `noise` times a factor from [0.5, 1.5], in units of the largest action
-  pause   at each step this chance to stop for 2 to 8 steps
+  pause   at each step, with this probability, a stop of 2 to 8 steps
   slow    each episode at a pace of its own: actions times a factor from [1 - slow, 1]
 What is stored is what was executed. By default only episodes that end in success are kept, as robomimic's files have
 it; how many were tried stands in the file.
@@ -17,7 +17,7 @@ Layout of a file (T steps of an episode; all as robomimic has it but `success` a
     data                      attributes total, env_args (JSON: env_name, type, env_kwargs [, env_id, spec, recorded])
     data/demo_0               attributes num_samples [, success]
         actions (T, A)  rewards (T,)  dones (T,)  success (T,)
-        obs/state, obs/privileged, obs/<camera>_image ...    (T, ...)    before the action; pictures uint8 (T, H, W, 3)
+        obs/state, obs/privileged, obs/<camera>_image ...    (T, ...)    before the action; images uint8 (T, H, W, 3)
                                                              (robosuite: robot0_eef_pos ... and object, as robomimic)
         next_obs/...                                         (T, ...)    the true next one, also at the end
     mask/train, mask/valid    names of demonstrations

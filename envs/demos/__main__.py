@@ -22,7 +22,7 @@ class Args:
     noise: float = 0.1
     """Standard deviation of the smooth noise on the actions, in units of the largest action; 0: none."""
     pause: float = 0.02
-    """Chance of a pause at each step."""
+    """Probability of a pause at each step."""
     slow: float = 0.2
     """Largest share of the expert's speed that an episode gives up."""
     keep: Literal["successes", "all"] = "successes"
@@ -32,15 +32,15 @@ class Args:
     overwrite: bool = False
     """Whether an existing file may be replaced (once the new one is complete)."""
     obs: Literal["state", "pixels"] = "state"
-    """`pixels` stores pictures as well; state and privileged state are always stored."""
+    """`pixels` stores images as well; state and privileged state are always stored."""
     cameras: tuple[str, ...] = ()
-    """Cameras of the pictures; none: the environment's own choice."""
+    """Cameras of the images; none: the environment's own choice."""
     render_size: int = 84
-    """Pixels on each side of a picture."""
+    """Pixels on each side of an image."""
     domain_randomization: bool = True
     """SO-101: randomised looks, sizes, friction, gains, delays and joint noise."""
     num_envs: int = 0
-    """Worlds at once; 0: 50 of the SO-101 (fewer for fewer episodes), 1 of robosuite."""
+    """Environments at once; 0: 50 of the SO-101 (fewer for fewer episodes), 1 of robosuite."""
     tries: int | None = None
     """Give up after so many episodes; None: ten times as many as wanted."""
     seed: int = 0
@@ -70,9 +70,9 @@ def make(args: Args) -> tuple[Any, Any, dict, tuple[str, ...]]:
         cameras = args.cameras or ("wrist",)
         if pixels:
             options |= {"render_size": args.render_size, "cameras": cameras, "samples_per_pixel": 1}
-        worlds = args.num_envs or min(50, args.episodes)
+        num_envs = args.num_envs or min(50, args.episodes)
         env = so101.make(
-            args.env_id, worlds, "cpu", seed=args.seed, asymmetric=True, stagger=False, images=pixels, **options
+            args.env_id, num_envs, "cpu", seed=args.seed, asymmetric=True, stagger=False, images=pixels, **options
         )
         expert = Expert(env)
         # robomimic's types are 1 for robosuite, 2 for gym; it only asks when it runs a policy itself.

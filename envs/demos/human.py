@@ -9,7 +9,7 @@ PAUSE_STEPS = (2, 8)
 class Human:
     """An expert with noise, pauses and a pace of its own in each episode; the module's docstring says how.
 
-    `expert` has `reset(worlds)` and `act()`, and optionally the tensors `phase` and `clock`, which stand still in a
+    `expert` has `reset(where)` and `act()`, and optionally the tensors `phase` and `clock`, which stand still in a
     pause, and `absolute`: indices of actions that are commands rather than changes (a gripper's "open"). Those get no
     noise and no pace, and a pause repeats them; all other actions are 0 in a pause.
     """
@@ -27,12 +27,12 @@ class Human:
         self.left = torch.zeros(n, dtype=torch.int64)  # steps of a pause that are left
         self.reset()
 
-    def reset(self, worlds: torch.Tensor | None = None) -> None:
-        """Begins new episodes in `worlds`, a mask (N,) (None: in all)."""
-        mask = torch.ones_like(self.left, dtype=torch.bool) if worlds is None else worlds.cpu()
+    def reset(self, where: torch.Tensor | None = None) -> None:
+        """Begins new episodes in `where`, a mask (N,) (None: in all)."""
+        mask = torch.ones_like(self.left, dtype=torch.bool) if where is None else where.cpu()
         if not mask.any():
             return
-        self.expert.reset(worlds)
+        self.expert.reset(where)
         rand = lambda: torch.rand(len(mask), 1, generator=self.generator)  # noqa: E731
         column = mask[:, None]
         self.strength = torch.where(column, self.noise * (0.5 + rand()), self.strength)

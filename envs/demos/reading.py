@@ -70,7 +70,7 @@ def read(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Demonstrations of a file in robomimic's layout, ours or robomimic's own, in their order.
 
-    Each is a dict of numpy arrays, T steps long:
+    Each is a dict of NumPy arrays, T steps long:
         "obs"        {"rgb" uint8 (T, H, W, 3 x cameras), "state" float32 (T, S), "privileged" float32 (T, P)}
         "final_obs"  the same without T: the observation after the last action; None where the file does not tell
         "actions"    float32 (T, A)         "rewards" float32 (T,)
@@ -78,7 +78,7 @@ def read(
         "name"       "demo_0", ...
 
     Args:
-        obs_keys: which observations. None: those of the contract that the file has. "rgb" are all pictures, cameras in
+        obs_keys: which observations. None: those of the contract that the file has. "rgb" are all images, cameras in
             the order of the file's env_args, else of the alphabet, stacked on channels; "state" and "privileged" are
             the entries of these names or, in robomimic's files, the arms' eef_pos, eef_quat and gripper_qpos, and
             those with the objects' state. A list takes some of these, or entries by their own names; what is not named
@@ -166,7 +166,7 @@ def _read_one(path, group, name: str, keys: dict[str, tuple[str, ...]], until_su
 
 
 def _join(parts: list[np.ndarray]) -> np.ndarray:
-    """Pictures side by side on channels; anything else flattened to (T, numbers), side by side, float32."""
+    """Images side by side on channels; anything else flattened to (T, numbers), side by side, float32."""
     if parts[0].dtype == np.uint8 and parts[0].ndim == 4:
         return np.concatenate(parts, -1)
     return np.concatenate([p.reshape(len(p), -1).astype(np.float32) for p in parts], -1)

@@ -17,7 +17,7 @@ VALID = 0.1  # share of the demonstrations that mask/valid names
 
 
 def _file_obs(obs: Mapping[str, torch.Tensor], cameras: Sequence[str], state_parts=()) -> dict[str, np.ndarray]:
-    """Observations of the contract under the names of the file: pictures by camera, the rest as it is.
+    """Observations of the contract under the names of the file: images by camera, the rest as it is.
 
     `state_parts`: names and sizes of what "state" consists of, where the file is to have robomimic's own names; what
     "privileged" has beyond the state is then "object".
@@ -76,14 +76,14 @@ def record(
     env, expert, path: str | Path, episodes: int, *, env_args: dict, seed: int = 0, cameras: Sequence[str] = (),
     keep: Literal["successes", "all"] = "successes", tries: int | None = None, tail: int = 10, progress: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
-    """Records `episodes` demonstrations of `expert` (a `Human`, or any with `reset(worlds)`, `act()`) in `env`.
+    """Records `episodes` demonstrations of `expert` (a `Human`, or any with `reset(where)`, `act()`) in `env`.
 
     Args:
         env: of the contract of `envs/__init__.py`, made with `stagger=False`; it is reset with `seed`.
         cameras: names of the cameras on the channels of "rgb", in their order.
         keep: only episodes that are a success at their end, or all. Episodes in which physics diverged are left out.
         tries: give up after so many episodes; None: ten times as many as wanted.
-        tail: where the environment has `restart(worlds)`, an episode ends this many steps after success came to stay.
+        tail: where the environment has `restart(where)`, an episode ends this many steps after success came to stay.
     Returns {"kept", "tried", "succeeded", "steps", "seconds"}, which the file holds as well (in env_args, "recorded").
     Ctrl-C finishes the file with what there is, then raises KeyboardInterrupt. Raises ValueError when `tries` are used
     up and nothing was kept; with less than what was wanted, the file is written and "kept" says so.
@@ -129,7 +129,7 @@ def record(
 def _episodes(env, expert, seed: int, cameras: Sequence[str], tail: int) -> Iterator[tuple[dict, bool]]:
     """Endless episodes as dicts of arrays with leading dimension T, and whether each is a success at its end."""
     n, parts = env.num_envs, getattr(env, "layout", {}).get("state", ())
-    steps: list[dict] = []  # of all worlds; row 0 is step number `first`
+    steps: list[dict] = []  # of all environments; row 0 is step number `first`
     start, first, held = np.zeros(n, int), 0, np.zeros(n, int)
     obs = _file_obs(env.reset(seed), cameras, parts)
     expert.reset()
@@ -155,12 +155,12 @@ def _episodes(env, expert, seed: int, cameras: Sequence[str], tail: int) -> Iter
         obs = _file_obs(following, cameras, parts)
 
 
-def _episode(steps: list[dict], world: int) -> dict[str, Any]:
-    success = np.array([s["success"][world] for s in steps])
+def _episode(steps: list[dict], number: int) -> dict[str, Any]:
+    success = np.array([s["success"][number] for s in steps])
     dones = success.copy()
     dones[-1] = True
-    parts = {p: {k: np.stack([s[p][k][world] for s in steps]) for k in steps[0][p]} for p in ("obs", "next_obs")}
+    parts = {p: {k: np.stack([s[p][k][number] for s in steps]) for k in steps[0][p]} for p in ("obs", "next_obs")}
     return parts | {
-        "actions": np.stack([s["actions"][world] for s in steps]).astype(np.float32),
+        "actions": np.stack([s["actions"][number] for s in steps]).astype(np.float32),
         "rewards": success.astype(np.float32), "dones": dones.astype(np.uint8), "success": success.astype(np.uint8),
     }  # fmt: skip

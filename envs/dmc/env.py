@@ -111,14 +111,14 @@ class DMCEnv:
         return self._receive()
 
     def _tensor(self, views: list[np.ndarray]) -> torch.Tensor:
-        """Views of the environments -> pictures uint8 (n, H, W, 3) on the device."""
+        """Views of the environments -> images uint8 (n, H, W, 3) on the device."""
         views = np.stack(views)
         if self.renderer == "warp":
             return self._scene(self.num_envs, self.image_size, self.camera).draw(views)
         return torch.from_numpy(views).to(self.device)
 
     def _scene(self, n: int, size: int, camera: int):
-        """What draws `n` worlds at a time with MuJoCo Warp; made when it is first needed."""
+        """What draws `n` environments at a time with MuJoCo Warp; made when it is first needed."""
         from envs.dmc import warp_renderer
 
         key = (n, size, camera)
@@ -130,7 +130,7 @@ class DMCEnv:
         return {"rgb": rgb, "state": torch.zeros(len(rgb), 0, device=self.device)}
 
     def reset(self, seed: int | None = None, _clocks: list[int] | None = None) -> dict[str, torch.Tensor]:
-        """Starts a new episode in every world, all clocks at 0. With a seed, always the same episodes."""
+        """Starts a new episode in every environment, all clocks at 0. With a seed, always the same episodes."""
         clocks = _clocks or [0] * self.num_envs
         views = self._all("reset", lambda share: (seed, [clocks[i] for i in share]))
         self.returns[:], self.length[:] = 0, 0
@@ -160,10 +160,10 @@ class DMCEnv:
 
         begun = [i for i, first in enumerate(firsts) if first is not None]
         drawn = [i for i, view in enumerate(views) if view is not None]
-        # One batch of pictures: the step's own, then those of the episodes that begin.
+        # One batch of images: the step's own, then those of the episodes that begin.
         frames = self._tensor([views[i] for i in drawn] + [firsts[i] for i in begun])
         rgb, begins = frames[: len(drawn)], frames[len(drawn) :]
-        if len(drawn) < self.num_envs:  # a diverged world has no next picture: keep its last one
+        if len(drawn) < self.num_envs:  # a diverged environment has no next image: keep its last one
             last = self.obs["rgb"][..., -3:].clone()
             last[drawn] = rgb
             rgb = last
@@ -190,20 +190,20 @@ class DMCEnv:
 
     # ---- for people, and for resuming --------------------------------------------------------------------------------
     def render(self, worlds=(0,), size: int = 240, camera: int | str | None = None) -> np.ndarray:
-        """Pictures for people, uint8 (len(worlds), size, size, 3), from the policy's camera unless another is named."""
+        """Images for people, uint8 (len(worlds), size, size, 3), from the policy's camera unless another is named."""
         known = camera in self.cameras or (isinstance(camera, int) and 0 <= camera < len(self.cameras))
         number = (self.cameras.index(camera) if camera in self.cameras else camera) if known else self.camera
-        owners = {world: group for group, share in zip(self.groups, self.shares, strict=True) for world in share}
+        owners = {i: group for group, share in zip(self.groups, self.shares, strict=True) for i in share}
         views = []
-        for world in worlds:
-            owners[world].ask("picture", world, size, number)
-            views.append(owners[world].receive())
+        for i in worlds:
+            owners[i].ask("image", i, size, number)
+            views.append(owners[i].receive())
         if self.renderer == "warp":
             return self._scene(1, size, number).draw(np.stack(views)).cpu().numpy()
         return np.stack(views)
 
     def state_dict(self) -> dict:
-        """Everything that the future of every world depends on: random states and actions of the running episodes."""
+        """Everything that the future depends on: random states and actions of the running episodes."""
         return {
             "setup": self._setup(), "tasks": [_with_tensors(task) for task in self._all("save")],
             "returns": torch.tensor(self.returns), "length": torch.tensor(self.length),

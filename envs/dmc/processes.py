@@ -47,7 +47,7 @@ def choose_renderer(wish: str = "auto", set_by_user: str | None = None, cuda: bo
             return renderer
         tried.append(f"{renderer}: {result.detail}")
     install = f"sudo apt-get install {INSTALL.get(wish, INSTALL['egl'])}"
-    raise RuntimeError(f"no picture can be drawn here ({'; '.join(tried)}): {install}, or use warp")
+    raise RuntimeError(f"no image can be drawn here ({'; '.join(tried)}): {install}, or use warp")
 
 
 # --------------------------------------------------------------------------------------------- where physics runs ----

@@ -1,6 +1,6 @@
-"""Draws DeepMind Control tasks with MuJoCo Warp's batch renderer: any number of worlds in one launch, no OpenGL.
+"""Draws DeepMind Control tasks with MuJoCo Warp's batch renderer: any number of environments in one launch, no OpenGL.
 
-The worlds are simulated elsewhere (`worker.py`) and tell at every step where things are. So this needs no
+The environments are simulated elsewhere (`worker.py`) and tell at every step where things are. So this needs no
 physics: `drawing` makes a model that only has things to look at, a body-less copy of the task's own, in which sites
 and tendons, which the renderer does not draw, are geoms as well. Textures, materials, sky box, lights and shadows are
 the task's. Against OpenGL there are no mirrors, no haze, no skins and nothing half transparent: what is less than
@@ -61,7 +61,7 @@ def drawing(model: mujoco.MjModel, slots: tuple) -> mujoco.MjModel:
     for _ in range(model.nlight):
         world.add_light()
     world.add_camera(name="view")
-    # A world without any joint is nothing that MuJoCo Warp expects.
+    # A model without any joint is nothing that MuJoCo Warp expects.
     spec.worldbody.add_body(pos=(0, 0, -100), mass=1, inertia=(1, 1, 1), explicitinertial=True).add_freejoint()
     drawn = spec.compile()
     for prefix, names in (("mat", MATERIAL), ("light", LIGHT)):
@@ -90,7 +90,7 @@ def _copy_meshes(model: mujoco.MjModel, drawn: mujoco.MjModel) -> None:
 
 
 class Scene:
-    """`n` worlds that are drawn together from one camera each, `size` pixels a side."""
+    """`n` environments that are drawn together from one camera each, `size` pixels a side."""
 
     def __init__(self, model: mujoco.MjModel, slots: tuple, camera: int, n: int, device, size: int, samples: int = 4):
         if math.isqrt(samples) ** 2 != samples or samples < 1:
@@ -117,7 +117,7 @@ class Scene:
         self.pixels = wp.to_torch(self.rc.rgb_data).view(torch.uint8).view(n, size, size, 4)  # b, g, r, a
 
     def draw(self, things: np.ndarray) -> torch.Tensor:
-        """Vectors of `Task.things` (k, ...) of any number of worlds -> pictures uint8 (k, size, size, 3)."""
+        """Vectors of `Task.things` (k, ...) of any number of environments -> images uint8 (k, size, size, 3)."""
         things = torch.from_numpy(things).to(self.device)
         return torch.cat([self._draw(things[k : k + self.n]) for k in range(0, len(things), self.n)])
 

@@ -1,4 +1,4 @@
-"""One DeepMind Control task, its pictures through OpenGL, and the process that runs some of them for `env.py`.
+"""One DeepMind Control task, its images through OpenGL, and the process that runs some of them for `env.py`.
 
 Nothing here needs torch, so that a process of it starts in a second or two. `env.py` has the environment itself.
 
@@ -54,7 +54,7 @@ SLOT = 3 + 9 + 3 + 4  # floats that describe a drawn thing: position, rotation, 
 # ------------------------------------------------------------------------------------------------------ the tasks ----
 def known_tasks() -> dict[str, tuple[str, str]]:
     """Env id -> (domain, task) of the control suite, or ("manipulation", name)."""
-    # lqr draws its model at random when it is loaded and knows no time limit: nothing to be learnt from pixels.
+    # lqr draws its model at random when it is loaded and knows no time limit: nothing to be learned from pixels.
     known = {f"{domain}_{task}": (domain, task) for domain, task in suite.ALL_TASKS if domain != "lqr"}
     known |= {f"cup_{task}": (domain, task) for domain, task in suite.ALL_TASKS if domain == "ball_in_cup"}
     for name in manipulation.get_environments_by_tag("features"):
@@ -80,7 +80,7 @@ def _load(env_id: str, random: np.random.RandomState):
 
 
 class Task:
-    """One task with action repeat. A view of it is a picture, or with the renderer "warp" what there is to draw."""
+    """One task with action repeat. A view of it is an image, or with the renderer "warp" what there is to draw."""
 
     def __init__(
         self, env_id: str, *, image_size: int, action_repeat: int, camera: int | str | None, renderer: str,
@@ -134,10 +134,10 @@ class Task:
 
     # ---- episodes ----------------------------------------------------------------------------------------------------
     def seed(self, words: list[int]) -> None:
-        """From here on always the same episodes; pictures vary by a stream of their own."""
-        physics, pictures = np.random.SeedSequence(words).spawn(2)
+        """From here on always the same episodes; images vary by a stream of their own."""
+        physics, images = np.random.SeedSequence(words).spawn(2)
         self.random.seed(physics.generate_state(4))
-        self.jitter_random.seed(pictures.generate_state(4))
+        self.jitter_random.seed(images.generate_state(4))
 
     def begin(self, clock: int = 0) -> None:
         """A new episode; `clock` agent steps of its time are taken to have passed."""
@@ -151,7 +151,7 @@ class Task:
         if self.model is not model:  # the first episode, or a task that is compiled anew for each
             self.model, self.cameras = model, {}
             self.colours = {name: getattr(model, name).copy() for name in ("mat_rgba", "geom_rgba")}
-            room = model.vis.global_  # of the frame buffer; before the first picture
+            room = model.vis.global_  # of the frame buffer; before the first image
             room.offwidth, room.offheight = max(room.offwidth, self.size), max(room.offheight, self.size)
             if self.fast:
                 _make_cheap(model, self.size)
@@ -203,16 +203,16 @@ class Task:
     # ---- views -------------------------------------------------------------------------------------------------------
     def view(self) -> np.ndarray:
         """uint8 (size, size, 3); with the renderer "warp" a float32 vector for `env.py`'s scene."""
-        return self.things() if self.renderer == "warp" else self.picture(self.size, self.camera)
+        return self.things() if self.renderer == "warp" else self.image(self.size, self.camera)
 
-    def picture(self, size: int, camera: int) -> np.ndarray:
+    def image(self, size: int, camera: int) -> np.ndarray:
         """uint8 (size, size, 3) by OpenGL. The episode's camera jitter applies to the policy's camera.
 
         Raises ValueError for a size above that of the frame buffer.
         """
         room = self.env.physics.model.ptr.vis.global_
         if size > (most := min(room.offwidth, room.offheight)):
-            raise ValueError(f"a picture of {size} pixels a side is too large here: OpenGL has room for {most}")
+            raise ValueError(f"an image of {size} pixels a side is too large here: OpenGL has room for {most}")
         key = (size, camera)
         if key not in self.cameras:
             self.cameras[key] = Camera(self.env.physics, height=size, width=size, camera_id=camera)
@@ -289,7 +289,7 @@ def _segment(model, data, tendon: int, piece: int) -> np.ndarray:
 
 
 def _make_cheap(model: mujoco.MjModel, size: int) -> None:
-    """No shadows, no multisampling, no mirrors, a frame buffer no larger than needed. Before the first picture."""
+    """No shadows, no multisampling, no mirrors, a frame buffer no larger than needed. Before the first image."""
     model.light_castshadow[:] = 0
     model.mat_reflectance[:] = 0
     model.vis.quality.offsamples = 0
@@ -341,10 +341,10 @@ class Group:
             drawn = [task.view() for task in self.tasks]
         return drawn
 
-    def picture(self, number: int, size: int, camera: int) -> np.ndarray:
-        """A picture for people of the task that has this number; with the renderer "warp" what there is to draw."""
+    def image(self, number: int, size: int, camera: int) -> np.ndarray:
+        """An image for people of the task that has this number; with the renderer "warp" what there is to draw."""
         task = self.tasks[self.numbers.index(number)]
-        return task.things(camera) if task.renderer == "warp" else task.picture(size, camera)
+        return task.things(camera) if task.renderer == "warp" else task.image(size, camera)
 
 
 def serve(pipe: Connection) -> None:

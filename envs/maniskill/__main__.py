@@ -10,7 +10,7 @@ from envs.maniskill import make
 
 
 def main() -> None:
-    """`python -m envs.maniskill`: steps a task with random actions, prints its speed, optionally saves its pictures."""
+    """`python -m envs.maniskill`: steps a task with random actions, prints its speed, optionally saves its images."""
     parser = argparse.ArgumentParser(description="Steps a ManiSkill task with random actions and prints its speed.")
     parser.add_argument("--env-id", default="PickCube-v1")
     parser.add_argument("--num-envs", type=int, default=1)
@@ -51,7 +51,7 @@ def main() -> None:
     wall, used = time.perf_counter() - start, time.process_time() - used
     steps = args.steps * env.num_envs
     print(
-        f"{args.env_id} on {env.spec['sim_backend']}, {env.num_envs} worlds, image {env.image_shape}, "
+        f"{args.env_id} on {env.spec['sim_backend']}, {env.num_envs} environments, image {env.image_shape}, "
         f"light_visuals={env.spec['light_visuals']}: built in {built:.1f} s, {steps / wall:.0f} env steps/s, "
         f"{1e3 * used / steps:.1f} CPU ms a step in this process"
     )

@@ -15,7 +15,7 @@ def patches(cpu: bool, light_visuals: bool, active: bool = True) -> Iterator[Non
     """Changes to ManiSkill while a scene is built, undone afterwards. None of them touches the physics.
 
     1. `parse_backend_device_id` splits a device's name at every colon, which breaks the documented `pci:0`.
-    2. SAPIEN fills a reflection table (BRDF lookup) by a compute shader at each process's first picture, many seconds
+    2. SAPIEN fills a reflection table (BRDF lookup) by a compute shader at each process's first image, many seconds
        on a software driver. Only the light of an environment map reads it, so scenes without one get a tiny table.
     3. The ground is a plane cut into 20,000 triangles; two triangles with the same texture coordinates draw the same.
     4. With `light_visuals` (the one that changes pixels) robots are drawn by their collision shapes.
@@ -107,7 +107,7 @@ def _skip_reflection_table(camera: Any) -> None:
 
 
 def _flatten_ground(actor: Any, width: float, length: float, xy_origin: tuple, altitude: float, square: float) -> None:
-    """Replaces a ground actor's picture by one rectangle, `length` x `width` m, with a texture tile each `square` m."""
+    """Replaces a ground actor's image by one rectangle, `length` x `width` m, with a texture tile each `square` m."""
     import sapien
 
     corners = np.array([[-1, -1], [1, -1], [-1, 1], [1, 1]]) * 0.5 * np.array([length, width])
@@ -130,7 +130,7 @@ def _flatten_ground(actor: Any, width: float, length: float, xy_origin: tuple, a
 
 
 def _lighten(builder: Any) -> None:
-    """Makes every link with a mesh picture and collision shapes look like the latter."""
+    """Makes every link with a mesh image and collision shapes look like the latter."""
     import sapien
     from sapien.wrapper.actor_builder import VisualShapeRecord
 

@@ -13,8 +13,8 @@ from envs.maniskill.simulation import Batch
 from envs.maniskill.trees import stack
 
 
-class CpuWorlds:
-    """Several one-world batches stepped in turn, with stacked numpy arrays in and out."""
+class CpuBatches:
+    """Several one-environment batches stepped in turn, with stacked NumPy arrays in and out."""
 
     def __init__(self, options: dict, num_envs: int):
         self.batches = [Batch(options, 1) for _ in range(num_envs)]
@@ -45,8 +45,8 @@ class CpuWorlds:
         for i, batch in enumerate(self.batches):
             batch.set_clock(clock[i : i + 1])
 
-    def render(self, worlds: np.ndarray, camera: str) -> np.ndarray:
-        return np.concatenate([self.batches[i].render(np.zeros(1, np.int64), camera) for i in worlds])
+    def render(self, numbers: np.ndarray, camera: str) -> np.ndarray:
+        return np.concatenate([self.batches[i].render(np.zeros(1, np.int64), camera) for i in numbers])
 
     def get_state(self) -> list[dict]:
         return [batch.get_state() for batch in self.batches]
@@ -60,7 +60,7 @@ class CpuWorlds:
 
 
 class Workers:
-    """`CpuWorlds` in several processes, each with a block of the worlds; every call is answered by all of them.
+    """`CpuBatches` in several processes, each with a block of the environments; every call is answered by all of them.
 
     Processes are spawned: a forked child would inherit the parent's Vulkan and torch threads in an unusable state.
     """
@@ -92,7 +92,7 @@ class Workers:
             process.join(timeout=5)
             raise RuntimeError(
                 f"ManiSkill worker {worker} of {len(self.pipes)} died (exit code {process.exitcode}); "
-                "with -9 the machine ran out of memory: use fewer worlds or workers"
+                "with -9 the machine ran out of memory: use fewer environments or workers"
             ) from None
         if problem is None:
             return value
@@ -134,13 +134,13 @@ class Workers:
     def set_clock(self, clock: np.ndarray) -> None:
         self._call("set_clock", self._split(clock))
 
-    def render(self, worlds: np.ndarray, camera: str) -> np.ndarray:
-        pictures = []
-        for world in np.arange(self.num_envs)[worlds]:
-            worker = next(w for w, block in enumerate(self.blocks) if block.start <= world < block.stop)
-            self.pipes[worker].send(("render", [np.array([world - self.blocks[worker].start]), camera]))
-            pictures.append(self._receive(worker))
-        return np.concatenate(pictures)
+    def render(self, numbers: np.ndarray, camera: str) -> np.ndarray:
+        images = []
+        for number in np.arange(self.num_envs)[numbers]:
+            worker = next(w for w, block in enumerate(self.blocks) if block.start <= number < block.stop)
+            self.pipes[worker].send(("render", [np.array([number - self.blocks[worker].start]), camera]))
+            images.append(self._receive(worker))
+        return np.concatenate(images)
 
     def get_state(self) -> list[dict]:
         return [state for states in self._call("get_state") for state in states]
@@ -164,23 +164,23 @@ class Workers:
 
 
 def _serve(pipe: Any, options: dict, num_envs: int) -> None:
-    """A worker process: builds its worlds, then answers `(method, arguments)` until told to close."""
+    """A worker process: builds its environments, then answers `(method, arguments)` until told to close."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
     torch.set_num_threads(1)
     os.environ.setdefault("LP_NUM_THREADS", "1")  # one drawing thread a worker: the workers are the parallelism
-    worlds, method = None, None
+    batches, method = None, None
     while method != "close":
         try:
-            if worlds is None:
+            if batches is None:
                 method, answer = "build", None
-                worlds = CpuWorlds(options, num_envs)
+                batches = CpuBatches(options, num_envs)
             else:
                 method, arguments = pipe.recv()
-                answer = getattr(worlds, method)(*arguments)
+                answer = getattr(batches, method)(*arguments)
             pipe.send((None, answer))
         except (EOFError, ConnectionError):
             return  # the parent is gone
         except Exception as error:
             pipe.send(((type(error).__name__, str(error), traceback.format_exc()), None))
-            if worlds is None:
+            if batches is None:
                 return

@@ -14,7 +14,7 @@ from envs.maniskill.vulkan import check_vulkan, use_software_vulkan
 
 
 class Batch:
-    """One ManiSkill environment object: `n` worlds on the GPU, or one world on the CPU (`n` = 1)."""
+    """One ManiSkill environment object: `n` environments on the GPU, or one environment on the CPU (`n` = 1)."""
 
     def __init__(self, options: dict, num_envs: int):
         self.options, self.n = options, num_envs
@@ -48,7 +48,7 @@ class Batch:
             human_render_camera_configs=dict(width=video, height=video),
         )
         if not self.cpu:
-            kwargs["reconfiguration_freq"] = 0  # single worlds of a batch cannot be rebuilt, only reset
+            kwargs["reconfiguration_freq"] = 0  # single environments of a batch cannot be rebuilt, only reset
         try:
             with patches(self.cpu, options["light_visuals"]):
                 self.base = gymnasium.make(options["env_id"], **{**kwargs, **options["task_kwargs"]}).unwrapped
@@ -143,9 +143,9 @@ class Batch:
     # ----- observations -----
 
     def _observe(self, raw: dict, info: dict) -> dict[str, torch.Tensor]:
-        """The contract's observation from ManiSkill's; copies the pictures, whose memory the renderer uses again."""
-        pictures = [raw["sensor_data"][name]["rgb"] for name in self._cameras]
-        rgb = torch.cat(pictures, dim=-1) if len(pictures) > 1 else pictures[0] * 1
+        """The contract's observation from ManiSkill's; copies the images, whose memory the renderer uses again."""
+        images = [raw["sensor_data"][name]["rgb"] for name in self._cameras]
+        rgb = torch.cat(images, dim=-1) if len(images) > 1 else images[0] * 1
         obs = dict(rgb=rgb, state=self._flat({k: v for k, v in raw.items() if not k.startswith("sensor_")}))
         if self.options["asymmetric"]:
             # tasks add what a policy may not see where the observation mode is a `state` one
@@ -164,40 +164,40 @@ class Batch:
 
     @torch.no_grad()
     def reset(self, seeds: np.ndarray) -> dict[str, torch.Tensor]:
-        """Resets all worlds; on the GPU a task draws from the first seed, and per world where it knows how to."""
+        """Resets all environments; on the GPU a task draws from the first seed, or from each where it knows how to."""
         with patches(self.cpu, self.options["light_visuals"], self.base.reconfiguration_freq != 0):
             raw, info = self.base.reset(seed=[int(s) for s in seeds])
         self._obs = self._observe(raw, info)
         return self._obs
 
-    def _reset_some(self, worlds: np.ndarray, seeds: np.ndarray, broken: bool) -> dict[str, torch.Tensor]:
-        """Resets the given worlds to their seeds and returns the observation of all. A broken CPU world is rebuilt."""
+    def _reset_some(self, numbers: np.ndarray, seeds: np.ndarray, broken: bool) -> dict[str, torch.Tensor]:
+        """Resets some environments to their seeds -> the observation of all. A broken one on the CPU is rebuilt."""
         base = self.base
         if self.n == 1:
             rebuild = self.cpu and (broken or base.reconfiguration_freq != 0)
             with patches(self.cpu, self.options["light_visuals"], rebuild):
                 raw, info = base.reset(seed=int(seeds[0]), options=dict(reconfigure=broken and self.cpu))
         else:
-            # a seed given to a partial reset would seed every world anew, so the generators are set here instead
-            chosen = [int(s) for s in seeds[worlds]]
-            base._batched_episode_rng[worlds] = [np.random.RandomState(s) for s in chosen]
+            # a seed given to a partial reset would seed every environment anew, so the generators are set here instead
+            chosen = [int(s) for s in seeds[numbers]]
+            base._batched_episode_rng[numbers] = [np.random.RandomState(s) for s in chosen]
             base._episode_rng = np.random.RandomState(chosen[0])
             with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
                 torch.manual_seed(chosen[0])
-                raw, info = base.reset(options=dict(env_idx=torch.from_numpy(worlds).to(base.device)))
+                raw, info = base.reset(options=dict(env_idx=torch.from_numpy(numbers).to(base.device)))
         return self._observe(raw, info)
 
     @torch.no_grad()
     def step(self, actions: "torch.Tensor | np.ndarray", ends: np.ndarray, seeds: np.ndarray) -> dict:
-        """One step, then the reset of the worlds in `ends` and of those with non-finite physics.
+        """One step, then the reset of the environments in `ends` and of those with non-finite physics.
 
         Args:
-            actions (n, A), ends (n,) bool: worlds whose time is up with this step, seeds (n,) of the next episodes.
+            actions (n, A), ends (n,) bool: whose time is up with this step, seeds (n,) of the next episodes.
 
         Returns:
-            `obs`, `final_obs` (None where no world was reset), `rewards` float32 (n,), `success` bool (n,), and `bad`
+            `obs`, `final_obs` (None where none was reset), `rewards` float32 (n,), `success` bool (n,), and `bad`
             (n,) bool on the host: reading it is the one wait for the GPU here, right after ManiSkill's own wait for its
-            pictures.
+            images.
         """
         actions = torch.as_tensor(actions, dtype=torch.float32, device=self.base.device).clamp(-1.0, 1.0)
         actions = self._low + (actions + 1.0) * 0.5 * (self._high - self._low)
@@ -230,20 +230,20 @@ class Batch:
         self.base._elapsed_steps[:] = torch.from_numpy(clock).to(self.base._elapsed_steps)
 
     @torch.no_grad()
-    def render(self, worlds: np.ndarray, camera: str) -> np.ndarray:
-        """Pictures uint8 (len(worlds), h, w, 3) of the task's own camera for people, or a sensor's last picture."""
+    def render(self, numbers: np.ndarray, camera: str) -> np.ndarray:
+        """Images uint8 (len(numbers), h, w, 3) of the task's own camera for people, or a sensor's last image."""
         if camera != "third":
             start = 3 * self._cameras.index(camera)
-            pictures = self._obs["rgb"][..., start : start + 3]
+            images = self._obs["rgb"][..., start : start + 3]
         else:
             names = list(self.base._human_render_cameras)
             if not names:
                 raise ValueError(f"{self.options['env_id']} has no camera for people; use one of {self._cameras}")
-            pictures = self.base.render_rgb_array(names[0])
-        return pictures[torch.from_numpy(worlds)].cpu().numpy()
+            images = self.base.render_rgb_array(names[0])
+        return images[torch.from_numpy(numbers)].cpu().numpy()
 
     def get_state(self) -> dict:
-        """ManiSkill's state dict as numpy arrays."""
+        """ManiSkill's state dict as NumPy arrays."""
         return map_tree(self.base.get_state_dict(), lambda tensor: tensor.detach().cpu().numpy().copy())
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ import numpy as np
 
 
 def stack(parts: list[dict]) -> dict[str, np.ndarray]:
-    """Joins a list of observations (tensors on the CPU or arrays) along the worlds."""
+    """Joins a list of observations (tensors on the CPU or arrays) along the environments."""
     return {key: np.concatenate([np.asarray(part[key]) for part in parts]) for key in parts[0]}
 
 

@@ -11,19 +11,19 @@ Behind the contract of `envs/__init__.py`:
     rewards      sparse: 1 in a state of success, else 0
 robosuite needs mujoco below 3.9 and numpy below 2, so it lives in an environment of its own: `make robosuite`.
 
-On a CPU, pictures cost more than physics: the visual meshes have 357,000 vertices and the default shadow map 4096^2
+On a CPU, images cost more than physics: the visual meshes have 357,000 vertices and the default shadow map 4096^2
 texels. So this module draws with a renderer of its own, without shadows, reflections and multisampling; `look` chooses:
     plain       the visual meshes, drawn as said: the default
     full        robosuite's own settings: shadows, reflections, four samples a pixel
-    collision   only what collides: several times faster still, and a picture of its own
+    collision   only what collides: several times faster still, and an image of its own
 (OpenGL by `MUJOCO_GL`, egl unless that is set to osmesa; docs/envs/robosuite.md has the figures.)
 
-Worlds draw their episodes from seeds of their own (`episode_seed`). Several worlds are shared out over `workers`
-processes; each world is stepped by one process alone, so an episode does not depend on their number.
+Every environment draws its episodes from seeds of its own (`episode_seed`). Several are shared out over `workers`
+processes; each is stepped by one process alone, so an episode does not depend on their number.
 The two-armed tasks of DexMimicGen go by their ids where the user has installed that package, which no package index
 has; `env_kwargs` hands robosuite what they need, and a demonstration file's env_args has it.
 
-Shapes: `N` worlds, `S` state, `P` privileged, `A` action dims. Nothing of robosuite is imported before `make` runs.
+Shapes: `N` environments, `S` state, `P` privileged, `A` action dims. robosuite is imported when `make` runs.
 """
 
 from envs.robosuite.env import HORIZONS, RobosuiteEnv, episode_seed, make

@@ -6,27 +6,28 @@ import numpy as np
 import torch
 
 from envs import usable_cpus
-from envs.robosuite.processes import Process, Worlds
+from envs.robosuite.processes import Group, Process
 from envs.robosuite.simulation import CAMERAS, CONTROL_HZ, import_robosuite
 
 HORIZONS = {"Lift": 100, "PickPlaceCan": 200, "NutAssemblySquare": 300}  # of the paper; other tasks: 400
 
 
-def episode_seed(seed: int, world: int, episode: int) -> int:
-    """Seed of one episode of one world: far apart for neighbours, the same on every machine."""
-    return int(np.random.SeedSequence((seed, world, episode)).generate_state(1)[0])
+def episode_seed(seed: int, number: int, episode: int) -> int:
+    """Seed of one episode of one environment: far apart for neighbours, the same on every machine."""
+    return int(np.random.SeedSequence((seed, number, episode)).generate_state(1)[0])
 
 
 class RobosuiteEnv:
-    """A batch of robosuite worlds; the contract that every environment module here shares (see `envs/__init__.py`).
+    """A batch of robosuite environments; the contract is in `envs/__init__.py`.
 
     Args:
         env_id: "robosuite/" and a name that robosuite knows.
-        render_size, cameras, look: pixels on each side of a picture, which cameras, and how they are drawn.
+        render_size, cameras, look: pixels on each side of an image, which cameras, and how they are drawn.
         asymmetric: adds obs["privileged"]. images: False leaves obs["rgb"] out.
-        stagger: first episodes start at different clock readings, so that worlds do not end in lockstep.
+        stagger: first episodes start at different clock readings, so that environments do not end in lockstep.
         max_episode_steps: None: the paper's (Lift 100, PickPlaceCan 200, NutAssemblySquare 300), others 400.
-        workers: processes; None: one for each core, no more than worlds; 0, and None with one world: this process.
+        workers: processes; None: one for each core, at most one an environment; 0, and None with one environment: none,
+            everything happens in this process.
         env_kwargs: for robosuite.make, such as robots and controller_configs; None: one Panda, two for a TwoArm task.
         end_on_success: an episode also terminates at its first success.
     """
@@ -70,7 +71,7 @@ class RobosuiteEnv:
                 self._groups = [Process([opening] * len(share)) for share in self._shares]
                 facts = [group.receive() for group in self._groups][0]
             else:
-                self._groups = [Worlds([opening] * num_envs)]
+                self._groups = [Group([opening] * num_envs)]
                 facts = self._groups[0].facts()
         except BaseException:
             self.close()
@@ -104,9 +105,9 @@ class RobosuiteEnv:
             "max_episode_steps": self.max_episode_steps,
         }  # fmt: skip
 
-    # ---- worlds ------------------------------------------------------------------------------------------------------
+    # ---- the simulations -------------------------------------------------------------------------------------------
     def _call(self, method: str, arguments: dict[int, tuple]) -> dict[int, Any]:
-        """Calls `method` of the worlds that `arguments` names; all processes at once."""
+        """Calls `method` of the environments that `arguments` names; all processes at once."""
         if not self._workers:
             return self._groups[0].call(method, arguments)
         asked = []
@@ -117,15 +118,15 @@ class RobosuiteEnv:
                 asked.append((group, share))
         return {int(share[k]): answer for group, share in asked for k, answer in group.receive().items()}
 
-    def _begin(self, worlds) -> None:
-        """Begins the next episode of `worlds`."""
+    def _begin(self, numbers) -> None:
+        """Begins the next episode of `numbers`."""
         for i, answer in self._call(
-            "reset", {int(i): (episode_seed(self.seed, int(i), int(self.episode[i])),) for i in worlds}
+            "reset", {int(i): (episode_seed(self.seed, int(i), int(self.episode[i])),) for i in numbers}
         ).items():
             self._last[i], self._actions[i] = answer, []
-        self.episode[worlds] += 1
-        self.clock[worlds] = self.started[worlds] = 0
-        self.returns[worlds], self.success_once[worlds] = 0.0, False
+        self.episode[numbers] += 1
+        self.clock[numbers] = self.started[numbers] = 0
+        self.returns[numbers], self.success_once[numbers] = 0.0, False
 
     def _obs(self, answers: list[dict]) -> dict[str, torch.Tensor]:
         keys = ["state"] + ["privileged"] * self.asymmetric + ["rgb"] * self.images
@@ -142,7 +143,7 @@ class RobosuiteEnv:
 
     # ---- episodes ----------------------------------------------------------------------------------------------------
     def reset(self, seed: int | None = None) -> dict[str, torch.Tensor]:
-        """Starts a new episode in every world, all clocks at 0. With a seed, always the same episodes."""
+        """Starts a new episode in every environment, all clocks at 0. With a seed, always the same episodes."""
         if seed is not None:
             self.seed = seed
             self.episode[:] = 0
@@ -151,9 +152,9 @@ class RobosuiteEnv:
         self.obs = self._obs(self._last)
         return self.obs
 
-    def restart(self, worlds: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Ends the episodes of `worlds`, a mask (N,), and begins their next ones; returns all observations."""
-        self._begin(np.flatnonzero(worlds.cpu().numpy()))
+    def restart(self, where: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Ends the episodes of `where`, a mask (N,), and begins their next ones; returns all observations."""
+        self._begin(np.flatnonzero(where.cpu().numpy()))
         self.obs = self._obs(self._last)
         return self.obs
 
@@ -164,7 +165,7 @@ class RobosuiteEnv:
         sane = np.array([bool(answers[i]["sane"]) for i in range(self.num_envs)])
         for i in range(self.num_envs):
             self._actions[i].append(moves[i])
-            if sane[i]:  # a diverged world has no next state: it keeps its last observation
+            if sane[i]:  # what diverged has no next state and keeps its last observation
                 self._last[i] = answers[i]
         success = torch.tensor([bool(a["success"]) for a in self._last]) & torch.from_numpy(sane)
         rewards = success.float()
@@ -180,9 +181,9 @@ class RobosuiteEnv:
         }  # fmt: skip
         episode = {k: v.to(self.device) for k, v in episode.items()}
         final_obs = self._obs(self._last)
-        worlds = np.flatnonzero(ends)
-        if len(worlds):
-            self._begin(worlds)
+        numbers = np.flatnonzero(ends)
+        if len(numbers):
+            self._begin(numbers)
             self.obs = self._obs(self._last)
         else:
             self.obs = final_obs
@@ -192,12 +193,12 @@ class RobosuiteEnv:
 
     # ---- for people, and for resuming --------------------------------------------------------------------------------
     def render(self, worlds=(0,), size: int = 256, camera: str = "frontview") -> np.ndarray:
-        """Pictures for people, uint8 (len(worlds), size, size, 3), with shadows and reflections."""
-        pictures = self._call("picture", {int(i): (camera, size, "full") for i in worlds})
-        return np.stack([pictures[int(i)] for i in worlds])
+        """Images for people, uint8 (len(worlds), size, size, 3), with shadows and reflections."""
+        images = self._call("image", {int(i): (camera, size, "full") for i in worlds})
+        return np.stack([images[int(i)] for i in worlds])
 
     def state_dict(self) -> dict:
-        """What the future of every world depends on: the seeds of the episodes and the actions so far."""
+        """What the future depends on: the seeds of the episodes and the actions so far."""
         return {
             "env_id": self.env_id, "num_envs": self.num_envs, "seed": self.seed, "episode": torch.tensor(self.episode),
             "clock": torch.tensor(self.clock), "started": torch.tensor(self.started), "returns": self.returns.clone(),

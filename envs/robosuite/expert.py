@@ -1,7 +1,7 @@
 """Scripted controllers for robosuite's Lift, PickPlaceCan and NutAssemblySquare, through the same actions as a policy.
 
-`Expert(env).act()` returns actions (N, 7) for all worlds of an `envs.robosuite` environment. It reads the true
-poses of gripper and objects, never pictures. An episode is a fixed row of phases; each names where the gripper belongs
+`Expert(env).act()` returns actions (N, 7) for all environments of an `envs.robosuite` environment. It reads the true
+poses of gripper and objects, never images. An episode is a fixed row of phases; each names where the gripper belongs
 (a place and a turn about the vertical), what the gripper does, and when the next phase begins. The gripper always
 points straight down; changes of its pose are proportional to what is missing, at most the largest action.
 
@@ -10,7 +10,7 @@ y axis; of the two turns that do this and the four that bring a square onto a sq
 the wrist nearest to its middle; and the place over the peg is reached by where the *nut* is, not the gripper.
 
 Success rates of all tasks:     python -m envs.robosuite.expert --episodes 20
-N: worlds. Angles are radians, lengths metres, quaternions x, y, z, w as robosuite has them.
+N: environments. Angles are radians, lengths metres, quaternions x, y, z, w as robosuite has them.
 """
 
 import math
@@ -114,7 +114,7 @@ def wrap(angle: torch.Tensor, period: float = 2 * math.pi) -> torch.Tensor:
 class Expert:
     """Solves the task of a robosuite environment; see the module's docstring.
 
-    Call `reset(worlds)` after each step that may have ended episodes, and `act()` before the next one.
+    Call `reset(where)` after each step that may have ended episodes, and `act()` before the next one.
     """
 
     absolute = (6,)  # the gripper's action is a command, not a change
@@ -134,16 +134,16 @@ class Expert:
         self.angle = torch.tensor([p.angle for p in self.phases])
         self.reset()
 
-    def reset(self, worlds: torch.Tensor | None = None) -> None:
-        """Begins new episodes in `worlds`, a mask (N,) (None: in all)."""
-        mask = torch.ones_like(self.phase, dtype=torch.bool) if worlds is None else worlds.cpu()
+    def reset(self, where: torch.Tensor | None = None) -> None:
+        """Begins new episodes in `where`, a mask (N,) (None: in all)."""
+        mask = torch.ones_like(self.phase, dtype=torch.bool) if where is None else where.cpu()
         self.phase, self.clock = (torch.where(mask, 0, x) for x in (self.phase, self.clock))
         self.spot = torch.where(mask[:, None], self._hold(), self.spot)
         grasp, final = self._turns()
         self.grasp, self.final = torch.where(mask, grasp, self.grasp), torch.where(mask, final, self.final)
 
     def act(self) -> torch.Tensor:
-        """Actions (N, 7) for the present state; moves each world on to its next phase where that is due."""
+        """Actions (N, 7) for the present state; moves each environment on to its next phase where that is due."""
         gripper = self.env.fact("robot0_eef_pos")
         turned = matrix(self.env.fact("robot0_eef_quat"))
         place, turn = self._goal(gripper)
@@ -198,7 +198,7 @@ class Expert:
         return grasps.flatten(1).gather(1, best).squeeze(1), finals.flatten(1).gather(1, best).squeeze(1)
 
     def _goal(self, gripper: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the gripper belongs in each world's present phase: place (N, 3) and turn (N,)."""
+        """Where the gripper belongs in each environment's present phase: place (N, 3) and turn (N,)."""
         item, at = self._item()[0], self._hold()
         height = lambda place, z: torch.cat((place[:, :2], torch.full_like(place[:, 2:], z)), 1)  # noqa: E731
         raise_to = {"Lift": TABLE_TOP + 0.12, "PickPlaceCan": 1.02, "NutAssemblySquare": 1.02}[self.task]
@@ -221,8 +221,8 @@ class Expert:
         }  # fmt: skip
         all_places = torch.stack([places[p.place][0] for p in self.phases])
         all_turns = torch.stack([places[p.place][1] for p in self.phases])
-        world = torch.arange(len(self.phase))
-        return all_places[self.phase, world], all_turns[self.phase, world]
+        rows = torch.arange(len(self.phase))
+        return all_places[self.phase, rows], all_turns[self.phase, rows]
 
 
 # ------------------------------------------------------------------------------------------------------ command line --
@@ -254,7 +254,7 @@ class Args:
     tasks: tuple[str, ...] = tuple(f"robosuite/{name}" for name in PHASES)
     """Environment ids."""
     num_envs: int = 1
-    """Worlds at once."""
+    """Environments at once."""
 
 
 def main(args: Args) -> None:
@@ -268,7 +268,7 @@ def main(args: Args) -> None:
         steps = sum(k or env.max_episode_steps for k in found)
         solved = [k for k in found if k]
         mean = f"{sum(solved) / len(solved):.0f}" if solved else "-"
-        # (Of this process: with several worlds, physics runs in others.)
+        # (Of this process: with several environments, physics runs in others.)
         cost = f"{1000 * (time.process_time() - begin) / steps:.0f}" if args.num_envs == 1 else "-"
         print(f"| `{task}` | {len(solved)} / {len(found)} | {mean} | {cost} |", flush=True)
         env.close()

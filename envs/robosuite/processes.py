@@ -5,54 +5,54 @@ import os
 import signal
 from typing import Any
 
-from envs.robosuite.simulation import World
+from envs.robosuite.simulation import Simulation
 
 
-class Worlds:
-    """Some worlds in this process. Arguments and answers are lists, one entry a world."""
+class Group:
+    """Some environments in this process. Arguments and answers are lists, one entry an environment."""
 
     def __init__(self, openings: list[tuple]):
-        self.worlds = []
+        self.simulations = []
         try:
             for opening in openings:
-                self.worlds.append(World(*opening))
+                self.simulations.append(Simulation(*opening))
         except BaseException:
             self.close()
             raise
 
     def facts(self) -> dict:
-        return self.worlds[0].facts
+        return self.simulations[0].facts
 
     def call(self, method: str, arguments: dict[int, tuple]) -> dict[int, Any]:
-        return {i: getattr(self.worlds[i], method)(*args) for i, args in arguments.items()}
+        return {i: getattr(self.simulations[i], method)(*args) for i, args in arguments.items()}
 
     def close(self) -> None:
-        for world in self.worlds:
-            world.close()
+        for simulation in self.simulations:
+            simulation.close()
 
 
 def _serve(pipe, openings: list[tuple]) -> None:
     """The loop of a process: questions are (method, arguments), answers (True, value) or (False, kind, line)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes the pipe
-    worlds = None
+    group = None
     while True:
         try:
-            method, arguments = ("open", None) if worlds is None else pipe.recv()
+            method, arguments = ("open", None) if group is None else pipe.recv()
         except EOFError:
             break
         try:
             if method == "open":
-                worlds = Worlds(openings)
-            pipe.send((True, worlds.facts() if method == "open" else worlds.call(method, arguments)))
+                group = Group(openings)
+            pipe.send((True, group.facts() if method == "open" else group.call(method, arguments)))
         except Exception as error:
             pipe.send((False, type(error).__name__, next(iter(str(error).splitlines()), "")))
-            if worlds is None:
+            if group is None:
                 break
     os._exit(0)  # a driver may crash while the interpreter shuts down; all answers have been given
 
 
 class Process:
-    """`Worlds` in a process of its own."""
+    """`Group` in a process of its own."""
 
     def __init__(self, openings: list[tuple]):
         context = multiprocessing.get_context("spawn")
@@ -81,7 +81,7 @@ class Process:
         self.process.join(5)
         status = self.process.exitcode
         hint = "; out of memory? use fewer --num-envs" if status == -signal.SIGKILL else ""
-        raise RuntimeError(f"a process of robosuite worlds has ended with status {status}{hint}") from None
+        raise RuntimeError(f"a process of robosuite environments has ended with status {status}{hint}") from None
 
     def close(self) -> None:
         self.pipe.close()

@@ -55,7 +55,7 @@ class Painter:
 
         quality = model.vis.quality
         if look != "full":
-            # The context reads these when it is made; the buffer is no larger than the picture.
+            # The context reads these when it is made; the buffer is no larger than the image.
             quality.shadowsize, quality.offsamples = 0, 0
         model.vis.global_.offwidth = model.vis.global_.offheight = size
         self.mujoco, self.model, self.size = mujoco, model, size
@@ -66,7 +66,7 @@ class Painter:
         except Exception as error:
             install = {"osmesa": "libosmesa6"}.get(os.environ["MUJOCO_GL"], "libegl1 libgl1-mesa-dri")
             said = next(iter(str(error).splitlines()), type(error).__name__)
-            raise RuntimeError(f"no picture can be drawn here ({said}): sudo apt-get install {install}") from None
+            raise RuntimeError(f"no image can be drawn here ({said}): sudo apt-get install {install}") from None
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
         self.scene = mujoco.MjvScene(model, maxgeom=2000)
         self.option, self.camera = mujoco.MjvOption(), mujoco.MjvCamera()
@@ -94,8 +94,8 @@ class Painter:
         self.gl.free()
 
 
-class World:
-    """One robosuite environment. Answers are dicts of numpy arrays: "state", "privileged", "rgb", "success", "sane"."""
+class Simulation:
+    """One robosuite environment. Answers are dicts of NumPy arrays: "state", "privileged", "rgb", "success", "sane"."""
 
     def __init__(self, name: str, kwargs: dict, cameras, size: int, look: str, images: bool):
         robosuite = import_robosuite(name)
@@ -103,7 +103,7 @@ class World:
         errors = io.StringIO()
         try:
             with contextlib.redirect_stdout(errors):
-                # Seed 0: what is drawn with the model (the size of Lift's cube) is the same in all worlds, always.
+                # Seed 0: what is drawn with the model (the size of Lift's cube) is the same everywhere, always.
                 self.env = robosuite.make(
                     name, has_renderer=False, has_offscreen_renderer=False, use_camera_obs=False, renderer="mujoco",
                     hard_reset=False, ignore_done=True, control_freq=CONTROL_HZ, seed=0, **kwargs,
@@ -136,7 +136,7 @@ class World:
 
     def step(self, action: np.ndarray) -> dict[str, np.ndarray]:
         obs, _, _, _ = self.env.step(action)
-        # MuJoCo answers a diverging world by resetting it, clock included.
+        # MuJoCo answers diverging physics by a reset, clock included.
         data = self.env.sim.data._data
         sane = bool(np.isfinite(data.qpos).all() and np.isfinite(data.qvel).all() and data.time > 0)
         return self._answer(obs, sane)
@@ -146,10 +146,10 @@ class World:
         privileged = np.concatenate((state, obs.get("object-state", ())))
         answer = {"state": state.astype(np.float32), "privileged": privileged.astype(np.float32)}
         if self.images:
-            answer["rgb"] = np.concatenate([self.picture(c, self.size, self.look) for c in self.cameras], -1)
+            answer["rgb"] = np.concatenate([self.image(c, self.size, self.look) for c in self.cameras], -1)
         return answer | {"success": np.bool_(self.env._check_success()), "sane": np.bool_(sane)}
 
-    def picture(self, camera: str, size: int, look: str) -> np.ndarray:
+    def image(self, camera: str, size: int, look: str) -> np.ndarray:
         key = (size, look)
         if key not in self.painters:
             self.painters[key] = Painter(self.env.sim.model._model, size, look)

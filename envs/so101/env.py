@@ -26,7 +26,7 @@ from envs.so101.tasks import (
 
 
 class SO101Env:
-    """A batch of SO-101 worlds; the contract that every environment module here shares (see `envs/__init__.py`).
+    """A batch of SO-101 environments; the contract is in `envs/__init__.py`.
 
     Observations: `rgb` uint8 (N, render_size, render_size, 3 * cameras), robot and objects on black; `state` float32
     (N, 12): six joint positions (with noise under randomisation) and the six controller targets, radians; with
@@ -76,7 +76,7 @@ class SO101Env:
             self.physics = WarpStepper(self.scene)
         else:
             self.physics = CStepper(self.mjm, self.fields, threads or usable_cpus())
-        # Staggered worlds reset a few at a time: their first frames come from a small second scene.
+        # Staggered environments reset a few at a time: their first frames come from a small second scene.
         self.resets_at_once = -(-num_envs // HORIZON)
         self.small = None
         if stagger and images and 2 * self.resets_at_once <= num_envs:
@@ -143,7 +143,7 @@ class SO101Env:
 
     # ---- episodes ----------------------------------------------------------------------------------------------------
     def reset(self, seed: int | None = None, _stagger: bool = False) -> dict[str, torch.Tensor]:
-        """Starts a new episode in every world, all clocks at 0. With a seed, always the same episodes."""
+        """Starts a new episode in every environment, all clocks at 0. With a seed, always the same episodes."""
         if seed is not None:
             self.generator.manual_seed(seed)
         everything = torch.arange(self.num_envs, device=self.device)
@@ -151,7 +151,7 @@ class SO101Env:
         self.clock[:] = np.arange(self.num_envs) * HORIZON // self.num_envs if _stagger else 0
         self.started[:] = self.clock
         self._kinematics()
-        self.obs = self._observe(self._pictures())
+        self.obs = self._observe(self._images())
         return self.obs
 
     # ---- one control step --------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ class SO101Env:
         out, terminations = self.clock == HORIZON, torch.zeros_like(bad)
         if self.end_on_success:
             terminations, out = success, out | success.cpu().numpy()
-        worlds = np.flatnonzero(out).tolist()
+        numbers = np.flatnonzero(out).tolist()
         truncations = torch.from_numpy(self.clock == HORIZON).to(self.device, non_blocking=True) | bad
         truncations &= ~terminations
         length = torch.from_numpy(self.clock - self.started).to(self.device, non_blocking=True)
@@ -182,13 +182,13 @@ class SO101Env:
             "return": self.returns.clone(), "length": length,
             "success_once": self.success_once.clone(), "success_at_end": success,
         }  # fmt: skip
-        before = self._observe(self._pictures())
+        before = self._observe(self._images())
         final_obs = before
-        if self.device.type == "cuda" or bad.any():  # a diverged world has no next state: keep its last observation
+        if self.device.type == "cuda" or bad.any():  # what diverged has no next state: keep its last observation
             final_obs = {k: torch.where(_like(bad, v), self.obs[k], v) for k, v in before.items()}
         self.returns.masked_fill_(bad, 0.0)
         self.success_once &= sane
-        self.obs = self._restart(worlds, before) if worlds else before
+        self.obs = self._restart(numbers, before) if numbers else before
         info = {"final_obs": final_obs, "success": success, "episode": episode}
         return self.obs, reward, terminations, truncations, info
 
@@ -203,7 +203,7 @@ class SO101Env:
         return torch.clamp(goal, self.target + down, self.target + up)
 
     def _restart_diverged(self, bad: torch.Tensor) -> None:
-        """Puts worlds whose physics is no longer finite back to their episode's first pose; counts them."""
+        """Puts environments whose physics is no longer finite back to their episode's first pose; counts them."""
         if self.device.type == "cpu" and not bad.any():
             return
         self.nan_resets += bad.sum()
@@ -214,13 +214,13 @@ class SO101Env:
             target.copy_(torch.where(mask, self.first_qpos[:, :6], target))
         self.physics.set_state(slice(None), self.qpos, self.qvel)
 
-    def _restart(self, worlds: list[int], obs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Begins the next episode of `worlds` and returns `obs` with their first observations in place."""
-        idx = torch.tensor(worlds, device=self.device)
-        episodes.begin(self, idx, worlds)
-        self.clock[worlds] = self.started[worlds] = 0
-        scene, rows = (self.small, slice(0, len(worlds))) if self.small is not None else (self.scene, idx)
-        if scene is self.small and len(worlds) > scene.n:
+    def _restart(self, numbers: list[int], obs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Begins the next episode of `numbers` and returns `obs` with their first observations in place."""
+        idx = torch.tensor(numbers, device=self.device)
+        episodes.begin(self, idx, numbers)
+        self.clock[numbers] = self.started[numbers] = 0
+        scene, rows = (self.small, slice(0, len(numbers))) if self.small is not None else (self.scene, idx)
+        if scene is self.small and len(numbers) > scene.n:
             scene, rows = self.scene, idx
         if scene is self.small:
             for name, field in scene.fields.items():
@@ -237,11 +237,11 @@ class SO101Env:
         self.scene.qpos.copy_(self.qpos)
         self.scene.kinematics()
 
-    def _pictures(self) -> torch.Tensor | None:
+    def _images(self) -> torch.Tensor | None:
         return self.scene.draw() if self.images else None
 
     def _observe(self, rgb, idx=slice(None), site_xpos=None) -> dict[str, torch.Tensor]:
-        """Observation of the worlds `idx`, given their pictures (and site positions, if not the scene's own)."""
+        """Observation of the environments `idx`, given their images (and site positions, if not the scene's own)."""
         joints, target = self.qpos[idx, :6], self.target[idx]
         if self.dr.joint_noise > 0:
             noise = torch.randn(joints.shape, generator=self.generator, device=self.device)
@@ -293,7 +293,7 @@ class SO101Env:
 
     # ---- for people, and for resuming --------------------------------------------------------------------------------
     def render(self, worlds=(0,), size: int = 256, camera: str = "person") -> np.ndarray:
-        """Pictures for people, uint8 (len(worlds), size, size, 3), with table, shadows and 2 x 2 samples a pixel.
+        """Images for people, uint8 (len(worlds), size, size, 3), with table, shadows and 2 x 2 samples a pixel.
 
         `camera` is "person", "third" or "wrist"; nothing of the environment's state changes.
         """
@@ -315,7 +315,7 @@ class SO101Env:
     )  # fmt: skip
 
     def state_dict(self) -> dict:
-        """Everything that the future of every world depends on; see `load_state_dict`."""
+        """Everything that the future depends on; see `load_state_dict`."""
         return {
             "env_id": self.env_id, "num_envs": self.num_envs, "engine": self.engine,
             "physics": self.physics.state_dict(), "generator": self.generator.get_state(),

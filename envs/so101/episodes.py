@@ -19,7 +19,7 @@ from envs.so101.tasks import (
 
 @dataclass(frozen=True)
 class Randomization:
-    """Ranges of the domain randomisation, drawn uniformly per world at each episode's start unless a line says else.
+    """Ranges of the domain randomisation, drawn uniformly per environment and episode unless a line says else.
 
     `Randomization().off()` collapses every range to its middle and every noise to zero; the spawn pose of the objects
     and the 0.02 rad of noise on the start pose belong to the task and stay.

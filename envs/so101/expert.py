@@ -1,10 +1,10 @@
 """Scripted controllers for the eight SO-101 tasks: proof that each task can be solved, and a source of demonstrations.
 
-`Expert(env).act()` returns actions (N, 6) for all worlds of an `envs.so101` environment. It reads the true state
-(poses, sizes, contacts), never pictures, and acts through the same interface as a policy: changes of the joint
+`Expert(env).act()` returns actions (N, 6) for all environments of an `envs.so101` environment. It reads the true state
+(poses, sizes, contacts), never images, and acts through the same interface as a policy: changes of the joint
 targets in [-1, 1].
 
-How it works: an episode is a fixed row of phases (hover, descend, close, ...; `PHASES` below), each world at its own.
+How it works: an episode is a fixed row of phases (hover, descend, close, ...; `PHASES` below).
 A phase names a point of the gripper (the "tool"), the place in the world where it belongs, and what the jaw does.
 Inverse kinematics turns place and tool into arm joints, which are approached along a straight line in joint space;
 the next phase begins when the tool is there or the phase's time is up. Two choices are made once an episode:
@@ -17,7 +17,7 @@ Newton steps on the arm's forward kinematics; lift + elbow + wrist = pi/2 - tilt
 
 Success rates of all tasks:     python -m envs.so101.expert --episodes 100
 Videos, one of each task:       python -m envs.so101.expert --video videos
-N: worlds, P: phases of a task, K: tilts tried. Angles are radians, lengths metres.
+N: environments, P: phases of a task, K: tilts tried. Angles are radians, lengths metres.
 """
 
 import math
@@ -102,7 +102,7 @@ class Arm:
         return torch.stack(origins, 1), torch.stack(rotations, 1)
 
     def place_of(self, q: torch.Tensor, tool: torch.Tensor) -> torch.Tensor:
-        """World place (N, 3) of the point `tool` (N, 3) of the gripper's frame."""
+        """Place in the world (N, 3) of the point `tool` (N, 3) of the gripper's frame."""
         origins, rotations = self.forward(q)
         return origins[:, 4] + torch.einsum("nij,nj->ni", rotations[:, 4], tool)
 
@@ -150,9 +150,9 @@ class Expert:
         self.across = env.start_pose[4] - (torch.atan2(opening[1], opening[0]) + math.pi / 2)
         self.reset()
 
-    def reset(self, worlds: torch.Tensor | None = None) -> None:
-        """Begins new episodes in `worlds`, a mask (N,) (None: in all): first phase, new choice of tilt and roll."""
-        mask = torch.ones_like(self.phase, dtype=torch.bool) if worlds is None else worlds
+    def reset(self, where: torch.Tensor | None = None) -> None:
+        """Begins new episodes in `where`, a mask (N,) (None: in all): first phase, new choice of tilt and roll."""
+        mask = torch.ones_like(self.phase, dtype=torch.bool) if where is None else where
         rows = mask.nonzero().squeeze(1)
         if len(rows) == 0:
             return
@@ -164,7 +164,7 @@ class Expert:
         self.roll = self._roll(self.tilts[0])
 
     def act(self) -> torch.Tensor:
-        """Actions (N, 6) for the present state; moves each world on to its next phase where that is due."""
+        """Actions (N, 6) for the present state; moves each environment on to its next phase where that is due."""
         env = self.env
         item, _ = env.pose("item")
         origins, rotations = self.arm.forward(env.qpos[:, :5])
@@ -200,11 +200,11 @@ class Expert:
         return torch.cat((arm, jaw[:, None]), 1)
 
     def _tilt(self) -> torch.Tensor:
-        """Tilt (N,) of each world's present phase."""
+        """Tilt (N,) of each environment's present phase."""
         return torch.where(self._is("put", True), self.tilts[1], self.tilts[0])
 
     def _is(self, field: str, *values: str | bool) -> torch.Tensor:
-        """Mask (N,) of the worlds whose present phase has one of `values` in `field`."""
+        """Mask (N,) of the environments whose present phase has one of `values` in `field`."""
         return torch.tensor([getattr(p, field) in values for p in self.phases], device=self.env.device)[self.phase]
 
     # ---- places ------------------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ class Expert:
         return places
 
     def _now(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Place and tool (N, 3) of each world's present phase."""
+        """Place and tool (N, 3) of each environment's present phase."""
         places = self._places()
         both = torch.stack([torch.stack(places[p.place]) for p in self.phases])  # (P, 2, N, 3)
         return both[self.phase, :, torch.arange(len(self.phase), device=both.device)].unbind(1)
@@ -306,7 +306,7 @@ class Expert:
         return self.across + torch.atan2(tilt.cos() * self.heading.sin(), self.heading.cos())
 
     def _choose_tilts(self, rows: torch.Tensor) -> torch.Tensor:
-        """Tilts (2, M) for picking and for putting in the worlds `rows` (M,): all in reach, and the way there short."""
+        """Tilts (2, M) for picking and putting in the environments `rows` (M,): all in reach, the way there short."""
         env, m, k = self.env, len(rows), len(TILTS)
         start, ways = env.start_pose[:5].repeat(m, 1), []
         for put in (False, True):  # joints (M, K, places, 5) and what it costs to go through them (M, K)
@@ -349,9 +349,9 @@ class Expert:
 # ------------------------------------------------------------------------------------------------------ command line --
 @torch.no_grad()
 def run(env: so101.SO101Env, frames: list | None = None) -> torch.Tensor:
-    """One episode in every world, from a fresh `env.reset`; returns success at the end (N,).
+    """One episode in every environment, from a fresh `env.reset`; returns success at the end (N,).
 
-    With a list as `frames`, appends a picture for people of world 0 before each step.
+    With a list as `frames`, appends an image for people of environment 0 before each step.
     """
     expert = Expert(env)
     for _ in range(env.max_episode_steps):

@@ -6,7 +6,7 @@ import mujoco_warp as mjw
 import torch
 import warp as wp
 
-# Fields of the MuJoCo model that differ between worlds: torch views of MuJoCo Warp's arrays, so that drawing and
+# Fields of the MuJoCo model that differ between environments: torch views of MuJoCo Warp's arrays, so that drawing and
 # stepping see a write at once. The C stepper copies what it needs into its models (and `dof_M0`, which Warp lacks).
 FIELDS = (
     "geom_size", "geom_pos", "geom_rgba", "geom_rbound", "geom_aabb", "geom_friction", "body_mass", "body_inertia",
@@ -16,7 +16,7 @@ FIELDS = (
 
 
 class Scene:
-    """`n` worlds of one model in MuJoCo Warp: kinematics, camera poses and the batch renderer."""
+    """`n` environments of one model in MuJoCo Warp: kinematics, camera poses and the batch renderer."""
 
     def __init__(self, mjm, n: int, device: str, cameras, size: int, samples: int, table: bool = False, fields=FIELDS):
         self.mjm, self.n, self.device, self.size, self.cameras = mjm, n, device, size, cameras
@@ -24,7 +24,7 @@ class Scene:
         if self.per_axis**2 != samples or samples < 1:
             raise ValueError(f"--samples-per-pixel must be a square (1, 4, 9, 16, ...), not {samples}")
         # The renderer's own samples_per_pixel is quicker (see benchmarks/throughput.py), but it fixes the rays once for
-        # all worlds, which rules out a field of view per world. So: a finer picture, averaged over blocks.
+        # all environments, which rules out a field of view per environment. So: a finer image, averaged over blocks.
         fine = size * self.per_axis
         with wp.ScopedDevice(device):
             self.m = mjw.put_model(mjm, batch_sizes={name: n for name in fields})
@@ -75,7 +75,7 @@ class Scene:
         self.graphs["k"] = self.run(self._kinematics, self.graphs.get("k"))
 
     def draw(self) -> torch.Tensor:
-        """Pictures of the present poses: uint8 (n, size, size, 3 * cameras)."""
+        """Images of the present poses: uint8 (n, size, size, 3 * cameras)."""
         self.graphs["r"] = self.run(self._render, self.graphs.get("r"))
         rgb, k = self.pixels[..., :3].flip(-1), self.per_axis  # stored as b, g, r
         if k > 1:  # the mean of k x k pixels, rounded; adding slices is several times faster than a reduction

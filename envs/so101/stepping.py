@@ -21,16 +21,16 @@ def _select_ctrl(
     target: wp.array2d[float],
     ctrl: wp.array2d[float],
 ):
-    """The servos' command at a substep: the last target until the world's delay has passed, then the present one."""
-    world, joint = wp.tid()
-    if substep < delay[world]:
-        ctrl[world, joint] = last_target[world, joint]
+    """The servos' command at a substep: the last target until the delay has passed, then the present one."""
+    env, joint = wp.tid()
+    if substep < delay[env]:
+        ctrl[env, joint] = last_target[env, joint]
     else:
-        ctrl[world, joint] = target[world, joint]
+        ctrl[env, joint] = target[env, joint]
 
 
 class CStepper:
-    """MuJoCo's C library on the CPU: one model a world, threads over worlds, state kept in float64."""
+    """MuJoCo's C library on the CPU: one model an environment, threads over environments, state kept in float64."""
 
     def __init__(self, mjm: mujoco.MjModel, fields: dict[str, torch.Tensor], threads: int):
         self.n = len(fields["body_mass"])
@@ -46,12 +46,12 @@ class CStepper:
         self.fields = {name: field.numpy() for name, field in fields.items() if not name.startswith(drawn_only)}
         self.substep = np.arange(SUBSTEPS)[None, :, None]
 
-    def write_models(self, worlds: list[int]) -> None:
-        for world in worlds:
-            model = self.models[world]
+    def write_models(self, numbers: list[int]) -> None:
+        for number in numbers:
+            model = self.models[number]
             for name, values in self.fields.items():
                 target = getattr(model, name)
-                target[...] = values[world].reshape(target.shape)
+                target[...] = values[number].reshape(target.shape)
 
     def set_state(self, idx, qpos: torch.Tensor, qvel: torch.Tensor) -> None:
         rows = idx.numpy() if isinstance(idx, torch.Tensor) else idx
@@ -59,7 +59,7 @@ class CStepper:
         self.state[rows, 1 + self.nq :] = qvel.numpy()
 
     def step(self, old: torch.Tensor, new: torch.Tensor, delay: torch.Tensor):
-        """One control step of every world. Returns qpos, qvel, sensordata (float32) and a mask of the sane worlds."""
+        """One control step of every environment. Returns qpos, qvel, sensordata (float32) and which are sane."""
         late = self.substep < delay.numpy()[:, None, None]
         ctrl = np.where(late, old.numpy()[:, None], new.numpy()[:, None]).astype(np.float64)
         self.state[:, 0] = 0.0
@@ -68,7 +68,7 @@ class CStepper:
             skip_checks=True,
         )  # fmt: skip
         self.state[:] = self.out[:, -1]
-        # MuJoCo answers a diverging world by resetting it, clock included.
+        # MuJoCo answers diverging physics by a reset, clock included.
         sane = np.isfinite(self.state).all(1) & (np.abs(self.state[:, 0] - self.seconds) < 1e-6)
         qpos = torch.from_numpy(self.state[:, 1 : 1 + self.nq].astype(np.float32))
         qvel = torch.from_numpy(self.state[:, 1 + self.nq :].astype(np.float32))
@@ -93,7 +93,7 @@ def _copy_model(mjm: mujoco.MjModel) -> mujoco.MjModel:
 
 
 class WarpStepper:
-    """MuJoCo Warp: all worlds on the device, one captured graph a control step."""
+    """MuJoCo Warp: all environments on the device, one captured graph a control step."""
 
     def __init__(self, scene: Scene):
         self.scene, self.n, self.nq, self.nv = scene, scene.n, scene.mjm.nq, scene.mjm.nv
@@ -106,7 +106,7 @@ class WarpStepper:
         self.warmstart = wp.to_torch(data.qacc_warmstart)
         self.graph = None
 
-    def write_models(self, worlds: list[int]) -> None:
+    def write_models(self, numbers: list[int]) -> None:
         """Nothing to do: the scene's fields are the model's own arrays."""
 
     def set_state(self, idx: torch.Tensor, qpos: torch.Tensor, qvel: torch.Tensor) -> None:
