@@ -60,11 +60,15 @@ def probe_devices() -> str:
     lines = []
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
-        lines.append(f"GPU     cuda:{i} is {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+        lines.append(
+            f"GPU     cuda:{i} is {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        )
     if not lines:
         lines.append("GPU     none that torch sees; everything runs on the CPU")
         if torch.version.cuda is None and shutil.which("nvidia-smi"):
-            lines.append("        a driver is here but this torch is a CPU-only build: see pytorch.org for CUDA builds")
+            lines.append(
+                "        a driver is here but this torch is a CPU-only build: see pytorch.org for CUDA builds"
+            )
     if importlib.util.find_spec("warp"):
         import warp
 
@@ -83,7 +87,9 @@ def probe_mujoco() -> str:
     for _ in range(100):
         mujoco.mj_step(model, data)
     if not data.qpos[2] < 0.5:
-        raise RuntimeError(f"the box did not fall: its height is {data.qpos[2]:.3f} m after 100 steps")
+        raise RuntimeError(
+            f"the box did not fall: its height is {data.qpos[2]:.3f} m after 100 steps"
+        )
     return f"{mujoco.__version__}, stepped"
 
 
@@ -119,7 +125,9 @@ def probe_warp_renderer(device: str) -> str:
     """Draw a red box before a grey floor in two environments with MuJoCo Warp's renderer, and look at the colours."""
     host_model, model, data, warp, mujoco_warp = _warp_scene(device)
     with warp.ScopedDevice(device):
-        context = mujoco_warp.create_render_context(host_model, nworld=2, cam_res=(16, 16), render_rgb=True)
+        context = mujoco_warp.create_render_context(
+            host_model, nworld=2, cam_res=(16, 16), render_rgb=True
+        )
         mujoco_warp.refit_bvh(model, data, context)
         mujoco_warp.render(model, data, context)
         pixels = warp.zeros((2, 16, 16), dtype=warp.vec3)
@@ -159,7 +167,9 @@ def _expect_red_box(image) -> None:
     """Raise RuntimeError unless the middle of `image` (H, W, 3; 0 to 255) is red and its corner is not."""
     middle, corner = image[image.shape[0] // 2, image.shape[1] // 2], image[0, 0]
     if not (middle[0] > 100 and middle[0] > 2 * middle[1] and corner[0] < 0.5 * middle[0]):
-        raise RuntimeError(f"the image is wrong: a red box was drawn, its middle has the colour {middle.tolist()}")
+        raise RuntimeError(
+            f"the image is wrong: a red box was drawn, its middle has the colour {middle.tolist()}"
+        )
 
 
 def _step_and_draw(make: Callable, env_id: str, num_envs: int, device: str) -> str:
@@ -219,9 +229,13 @@ def probe_dmc_image(renderer: str) -> str:
     if renderer == "warp":
         from envs.dmc import warp_renderer, worker
 
-        scene = warp_renderer.Scene(task.model, worker.slots(task.model), task.camera, 1, "cpu", task.size, 1)
+        scene = warp_renderer.Scene(
+            task.model, worker.slots(task.model), task.camera, 1, "cpu", task.size, 1
+        )
         image = scene.draw(image[None])[0].numpy()
-    share = (image[..., 0].astype(int) > image[..., 2].astype(int) + 40).mean()  # orange before blue
+    share = (
+        image[..., 0].astype(int) > image[..., 2].astype(int) + 40
+    ).mean()  # orange before blue
     if not 0.005 < share < 0.5:
         raise RuntimeError(f"the image is wrong: {share:.1%} of it has the walker's colour")
     return f"an image of walker_walk, {share:.0%} of it walker"
@@ -274,15 +288,28 @@ PROBES: dict[str, Probe] = {
     "so101": Probe("SO-101 tasks", probe_so101, "cpu", required=True),
     "so101-cuda": Probe("SO-101 tasks, GPU", probe_so101, "cuda", install=DRIVER),
     "maniskill": Probe("ManiSkill 3", probe_maniskill, "cpu", install=f"{PIP} '.[maniskill]'"),
-    "maniskill-cuda": Probe("ManiSkill 3, GPU", probe_maniskill, "cuda", install=f"{PIP} '.[maniskill]'"),
-    "dmc": Probe("DeepMind Control", probe_dmc, install=f"{PIP} '.[dmc]'", environment=(("MUJOCO_GL", "disabled"),)),
+    "maniskill-cuda": Probe(
+        "ManiSkill 3, GPU", probe_maniskill, "cuda", install=f"{PIP} '.[maniskill]'"
+    ),
+    "dmc": Probe(
+        "DeepMind Control",
+        probe_dmc,
+        install=f"{PIP} '.[dmc]'",
+        environment=(("MUJOCO_GL", "disabled"),),
+    ),
     "warp-renderer": Probe("MuJoCo Warp", probe_warp_renderer, "cpu", required=True),
     "warp-renderer-cuda": Probe("MuJoCo Warp, GPU", probe_warp_renderer, "cuda:0", install=DRIVER),
     "egl": Probe("OpenGL by EGL", probe_opengl, install=EGL, environment=OPENGL["egl"]),
     "osmesa": Probe("OpenGL by OSMesa", probe_opengl, install=OSMESA, environment=OPENGL["osmesa"]),
-    "dmc-egl": Probe("DM Control by EGL", probe_dmc_image, "egl", install=EGL, environment=OPENGL["egl"]),
-    "dmc-osmesa": Probe("DM Control by OSMesa", probe_dmc_image, "osmesa", OSMESA, environment=OPENGL["osmesa"]),
-    "dmc-warp": Probe("DM Control by Warp", probe_dmc_image, "warp", environment=(("MUJOCO_GL", "disabled"),)),
+    "dmc-egl": Probe(
+        "DM Control by EGL", probe_dmc_image, "egl", install=EGL, environment=OPENGL["egl"]
+    ),
+    "dmc-osmesa": Probe(
+        "DM Control by OSMesa", probe_dmc_image, "osmesa", OSMESA, environment=OPENGL["osmesa"]
+    ),
+    "dmc-warp": Probe(
+        "DM Control by Warp", probe_dmc_image, "warp", environment=(("MUJOCO_GL", "disabled"),)
+    ),
     "vulkan": Probe(
         "Vulkan by SAPIEN",
         probe_vulkan,
@@ -292,7 +319,16 @@ PROBES: dict[str, Probe] = {
 SIMULATORS = [
     "mujoco", "warp-physics", "warp-physics-cuda", "so101", "so101-cuda", "maniskill", "maniskill-cuda", "dmc",
 ]  # fmt: skip
-RENDERERS = ["warp-renderer", "warp-renderer-cuda", "egl", "osmesa", "dmc-egl", "dmc-osmesa", "dmc-warp", "vulkan"]
+RENDERERS = [
+    "warp-renderer",
+    "warp-renderer-cuda",
+    "egl",
+    "osmesa",
+    "dmc-egl",
+    "dmc-osmesa",
+    "dmc-warp",
+    "vulkan",
+]
 
 # Not needed by any script so far; shown where they happen to be installed.
 GUESTS = {
@@ -324,7 +360,10 @@ def _one_line(error: BaseException) -> str:
 def answer(key: str) -> int:
     """Run one probe in this process and print its result as the last line. Returns the exit status."""
     if key not in PROBES and key not in GUESTS:
-        print(f"envs.check: no probe is called {key!r}; there are {', '.join([*PROBES, *GUESTS])}", file=sys.stderr)
+        print(
+            f"envs.check: no probe is called {key!r}; there are {', '.join([*PROBES, *GUESTS])}",
+            file=sys.stderr,
+        )
         return 2
     probe = PROBES.get(key) or Probe(GUESTS[key], probe_import, key)
     try:
@@ -368,7 +407,9 @@ def pins() -> dict[str, list[tuple[str, str]]]:
     """
     found: dict[str, list[tuple[str, str]]] = {}
     for requirement in importlib.metadata.requires("cleanrobot") or []:
-        match = re.match(r"([\w.-]+)\s*==\s*([\w.+!-]+)\s*(?:;.*extra\s*==\s*['\"]([\w-]+)['\"])?", requirement)
+        match = re.match(
+            r"([\w.-]+)\s*==\s*([\w.+!-]+)\s*(?:;.*extra\s*==\s*['\"]([\w-]+)['\"])?", requirement
+        )
         if match and (match[3] or "") != "all":
             found.setdefault(match[3] or "", []).append((match[1], match[2]))
     return found
@@ -382,7 +423,10 @@ def version_lines() -> list[str]:
         return [f"cleanrobot is not installed for {sys.executable}", "      make setup"]
     lines = []
     if Path(sys.prefix) != ROOT / ".venv" and (ROOT / ".venv").exists():
-        lines += [f"These are of {sys.prefix}; for the environment that make has built:", "      make check"]
+        lines += [
+            f"These are of {sys.prefix}; for the environment that make has built:",
+            "      make check",
+        ]
     for extra, packages in groups.items():
         target = f"'.[{extra}]'" if extra else "."
         present, wrong = [], []
@@ -393,7 +437,9 @@ def version_lines() -> list[str]:
                 continue
             present.append(f"{package} {installed}")
             if installed.split("+")[0] != pinned:
-                wrong.append(f"      {package} {installed} is not the tested {pinned}:  {PIP} {target}")
+                wrong.append(
+                    f"      {package} {installed} is not the tested {pinned}:  {PIP} {target}"
+                )
         label = f"[{extra}]" if extra else "core"
         if len(present) == len(packages):
             lines.append(f"{label:<12} {', '.join(present)}")
@@ -410,12 +456,17 @@ def machine_lines() -> list[str]:
     memory = ""
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
         memory = f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB of memory"
-    compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
+    compiler = next(
+        (found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None
+    )
     lines = [f"CPU     {cores} cores{memory}"]
     if compiler:
         lines.append(f"C++     {compiler} (torch.compile on the CPU can use it)")
     else:
-        lines += ["C++     none, so no torch.compile on the CPU (nothing needs it)", "      sudo apt-get install g++"]
+        lines += [
+            "C++     none, so no torch.compile on the CPU (nothing needs it)",
+            "      sudo apt-get install g++",
+        ]
     return lines
 
 
@@ -424,8 +475,12 @@ def machine_lines() -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 def main() -> int:
     """Print the report. Returns the exit status: 1 where the embedded default cannot run, else 0."""
-    parser = argparse.ArgumentParser(prog="python -m envs.check", description=__doc__.splitlines()[0])
-    parser.add_argument("--probe", metavar="NAME", help="run one probe in this process and print its result")
+    parser = argparse.ArgumentParser(
+        prog="python -m envs.check", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--probe", metavar="NAME", help="run one probe in this process and print its result"
+    )
     arguments = parser.parse_args()
     if arguments.probe:
         return answer(arguments.probe)
@@ -440,9 +495,18 @@ def main() -> int:
     broken = [] if devices.works else ["torch"]
     # Two at a time: most of a probe is waiting for imports, and more would slow each other's compilers down.
     with ThreadPoolExecutor(max_workers=2) as pool:
-        guests = [module for module in GUESTS if importlib.util.find_spec(module.split(".")[0]) and _importable(module)]
+        guests = [
+            module
+            for module in GUESTS
+            if importlib.util.find_spec(module.split(".")[0]) and _importable(module)
+        ]
         sections = {"Simulators": SIMULATORS + guests, "Renderers": RENDERERS}
-        keys = [key for section in sections.values() for key in section if gpu or not key.endswith("-cuda")]
+        keys = [
+            key
+            for section in sections.values()
+            for key in section
+            if gpu or not key.endswith("-cuda")
+        ]
         answers = {key: pool.submit(ask, key) for key in keys}
         for title, section in sections.items():
             print(f"\n{title}")
@@ -452,11 +516,15 @@ def main() -> int:
                 name = probe.name if probe else GUESTS[key]
                 print(f"  {'works' if result.works else 'no':<6} {name:<20} {result.detail}")
                 if not result.works and probe:
-                    print(f"      {MISSING.get(result.detail.removesuffix(' is not installed'), probe.install)}")
+                    print(
+                        f"      {MISSING.get(result.detail.removesuffix(' is not installed'), probe.install)}"
+                    )
                     broken += [probe.name] if probe.required else []
                 sys.stdout.flush()
     if broken:
-        print(f"\nThe embedded default cannot run here: {', '.join(broken)} failed; the lines above say what to do.")
+        print(
+            f"\nThe embedded default cannot run here: {', '.join(broken)} failed; the lines above say what to do."
+        )
         return 1
     print("\nThe embedded default runs here: make train")
     return 0

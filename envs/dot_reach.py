@@ -15,7 +15,11 @@ import torch
 
 # ------------------------------------------------------------------------------------------------------- the task ----
 HORIZON, CONTROL_HZ = 25, 10.0  # frames of an episode; the rate matters to videos only
-SPEED, RADIUS, NEAR = 0.15, 0.16, 0.2  # per frame at |action| = 1; of both disks; distance that counts as success
+SPEED, RADIUS, NEAR = (
+    0.15,
+    0.16,
+    0.2,
+)  # per frame at |action| = 1; of both disks; distance that counts as success
 START = 0.8  # goal and agent begin in [-START, START]^2, wholly in the image, which shows the arena [-1, 1]^2
 # Mean returns over a million episodes, as `python -m envs.dot_reach` prints them. No policy beats the oracle: each
 # coordinate's distance shrinks as fast as it can, independently of the other.
@@ -52,20 +56,45 @@ class DotReach:
     action_dim, state_dim, privileged_dim, control_hz, has_success = 2, 0, 0, CONTROL_HZ, True
 
     def __init__(
-        self, env_id: str, num_envs: int, device: str | torch.device = "cpu", *, seed: int = 0, stagger: bool = False,
-        image_size: int = 32, action_repeat: int = 1, frame_stack: int = 1, camera: None = None, renderer: str = "auto",
+        self,
+        env_id: str,
+        num_envs: int,
+        device: str | torch.device = "cpu",
+        *,
+        seed: int = 0,
+        stagger: bool = False,
+        image_size: int = 32,
+        action_repeat: int = 1,
+        frame_stack: int = 1,
+        camera: None = None,
+        renderer: str = "auto",
         images: bool = True,
-    ):  # fmt: skip
+    ):
         if env_id != "dot_reach":
             raise ValueError(f"unknown task {env_id!r}; envs/dot_reach.py has one, 'dot_reach'")
         if num_envs < 1 or image_size < 4:
-            raise ValueError(f"num_envs must be at least 1, image_size at least 4; got {num_envs} and {image_size}")
+            raise ValueError(
+                f"num_envs must be at least 1, image_size at least 4; got {num_envs} and {image_size}"
+            )
         if action_repeat < 1 or frame_stack < 1:
-            raise ValueError(f"action_repeat and frame_stack must be at least 1; got {action_repeat} and {frame_stack}")
+            raise ValueError(
+                f"action_repeat and frame_stack must be at least 1; got {action_repeat} and {frame_stack}"
+            )
         if camera is not None or renderer != "auto":
-            raise ValueError("dot_reach has one view, drawn by torch: leave camera None and renderer 'auto'")
-        self.env_id, self.num_envs, self.device, self.images = env_id, num_envs, torch.device(device), images
-        self.image_size, self.action_repeat, self.frame_stack = image_size, action_repeat, frame_stack
+            raise ValueError(
+                "dot_reach has one view, drawn by torch: leave camera None and renderer 'auto'"
+            )
+        self.env_id, self.num_envs, self.device, self.images = (
+            env_id,
+            num_envs,
+            torch.device(device),
+            images,
+        )
+        self.image_size, self.action_repeat, self.frame_stack = (
+            image_size,
+            action_repeat,
+            frame_stack,
+        )
         self.image_shape = (image_size, image_size, 3 * frame_stack)
         self.max_episode_steps = -(-HORIZON // action_repeat)
         self.spec = {
@@ -76,12 +105,19 @@ class DotReach:
         self.generator = torch.Generator(self.device)
         zeros = lambda *shape, **kind: torch.zeros(num_envs, *shape, device=self.device, **kind)  # noqa: E731
         self.agent, self.goal, self.returns = zeros(2), zeros(2), zeros()
-        self.clock, self.length = zeros(dtype=torch.int64), zeros(dtype=torch.int64)  # agent steps: limit, this episode
+        self.clock, self.length = (
+            zeros(dtype=torch.int64),
+            zeros(dtype=torch.int64),
+        )  # agent steps: limit, this episode
         self.once = zeros(dtype=torch.bool)
-        self.nan_resets = torch.zeros((), dtype=torch.int64, device=self.device)  # nothing here can diverge
+        self.nan_resets = torch.zeros(
+            (), dtype=torch.int64, device=self.device
+        )  # nothing here can diverge
         self.obs = self.reset(seed)
         if stagger:
-            self.clock = torch.arange(num_envs, device=self.device) * self.max_episode_steps // num_envs
+            self.clock = (
+                torch.arange(num_envs, device=self.device) * self.max_episode_steps // num_envs
+            )
 
     def reset(self, seed: int | None = None) -> dict[str, torch.Tensor]:
         """Starts a new episode in every environment, all clocks at 0. With a seed, always the same episodes."""
@@ -94,10 +130,18 @@ class DotReach:
 
     def _begin(self, where: torch.Tensor) -> None:
         """New episodes in the environments of the mask `where` (N,). Draws for all: nothing waits for the mask."""
-        places = torch.rand(2, self.num_envs, 2, generator=self.generator, device=self.device) * 2 * START - START
+        places = (
+            torch.rand(2, self.num_envs, 2, generator=self.generator, device=self.device)
+            * 2
+            * START
+            - START
+        )
         self.agent, self.goal = (torch.where(where[:, None], new, old)
                                  for new, old in zip(places, (self.agent, self.goal), strict=True))  # fmt: skip
-        self.clock, self.length = self.clock.masked_fill(where, 0), self.length.masked_fill(where, 0)
+        self.clock, self.length = (
+            self.clock.masked_fill(where, 0),
+            self.length.masked_fill(where, 0),
+        )
         self.returns, self.once = self.returns.masked_fill(where, 0.0), self.once & ~where
 
     def _draw(self, size: int | None = None) -> torch.Tensor:
@@ -122,7 +166,9 @@ class DotReach:
         repeated = frame.repeat(1, 1, 1, self.frame_stack)
         if not hasattr(self, "obs"):
             return repeated
-        return torch.where(first.view(-1, 1, 1, 1), repeated, torch.cat((self.obs["rgb"][..., 3:], frame), -1))
+        return torch.where(
+            first.view(-1, 1, 1, 1), repeated, torch.cat((self.obs["rgb"][..., 3:], frame), -1)
+        )
 
     def _no_state(self) -> torch.Tensor:
         return torch.zeros(self.num_envs, 0, device=self.device)
@@ -133,7 +179,9 @@ class DotReach:
         rewards = torch.zeros(self.num_envs, device=self.device)
         for k in range(self.action_repeat):
             runs = self.clock * self.action_repeat + k < HORIZON  # a repeat ends with the episode
-            self.agent = torch.where(runs[:, None], (self.agent + SPEED * actions).clamp(-1, 1), self.agent)
+            self.agent = torch.where(
+                runs[:, None], (self.agent + SPEED * actions).clamp(-1, 1), self.agent
+            )
             distance = (self.agent - self.goal).norm(dim=1)
             rewards = rewards - distance * runs
         self.clock, self.length = self.clock + 1, self.length + 1
@@ -143,7 +191,10 @@ class DotReach:
         nowhere = torch.zeros_like(truncations)
         final_obs = {"rgb": self._stacked(self._draw(), nowhere), "state": self._no_state()}
         episode = {
-            "return": self.returns, "length": self.length, "success_once": self.once, "success_at_end": success,
+            "return": self.returns,
+            "length": self.length,
+            "success_once": self.once,
+            "success_at_end": success,
         }  # fmt: skip  (each of them is replaced below, never written to)
         self.obs = final_obs
         if self.device.type == "cuda" or truncations.any():
@@ -151,7 +202,12 @@ class DotReach:
             first = self._draw().repeat(1, 1, 1, self.frame_stack)
             rgb = torch.where(truncations.view(-1, 1, 1, 1), first, final_obs["rgb"])
             self.obs = {"rgb": rgb, "state": final_obs["state"]}
-        info = {"final_obs": final_obs, "success": success, "episode": episode, "discount": torch.ones_like(rewards)}
+        info = {
+            "final_obs": final_obs,
+            "success": success,
+            "episode": episode,
+            "discount": torch.ones_like(rewards),
+        }
         return self.obs, rewards, nowhere, truncations, info
 
     def render(self, worlds=(0,), size: int = 256, camera: str | None = None):

@@ -31,7 +31,9 @@ VENV = Path(__file__).resolve().parent.parent / ".venv"
 if __name__ == "__main__" and importlib.util.find_spec("hardware") is None:
     # `make` installs the project in .venv; going on in there lets `python hardware/deploy_so101.py` work as typed.
     if Path(sys.prefix).resolve() == VENV or not (VENV / "bin/python").exists():
-        sys.exit(f"cleanrobot is not installed for {sys.executable}: run `make setup` (or `pip install -e .`) first")
+        sys.exit(
+            f"cleanrobot is not installed for {sys.executable}: run `make setup` (or `pip install -e .`) first"
+        )
     os.execv(VENV / "bin/python", [VENV / "bin/python", *sys.argv])
 import contextlib
 import json
@@ -58,7 +60,10 @@ from hardware.recording import Recorder, Recording, replay
 from hardware.so101 import JOINTS, SO101, ArmFault, Calibration
 
 FIRST_SCALE = 0.25  # of every action, in the first run of a policy on an arm
-BUS_TIMEOUT, HEARTBEAT = 0.01, 0.25  # s: for a servo's answer; for the watchdog to wait for a sign of life
+BUS_TIMEOUT, HEARTBEAT = (
+    0.01,
+    0.25,
+)  # s: for a servo's answer; for the watchdog to wait for a sign of life
 SEEN = Path("runs/hardware/seen.json")  # (policy, arm) pairs that have run without a fault
 
 
@@ -66,11 +71,15 @@ SEEN = Path("runs/hardware/seen.json")  # (policy, arm) pairs that have run with
 class Args:
     checkpoint: str  # the policy: a checkpoint (.pt) or an export (.onnx, .npz)
     port: str | None = None  # of the arm's adapter, such as /dev/ttyACM0
-    calibration: str | None = None  # the arm's calibration, lerobot's JSON: see hardware/calibrate.py
+    calibration: str | None = (
+        None  # the arm's calibration, lerobot's JSON: see hardware/calibrate.py
+    )
     camera: tuple[str, ...] = ()  # number, device, image or video; several as name=device
     episodes: int = 1  # runs, each from the start pose
     steps: int | None = None  # ticks of an episode; None: as in training
-    scale: float | None = None  # factor on every action, up to 1; None: 0.25 in the first run, then 1
+    scale: float | None = (
+        None  # factor on every action, up to 1; None: 0.25 in the first run, then 1
+    )
     step: Literal["auto", "yes", "no"] = "auto"  # ask before every tick; auto: in the first run
     dry_run: bool = False  # no torque and no goal: only say what would be commanded
     record: str | None = None  # folder of the recording; None: a new one in runs/hardware
@@ -81,21 +90,32 @@ class Args:
     keyboard: bool = True  # stop on space, q, Esc, and when the terminal goes away
 
     emulate: bool = False  # the emulated arm in place of port and camera
-    latency_periods: int = 0  # control periods between an observation and its command; to try out delays
+    latency_periods: int = (
+        0  # control periods between an observation and its command; to try out delays
+    )
     camera_delay: float = 0.0  # s that emulated images are late
     seed: int = 10_000  # of the emulated episodes
-    randomize: bool = True  # emulated episodes vary as in training; off: all in the middle of their ranges
-    frame_size: int = 240  # pixels a side that the emulated camera draws, enlarged to 480; divides 480
+    randomize: bool = (
+        True  # emulated episodes vary as in training; off: all in the middle of their ranges
+    )
+    frame_size: int = (
+        240  # pixels a side that the emulated camera draws, enlarged to 480; divides 480
+    )
 
     def check(self) -> None:
         """Raises Refused for choices that cannot work together."""
         for message, wrong in {
-            "give --port and --camera, or --emulate": not (self.emulate or self.replay) and not self.port,
-            "--emulate brings its own port and camera": self.emulate and (self.port or self.camera or self.calibration),
-            "--calibration is missing: make one with hardware/calibrate.py": self.port and not self.calibration,
+            "give --port and --camera, or --emulate": not (self.emulate or self.replay)
+            and not self.port,
+            "--emulate brings its own port and camera": self.emulate
+            and (self.port or self.camera or self.calibration),
+            "--calibration is missing: make one with hardware/calibrate.py": self.port
+            and not self.calibration,
             "--camera is missing": self.port and not self.camera and not self.hold,
-            "--hold needs the arm: give --port, and not --dry-run": self.hold and (not self.port or self.dry_run),
-            "--scale must be above 0 and not above 1": self.scale is not None and not 0 < self.scale <= 1,
+            "--hold needs the arm: give --port, and not --dry-run": self.hold
+            and (not self.port or self.dry_run),
+            "--scale must be above 0 and not above 1": self.scale is not None
+            and not 0 < self.scale <= 1,
             "--episodes and --steps must be at least 1": self.episodes < 1 or (self.steps or 1) < 1,
             "--latency-periods must be 0 to 10": not 0 <= self.latency_periods <= 10,
             "--replay takes a recording alone": self.replay and (self.emulate or self.port),
@@ -116,7 +136,9 @@ def facts_of(args: Args, policy, **more) -> dict:
 
 def folder_of(args: Args, policy) -> Path:
     """Where the recording goes."""
-    return Path(args.record or f"runs/hardware/{policy.spec['env_id']}__{time.strftime('%Y%m%d-%H%M%S')}")
+    return Path(
+        args.record or f"runs/hardware/{policy.spec['env_id']}__{time.strftime('%Y%m%d-%H%M%S')}"
+    )
 
 
 def named_cameras(args: Args, policy) -> dict[str, str]:
@@ -140,7 +162,9 @@ def open_cameras(args: Args, policy, aligned: dict) -> dict[str, Camera]:
     try:
         for name, device in named_cameras(args, policy).items():
             if Path(device).suffix and not device.startswith("/dev/"):
-                cameras[name] = Camera(FileSource(device), threaded=False, name=name, max_age=args.max_frame_age)
+                cameras[name] = Camera(
+                    FileSource(device), threaded=False, name=name, max_age=args.max_frame_age
+                )
             else:
                 source = OpenCVSource(device, turn=aligned.get(name, {}).get("quarter_turns", 0),
                                       allow_auto=args.allow_auto)  # fmt: skip
@@ -169,7 +193,9 @@ def remember(key: str) -> None:
     except (OSError, ValueError):
         known = {}
     SEEN.parent.mkdir(parents=True, exist_ok=True)
-    SEEN.with_suffix(".tmp").write_text(json.dumps(known | {key: time.strftime("%Y-%m-%d %H:%M:%S")}, indent=1))
+    SEEN.with_suffix(".tmp").write_text(
+        json.dumps(known | {key: time.strftime("%Y-%m-%d %H:%M:%S")}, indent=1)
+    )
     os.replace(SEEN.with_suffix(".tmp"), SEEN)
 
 
@@ -199,7 +225,9 @@ class Signals:
             signal.signal(number, handler)
 
 
-def asker(key: Callable[[], str | None], sleep: Callable[[float], None], action_scale) -> Callable[[dict], bool]:
+def asker(
+    key: Callable[[], str | None], sleep: Callable[[float], None], action_scale
+) -> Callable[[dict], bool]:
     """A `confirm` that shows the next command and waits for a key: enter or y for one tick, c for all, others stop."""
     free = False
 
@@ -209,7 +237,10 @@ def asker(key: Callable[[], str | None], sleep: Callable[[float], None], action_
             return True
         wish = np.degrees(record["asked"] * action_scale)
         moves = ", ".join(f"{name} {move:+.1f}" for name, move in zip(JOINTS, wish, strict=True))
-        print(f"tick {record['tick']}: {moves} degrees. Enter: do it; c: ask no more; other keys: stop", flush=True)
+        print(
+            f"tick {record['tick']}: {moves} degrees. Enter: do it; c: ask no more; other keys: stop",
+            flush=True,
+        )
         while (pressed := key()) is None:
             sleep(0.05)
         free = pressed in "cC"
@@ -220,9 +251,14 @@ def asker(key: Callable[[], str | None], sleep: Callable[[float], None], action_
 
 def report(record: dict) -> None:
     """One line a tick, for dry runs."""
-    moves = ", ".join(f"{name} {goal:.1f}" for name, goal in zip(JOINTS, np.degrees(record["target"]), strict=True))
+    moves = ", ".join(
+        f"{name} {goal:.1f}"
+        for name, goal in zip(JOINTS, np.degrees(record["target"]), strict=True)
+    )
     rules = f" [{', '.join(record['rules'])}]" if record["rules"] else ""
-    print(f"tick {record['tick']}: would go to {moves} degrees; frame {1000 * record['frame_age']:.0f} ms old{rules}")
+    print(
+        f"tick {record['tick']}: would go to {moves} degrees; frame {1000 * record['frame_age']:.0f} ms old{rules}"
+    )
 
 
 def real(args: Args, policy) -> dict:
@@ -230,7 +266,9 @@ def real(args: Args, policy) -> dict:
     from hardware.watchdog import Watchdog
 
     aligned = aligned_cameras()
-    limits = check_policy(policy, None if args.hold else tuple(named_cameras(args, policy)), aligned)
+    limits = check_policy(
+        policy, None if args.hold else tuple(named_cameras(args, policy)), aligned
+    )
     try:
         calibration = Calibration.from_json(args.calibration)
     except (ValueError, FileNotFoundError) as error:
@@ -241,7 +279,9 @@ def real(args: Args, policy) -> dict:
     step = first if args.step == "auto" else args.step == "yes"
     if first and (args.scale is None or args.step == "auto"):
         asking = "and asks before every tick" if step else "without asking"
-        print(f"the first run of this policy on this arm: at scale {scale} {asking} (see --scale, --step)")
+        print(
+            f"the first run of this policy on this arm: at scale {scale} {asking} (see --scale, --step)"
+        )
     if step and not args.keyboard:
         raise Refused("--step needs the keyboard")
     steps = args.steps or int(policy.spec["max_episode_steps"])
@@ -257,14 +297,18 @@ def real(args: Args, policy) -> dict:
             raise Refused(str(error)) from None
         asked = stack.enter_context(Signals())
         if not args.dry_run:
-            dog = stack.enter_context(Watchdog(transport, calibration.ids, HEARTBEAT, 0 if args.keyboard else None))
+            dog = stack.enter_context(
+                Watchdog(transport, calibration.ids, HEARTBEAT, 0 if args.keyboard else None)
+            )
         bus = Bus(dog.transport if dog else transport, timeout=BUS_TIMEOUT)
         arm = SO101(bus, calibration, limits)
         if not args.hold:
             facts = facts_of(args, policy, scale=scale, calibration={name: asdict(joint) for name, joint in
                              calibration.joints.items()}, arm=calibration.hash)  # fmt: skip
             recorder = Recorder(folder_of(args, policy), facts, policy.spec["control_hz"])
-            stack.callback(lambda: recorder.close({"problem": deployment.problem, "torque": deployment.torque}))
+            stack.callback(
+                lambda: recorder.close({"problem": deployment.problem, "torque": deployment.torque})
+            )
 
         def each_tick(record: dict) -> None:
             recorder.add(record)
@@ -276,20 +320,27 @@ def real(args: Args, policy) -> dict:
             beat=lambda: (asked.check(), dog and dog.beat()), each_tick=each_tick, dry=args.dry_run,
         )  # fmt: skip
         if step:
-            deployment.confirm = asker(dog.key if dog else lambda: "y", deployment.sleep, deployment.action_scale)
+            deployment.confirm = asker(
+                dog.key if dog else lambda: "y", deployment.sleep, deployment.action_scale
+            )
         try:
             with deployment:
                 deployment.start()
                 deployment.move(policy.spec["start_pose"])
                 if args.hold:
-                    print("the arm stands in its start pose; space, q or Ctrl-C lets it go", flush=True)
+                    print(
+                        "the arm stands in its start pose; space, q or Ctrl-C lets it go",
+                        flush=True,
+                    )
                     deployment.stay()
                 for episode in range(args.episodes):
                     deployment.run(steps)
                     last = episode == args.episodes - 1
                     deployment.move(deployment.home if last else policy.spec["start_pose"])
         except BaseException as error:
-            if not (isinstance(error, BusError) and error.kind == "stopped"):  # else the watchdog has said what it did
+            if not (
+                isinstance(error, BusError) and error.kind == "stopped"
+            ):  # else the watchdog has said what it did
                 error.add_note(deployment.ending())
             raise
         if any(state != "off" for state in deployment.torque.values()):
@@ -307,7 +358,9 @@ def emulated(args: Args, policy) -> dict:
     limits, scale = check_policy(policy, measured=aligned_cameras()), args.scale or 1.0
     try:
         rig = EmulatedArm(policy.spec, frame_size=args.frame_size, camera_delay=args.camera_delay)
-        scenes = episodes(policy.spec["env_id"], max(args.episodes, 64), args.seed, args.randomize)[: args.episodes]
+        scenes = episodes(policy.spec["env_id"], max(args.episodes, 64), args.seed, args.randomize)[
+            : args.episodes
+        ]
     except (EmulationError, CameraError) as error:
         raise Refused(str(error)) from None
     calibration = Calibration.from_dict(rig.calibration())
@@ -320,7 +373,9 @@ def emulated(args: Args, policy) -> dict:
             for episode, scene in enumerate(scenes):
                 options = dict(latency=args.latency_periods, scale=scale, number=episode, each_tick=recorder.add,
                                beat=asked.check)  # fmt: skip
-                results.append(emulated_episode(rig, scene, policy, limits, calibration, steps, **options))
+                results.append(
+                    emulated_episode(rig, scene, policy, limits, calibration, steps, **options)
+                )
                 outcome = "solved" if results[-1]["success"] else "not solved"
                 print(f"episode {episode + 1} of {len(scenes)}: {outcome}", flush=True)
     except BaseException as error:

@@ -41,27 +41,43 @@ class Interrupted(Exception):
 
 
 # ------------------------------------------------------------------------------------------------ what must fit -------
-def check_policy(policy, cameras: tuple[str, ...] | None = None, measured: dict | None = None) -> Limits:
+def check_policy(
+    policy, cameras: tuple[str, ...] | None = None, measured: dict | None = None
+) -> Limits:
     """The limits of a policy that fits the arm. Raises Refused with the first thing that does not.
 
     cameras: names of those given, if known. measured: what hardware/align_camera.py has written of this arm's cameras.
     """
     spec = policy.spec
     if spec.get("robot") != "so101":
-        raise Refused(f"the policy was trained for {spec.get('robot') or spec.get('env_id', '?')}, not for an SO-101")
+        raise Refused(
+            f"the policy was trained for {spec.get('robot') or spec.get('env_id', '?')}, not for an SO-101"
+        )
     if tuple(spec["joint_names"]) != JOINTS:
-        raise Refused(f"the policy's joints are {', '.join(spec['joint_names'])}; the arm's are {', '.join(JOINTS)}")
+        raise Refused(
+            f"the policy's joints are {', '.join(spec['joint_names'])}; the arm's are {', '.join(JOINTS)}"
+        )
     if list(spec["state_layout"]) != LAYOUT:
-        raise Refused("the policy's state is not six joint positions and six targets: servos have no more to say")
+        raise Refused(
+            "the policy's state is not six joint positions and six targets: servos have no more to say"
+        )
     if not str(spec.get("action_semantics", "")).startswith(SEMANTICS):
-        raise Refused(f"the policy's actions mean {spec.get('action_semantics')!r}; the deployer does {SEMANTICS!r}")
+        raise Refused(
+            f"the policy's actions mean {spec.get('action_semantics')!r}; the deployer does {SEMANTICS!r}"
+        )
     scale, hz = np.asarray(spec["action_scale"], float), float(spec["control_hz"])
     if scale.shape != (6,) or not (np.isfinite(scale).all() and (scale > 0).all()):
-        raise Refused(f"the policy's action_scale must be six positive numbers, not {spec['action_scale']}")
+        raise Refused(
+            f"the policy's action_scale must be six positive numbers, not {spec['action_scale']}"
+        )
     if not 1 <= hz <= 50:
-        raise Refused(f"the policy was trained at {hz:g} Hz; the bus and a camera of 30 frames a second allow 1 to 50")
+        raise Refused(
+            f"the policy was trained at {hz:g} Hz; the bus and a camera of 30 frames a second allow 1 to 50"
+        )
     if (speed := float((scale * hz).max())) > FASTEST:
-        raise Refused(f"the policy may ask for {speed:.2f} rad/s, more than the {FASTEST} that the deployer allows")
+        raise Refused(
+            f"the policy may ask for {speed:.2f} rad/s, more than the {FASTEST} that the deployer allows"
+        )
     try:
         limits = Limits.from_spec(spec)
     except ValueError as error:
@@ -72,11 +88,17 @@ def check_policy(policy, cameras: tuple[str, ...] | None = None, measured: dict 
     if not spec["cameras"]:
         raise Refused("the policy was trained without a camera, on what only a simulator knows")
     if cameras is not None and tuple(cameras) != tuple(spec["cameras"]):
-        raise Refused(f"the policy sees by {', '.join(spec['cameras'])}; given is {', '.join(cameras) or 'no camera'}")
+        raise Refused(
+            f"the policy sees by {', '.join(spec['cameras'])}; given is {', '.join(cameras) or 'no camera'}"
+        )
     for name, values in (measured or {}).items():
         for key in ("mount", "pos", "quat_wxyz", "fovy_degrees") if name in spec["cameras"] else ():
             trained = spec["cameras"][name][key]
-            same = trained == values[key] if key == "mount" else np.allclose(trained, values[key], atol=1e-4)
+            same = (
+                trained == values[key]
+                if key == "mount"
+                else np.allclose(trained, values[key], atol=1e-4)
+            )
             if not same:
                 raise Refused(
                     f"the policy was trained with another {name} camera than this arm has: {key} {trained}, aligned "
@@ -100,13 +122,35 @@ class Deployment:
     """
 
     def __init__(
-        self, policy, arm, cameras: dict[str, Camera], limits: Limits, clock: Callable[[], float],
-        sleep: Callable[[float], None], *, latency: int = 0, scale: float = 1.0,
-        confirm: Callable[[dict], bool] | None = None, beat: Callable[[], None] = lambda: None,
-        each_tick: Callable[[dict], None] = lambda record: None, dry: bool = False,
-    ):  # fmt: skip
-        self.policy, self.arm, self.cameras, self.limits, self.dry = policy, arm, cameras, limits, dry
-        self.clock, self.wait, self.beat, self.confirm, self.each_tick = clock, sleep, beat, confirm, each_tick
+        self,
+        policy,
+        arm,
+        cameras: dict[str, Camera],
+        limits: Limits,
+        clock: Callable[[], float],
+        sleep: Callable[[float], None],
+        *,
+        latency: int = 0,
+        scale: float = 1.0,
+        confirm: Callable[[dict], bool] | None = None,
+        beat: Callable[[], None] = lambda: None,
+        each_tick: Callable[[dict], None] = lambda record: None,
+        dry: bool = False,
+    ):
+        self.policy, self.arm, self.cameras, self.limits, self.dry = (
+            policy,
+            arm,
+            cameras,
+            limits,
+            dry,
+        )
+        self.clock, self.wait, self.beat, self.confirm, self.each_tick = (
+            clock,
+            sleep,
+            beat,
+            confirm,
+            each_tick,
+        )
         self.latency, self.scale, self.period = latency, scale, 1 / float(policy.spec["control_hz"])
         self.action_scale = np.asarray(policy.spec["action_scale"], np.float64)
         self.state, self.home, self.problem, self.torque = "idle", None, None, {}
@@ -117,7 +161,10 @@ class Deployment:
     def _enter(self, state: str) -> None:
         if state not in NEXT[self.state]:
             reason = f" ({self.problem})" if self.problem else ""
-            raise Fault(f"{state} cannot follow {self.state}{reason}" + "; start anew" * (self.state == "stop"))
+            raise Fault(
+                f"{state} cannot follow {self.state}{reason}"
+                + "; start anew" * (self.state == "stop")
+            )
         self.state = state
 
     def sleep(self, seconds: float) -> None:
@@ -144,9 +191,15 @@ class Deployment:
     def move(self, goal) -> None:
         """hold -> move -> hold: to a pose, at MOVE_SPEED at most. Raises Fault if the arm does not get there."""
         self._enter("move")
-        goal = np.clip(goal, self.limits.low + self.limits.margin, self.limits.high - self.limits.margin)
+        goal = np.clip(
+            goal, self.limits.low + self.limits.margin, self.limits.high - self.limits.margin
+        )
         begin = self.target.copy()
-        steps = 0 if self.dry else math.ceil(np.abs(goal - begin).max() * math.pi / 2 / MOVE_SPEED / self.period)
+        steps = (
+            0
+            if self.dry
+            else math.ceil(np.abs(goal - begin).max() * math.pi / 2 / MOVE_SPEED / self.period)
+        )
         settle = math.ceil(0.5 / self.period)
         deadline = self.clock()
         for i in range(1, steps + settle + 1 if steps else 0):
@@ -159,7 +212,9 @@ class Deployment:
             off = np.abs(self.arm.read(self.period / 2).position - goal)
             if off.max() > REACHED:
                 joint = JOINTS[int(off.argmax())]
-                raise Fault(f"{joint} stayed {math.degrees(off.max()):.0f} degrees from where it was to go: blocked?")
+                raise Fault(
+                    f"{joint} stayed {math.degrees(off.max()):.0f} degrees from where it was to go: blocked?"
+                )
         if self.dry:
             self.target = goal.astype(np.float64)  # as if it stood there
         self.velocity = np.zeros(6)
@@ -174,8 +229,18 @@ class Deployment:
 
     def _command(self, action, present: State):
         """Governor and bus. Far actions of `move` are cut to the speed limit there."""
-        position = self.target if self.dry else present.position  # without torque the joints do not follow
-        command = govern(action, self.target, self.velocity, position, self.period, self.limits, self.action_scale)
+        position = (
+            self.target if self.dry else present.position
+        )  # without torque the joints do not follow
+        command = govern(
+            action,
+            self.target,
+            self.velocity,
+            position,
+            self.period,
+            self.limits,
+            self.action_scale,
+        )
         if not self.dry:
             self.arm.write(command.target)
         self.target, self.velocity = command.target, command.velocity
@@ -189,12 +254,18 @@ class Deployment:
         for self.tick in range(steps):
             late = late + 1 if self.clock() > begin + (due + 1) * self.period else 0
             if late >= LATE_TICKS:
-                raise Fault(f"{late} ticks in a row came more than a period late: the computer is too slow or too busy")
-            due = max(due, math.floor((self.clock() - begin) / self.period + 1e-6))  # missed ticks are not made up for
+                raise Fault(
+                    f"{late} ticks in a row came more than a period late: the computer is too slow or too busy"
+                )
+            due = max(
+                due, math.floor((self.clock() - begin) / self.period + 1e-6)
+            )  # missed ticks are not made up for
             self.beat()
             begun, present = self.clock(), self.arm.read(self.period / 2)
             frames = {name: camera.latest() for name, camera in self.cameras.items()}
-            rgb = np.concatenate([self.policy.preprocess(frame.rgb) for frame in frames.values()], -1)
+            rgb = np.concatenate(
+                [self.policy.preprocess(frame.rgb) for frame in frames.values()], -1
+            )
             state = np.concatenate((present.position, self.target)).astype(np.float32)[None]
             action = np.asarray(self.policy.act({"rgb": rgb, "state": state}), np.float64)[0]
             waiting.append(action)
@@ -209,7 +280,12 @@ class Deployment:
                     raise Interrupted("stopped by the operator")
                 begin, due = self.clock(), 0  # the pause does not count
             command = self._command(delayed * self.scale, present)
-            record |= dict(target=command.target, velocity=command.velocity, rules=command.rules, sent=self.clock())
+            record |= dict(
+                target=command.target,
+                velocity=command.velocity,
+                rules=command.rules,
+                sent=self.clock(),
+            )
             self.each_tick(record)
             due += 1
             self.sleep(begin + due * self.period - self.clock())
@@ -238,7 +314,11 @@ class Deployment:
         if self.dry:
             return "nothing was written to the servos"
         left = [name for name, state in self.torque.items() if state != "off"]
-        return f"torque-off is not confirmed by {', '.join(left)}: switch the power off" if left else "torque is off"
+        return (
+            f"torque-off is not confirmed by {', '.join(left)}: switch the power off"
+            if left
+            else "torque is off"
+        )
 
     def __enter__(self) -> "Deployment":
         return self
@@ -251,10 +331,19 @@ class Deployment:
 
 # ------------------------------------------------------------------------------------------------ an emulated run -----
 def emulated_episode(
-    rig, scene: dict, policy, limits: Limits, calibration: Calibration, steps: int, *, latency: int = 0,
-    scale: float = 1.0, number: int = 0, each_tick: Callable[[dict], None] = lambda record: None,
+    rig,
+    scene: dict,
+    policy,
+    limits: Limits,
+    calibration: Calibration,
+    steps: int,
+    *,
+    latency: int = 0,
+    scale: float = 1.0,
+    number: int = 0,
+    each_tick: Callable[[dict], None] = lambda record: None,
     beat: Callable[[], None] = lambda: None,
-) -> dict:  # fmt: skip
+) -> dict:
     """One episode from power-up to torque off. -> success at its end and at any tick, and what the governor did."""
     first, once, fired = rig.begin(scene), [], {}
     arm = SO101(Bus(rig.transport, rig.clock), calibration, limits, rig.clock, rig.clock.sleep)
@@ -267,7 +356,9 @@ def emulated_episode(
         each_tick(record)
 
     options = dict(latency=latency, scale=scale, each_tick=tick, beat=beat)
-    deployment = Deployment(policy, arm, rig.cameras(), limits, rig.clock, rig.clock.sleep, **options)
+    deployment = Deployment(
+        policy, arm, rig.cameras(), limits, rig.clock, rig.clock.sleep, **options
+    )
     with deployment:
         deployment.episode = number
         deployment.start()

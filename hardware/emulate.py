@@ -53,7 +53,9 @@ def episodes(env_id: str, count: int, seed: int = EVAL_SEED, randomize: bool = T
     """The saved states of `count` single environments at their start: those that training's evaluation begins with."""
     so101 = _so101()
     try:
-        env = so101.make(env_id, count, seed=seed, stagger=False, images=False, domain_randomization=randomize)
+        env = so101.make(
+            env_id, count, seed=seed, stagger=False, images=False, domain_randomization=randomize
+        )
     except ValueError as error:
         raise EmulationError(str(error)) from None
     env.reset(seed=seed)
@@ -63,7 +65,7 @@ def episodes(env_id: str, count: int, seed: int = EVAL_SEED, randomize: bool = T
     def one(value, i):
         if isinstance(value, dict):
             return {key: one(part, i) for key, part in value.items()}
-        return value[i:i + 1] if getattr(value, "ndim", 0) and len(value) == count else value
+        return value[i : i + 1] if getattr(value, "ndim", 0) and len(value) == count else value
 
     states = [{key: value if key == "generator" else one(value, i) for key, value in saved.items()}
               for i in range(count)]  # fmt: skip
@@ -73,7 +75,9 @@ def episodes(env_id: str, count: int, seed: int = EVAL_SEED, randomize: bool = T
 class Scene:
     """One environment of `envs/so101` whose arm is led by hand; everything else obeys the simulation."""
 
-    def __init__(self, env_id: str, cameras: tuple[str, ...] = ("wrist",), size: int = 240, samples: int = 1):
+    def __init__(
+        self, env_id: str, cameras: tuple[str, ...] = ("wrist",), size: int = 240, samples: int = 1
+    ):
         import mujoco
 
         self.mujoco = mujoco
@@ -90,7 +94,7 @@ class Scene:
         self.env.load_state_dict(state)
         self.model = self.env.physics.models[0]
         self.data = self.mujoco.MjData(self.model)
-        self.data.qpos[:] = self.env.physics.state[0, 1:1 + self.model.nq]
+        self.data.qpos[:] = self.env.physics.state[0, 1 : 1 + self.model.nq]
         self.mujoco.mj_forward(self.model, self.data)
         self.past.clear()
         self.past.append((now, self.data.qpos.copy()))
@@ -116,10 +120,12 @@ class Scene:
 
     def images(self, at: float) -> dict[str, np.ndarray]:
         """What each camera showed at a time of the clock: {name: uint8 (size, size, 3)}."""
-        qpos = next((qpos for when, qpos in reversed(self.past) if when <= at + 1e-9), self.past[0][1])
+        qpos = next(
+            (qpos for when, qpos in reversed(self.past) if when <= at + 1e-9), self.past[0][1]
+        )
         self._place(qpos)
         rgb = self.env.scene.draw()[0].numpy()
-        return {name: rgb[..., 3 * i:3 * i + 3].copy() for i, name in enumerate(self.env.cameras)}
+        return {name: rgb[..., 3 * i : 3 * i + 3].copy() for i, name in enumerate(self.env.cameras)}
 
     def success(self, target: np.ndarray) -> bool:
         """Whether the task's own test holds now; `target`: the last command, which some tasks ask about."""
@@ -149,7 +155,7 @@ class StartView:
         self.qpos = self.scene.data.qpos.copy()
         item = self.scene.env._q["item"]
         self.qpos[:6] = spec["start_pose"]
-        self.qpos[item:item + 2], self.qpos[item + 3:item + 7] = (0.23, 0.0), (1, 0, 0, 0)
+        self.qpos[item : item + 2], self.qpos[item + 3 : item + 7] = (0.23, 0.0), (1, 0, 0, 0)
 
     def draw(self, values: dict) -> np.ndarray:
         """uint8 (size, size, 3) by a camera with these `pos`, `quat_wxyz` and `fovy_degrees`."""
@@ -157,7 +163,11 @@ class StartView:
 
         env = self.scene.env
         at = env.mjm.camera(self.camera).id
-        for field, key in (("cam_pos", "pos"), ("cam_quat", "quat_wxyz"), ("cam_fovy", "fovy_degrees")):
+        for field, key in (
+            ("cam_pos", "pos"),
+            ("cam_quat", "quat_wxyz"),
+            ("cam_fovy", "fovy_degrees"),
+        ):
             env.fields[field][:, at] = torch.tensor(values[key], dtype=torch.float32)
         self.scene._place(self.qpos)
         return env.scene.draw()[0].numpy().copy()
@@ -190,7 +200,10 @@ class ScenicClock(VirtualClock):
 
 # Encoder of each shaft where the joint is at its simulated zero: horns are screwed on as they come.
 ZERO = (2300, 1700, 2450, 1900, 2100, 1640)
-GRIPPER_JOINT, GRIPPER_SHAFT = (-10.0, 120.0), (-62.5, 64.62)  # degrees, closed and open; the other shafts turn 1 : 1
+GRIPPER_JOINT, GRIPPER_SHAFT = (
+    (-10.0, 120.0),
+    (-62.5, 64.62),
+)  # degrees, closed and open; the other shafts turn 1 : 1
 
 
 def shafts(joints) -> np.ndarray:
@@ -217,7 +230,9 @@ def recorded_calibration(spec: dict) -> dict:
         offset = ZERO[i] - 2047  # at zero, the middle of the range, it then reads 2047
         ends = {"wrist_roll": (0, 4095), "gripper": (2047 - 735, 2047 + 735)}.get(
             name, (round(low[i]) - offset, round(high[i]) - offset))  # fmt: skip
-        entries[name] = dict(id=i + 1, drive_mode=0, homing_offset=offset, range_min=ends[0], range_max=ends[1])
+        entries[name] = dict(
+            id=i + 1, drive_mode=0, homing_offset=offset, range_min=ends[0], range_max=ends[1]
+        )
     return entries
 
 
@@ -291,7 +306,9 @@ class EmulatedArm:
         """A camera for each of the policy's, to be read on demand; options as of Camera."""
         cameras = {}
         for name in self.spec["cameras"]:
-            source = RenderSource(lambda at, name=name: self.frame(name, at), self.clock, self.camera_delay)
+            source = RenderSource(
+                lambda at, name=name: self.frame(name, at), self.clock, self.camera_delay
+            )
             cameras[name] = Camera(source, self.clock, threaded=False, name=name, **options)
         return cameras
 
@@ -306,7 +323,11 @@ class EmulatedArm:
 @dataclass
 class Args:
     checkpoint: str  # trained by algos/, with SO-101 as its robot
-    latency_periods: tuple[int, ...] = (0, 1, 2)  # control periods between an observation and its command
+    latency_periods: tuple[int, ...] = (
+        0,
+        1,
+        2,
+    )  # control periods between an observation and its command
     camera_delay: float = 0.0  # s that images are late, besides
     gravity: bool = True  # the arm's weight loads the servos
     frame_size: int = 240  # pixels a side that the camera draws, one ray each; the training's own size: as in training
@@ -322,7 +343,10 @@ COLUMNS = ("policy", "where", "frame", "latency_periods", "camera_delay_ms", "gr
 def interval(successes: int, count: int) -> tuple[float, float]:
     """95 % confidence interval of a rate (Wilson 1927, eq. 1)."""
     z, p = 1.96, successes / count
-    middle, half = p + z * z / (2 * count), z * math.sqrt(p * (1 - p) / count + z * z / (4 * count**2))
+    middle, half = (
+        p + z * z / (2 * count),
+        z * math.sqrt(p * (1 - p) / count + z * z / (4 * count**2)),
+    )
     return (middle - half) / (1 + z * z / count), (middle + half) / (1 + z * z / count)
 
 
@@ -339,7 +363,10 @@ def simulator_success(policy, count: int, noise: bool) -> tuple[np.ndarray, np.n
                      samples_per_pixel=net.args.samples_per_pixel, cameras=tuple(spec["cameras"]))  # fmt: skip
     import torch
 
-    module, generator = algorithm(policy.algo), torch.Generator().manual_seed(EVAL_SEED) if noise else None
+    module, generator = (
+        algorithm(policy.algo),
+        torch.Generator().manual_seed(EVAL_SEED) if noise else None,
+    )
     obs, once = env.reset(seed=EVAL_SEED), np.zeros(count, bool)
     policy.reset()
     for _ in range(env.max_episode_steps):
@@ -356,14 +383,25 @@ def main(args: Args) -> None:
 
     torch.set_num_threads(1)
     policy = TorchPolicy(args.checkpoint)
-    limits, steps = check_policy(policy, measured=aligned_cameras()), int(policy.spec["max_episode_steps"])
+    limits, steps = (
+        check_policy(policy, measured=aligned_cameras()),
+        int(policy.spec["max_episode_steps"]),
+    )
     size = policy.spec["render_size"]
     common = dict(policy=Path(args.checkpoint).parent.name, episodes=args.episodes)
 
     def add(success, once, **row) -> None:
         low, high = interval(int(np.sum(success)), args.episodes)
-        row = common | row | dict(success_rate=np.mean(success), ci_low=low, ci_high=high, success_once=np.mean(once))
-        row = {key: f"{row[key]:.4f}" if isinstance(row[key], float) else row[key] for key in COLUMNS}
+        row = (
+            common
+            | row
+            | dict(
+                success_rate=np.mean(success), ci_low=low, ci_high=high, success_once=np.mean(once)
+            )
+        )
+        row = {
+            key: f"{row[key]:.4f}" if isinstance(row[key], float) else row[key] for key in COLUMNS
+        }
         print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         if args.out:
             new = not Path(args.out).exists()
@@ -385,8 +423,12 @@ def main(args: Args) -> None:
     for latency in args.latency_periods:
         results, fired = [], {}
         for scene in scenes:
-            results.append(emulated_episode(rig, scene, policy, limits, calibration, steps, latency=latency))
-            fired |= {rule: fired.get(rule, 0) + count for rule, count in results[-1]["rules"].items()}
+            results.append(
+                emulated_episode(rig, scene, policy, limits, calibration, steps, latency=latency)
+            )
+            fired |= {
+                rule: fired.get(rule, 0) + count for rule, count in results[-1]["rules"].items()
+            }
         add([r["success"] for r in results], [r["success_once"] for r in results], where="emulated arm",
             frame=args.frame_size, latency_periods=latency, camera_delay_ms=round(1000 * args.camera_delay),
             gravity=args.gravity, rules_fired=" ".join(f"{rule} {count}" for rule, count in fired.items()))  # fmt: skip

@@ -18,23 +18,41 @@ from hardware.so101 import State
 class Recorder:
     """Every tick as a line of ticks.jsonl, written at once, and a video of what the cameras and the policy saw."""
 
-    def __init__(self, folder: str | Path, facts: dict, fps: float, person: Callable[[], np.ndarray] | None = None):
+    def __init__(
+        self,
+        folder: str | Path,
+        facts: dict,
+        fps: float,
+        person: Callable[[], np.ndarray] | None = None,
+    ):
         self.folder, self.fps, self.person, self.video = Path(folder), fps, person, None
         if (self.folder / "run.json").exists():
             raise Refused(f"{folder} has a recording already: choose another --record")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "run.json").write_text(json.dumps(facts, indent=1))
-            self.ticks = (self.folder / "ticks.jsonl").open("w", buffering=1)  # line by line: a crash loses one
+            self.ticks = (self.folder / "ticks.jsonl").open(
+                "w", buffering=1
+            )  # line by line: a crash loses one
         except OSError as error:
             raise Refused(f"{folder} cannot be written: {error.strerror}") from None
 
     def add(self, record: dict) -> None:
         """One tick, as `Deployment.run` hands it out."""
-        state = {field.name: plain(getattr(record["state"], field.name)) for field in dataclasses.fields(State)}
+        state = {
+            field.name: plain(getattr(record["state"], field.name))
+            for field in dataclasses.fields(State)
+        }
         rgb = record["rgb"]
-        line = {key: plain(value) for key, value in record.items() if key not in ("state", "rgb", "frames")}
-        line |= {"state": state, "rgb": {"shape": rgb.shape, "bytes": base64.b64encode(rgb.tobytes()).decode()}}
+        line = {
+            key: plain(value)
+            for key, value in record.items()
+            if key not in ("state", "rgb", "frames")
+        }
+        line |= {
+            "state": state,
+            "rgb": {"shape": rgb.shape, "bytes": base64.b64encode(rgb.tobytes()).decode()},
+        }
         self.ticks.write(json.dumps(line) + "\n")
         self._film(record)
 
@@ -43,9 +61,11 @@ class Recorder:
 
         views = [self.person()] if self.person else []
         for i, frame in enumerate(record["frames"].values()):
-            views += [frame.rgb, record["rgb"][0, ..., 3 * i:3 * i + 3]]
+            views += [frame.rgb, record["rgb"][0, ..., 3 * i : 3 * i + 3]]
         if self.video is None:
-            self.video = imageio.get_writer(self.folder / "video.mp4", fps=self.fps, macro_block_size=1)
+            self.video = imageio.get_writer(
+                self.folder / "video.mp4", fps=self.fps, macro_block_size=1
+            )
         self.video.append_data(np.concatenate([fit(view, side) for view in views], 1))
 
     def close(self, summary: dict) -> None:
@@ -114,7 +134,12 @@ class ReplayArm:
 
     def read(self, budget: float | None = None) -> State:
         state = next(self.states)["state"]
-        return State(**{name: np.asarray(value) if isinstance(value, list) else value for name, value in state.items()})
+        return State(
+            **{
+                name: np.asarray(value) if isinstance(value, list) else value
+                for name, value in state.items()
+            }
+        )
 
     def write(self, target) -> None:
         self.written.append(np.array(target))
@@ -137,7 +162,7 @@ class ReplayCamera:
     def latest(self):
         rgb = next(self.ticks)["rgb"]
         rgb = np.frombuffer(base64.b64decode(rgb["bytes"]), np.uint8).reshape(rgb["shape"])[0]
-        return Frame(rgb[..., 3 * self.index:3 * self.index + 3], 0.0, 0)
+        return Frame(rgb[..., 3 * self.index : 3 * self.index + 3], 0.0, 0)
 
 
 def replay(policy, recording: Recording) -> list[str]:
@@ -147,7 +172,9 @@ def replay(policy, recording: Recording) -> list[str]:
     """
     facts = recording.facts
     if facts["policy"]["digest"] != policy.digest:
-        raise Refused(f"the recording was made with another policy, {facts['policy']['path']}: give that one")
+        raise Refused(
+            f"the recording was made with another policy, {facts['policy']['path']}: give that one"
+        )
     limits, differences, now = check_policy(policy), [], [0.0]
 
     def compare(record: dict) -> None:
@@ -155,7 +182,9 @@ def replay(policy, recording: Recording) -> list[str]:
         for key in ("action", "asked", "target", "velocity", "rules"):
             if plain(record[key]) != tick[key]:
                 where = f"episode {tick['episode']}, tick {tick['tick']}"
-                differences.append(f"{where}: {key} is {plain(record[key])}, in the recording {tick[key]}")
+                differences.append(
+                    f"{where}: {key} is {plain(record[key])}, in the recording {tick[key]}"
+                )
 
     def sleep(seconds: float) -> None:
         now[0] += seconds
@@ -166,6 +195,8 @@ def replay(policy, recording: Recording) -> list[str]:
         again = Deployment(policy, ReplayArm(ticks), cameras, limits, lambda: now[0], sleep, latency=facts["latency"],
                            scale=facts["scale"], dry=facts["dry"], each_tick=compare)  # fmt: skip
         again.state = "hold"
-        again.target, again.velocity = (np.array(ticks[0][f"{key}_before"]) for key in ("target", "velocity"))
+        again.target, again.velocity = (
+            np.array(ticks[0][f"{key}_before"]) for key in ("target", "velocity")
+        )
         again.run(len(ticks))
     return differences

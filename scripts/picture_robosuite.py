@@ -1,6 +1,6 @@
 """Pictures for docs/envs/robosuite.md: the expert at work in each task, and one view drawn in each `look`.
 
-    .venv-robosuite/bin/python scripts/picture_robosuite.py            writes docs/images/robosuite/*.jpg
+.venv-robosuite/bin/python scripts/picture_robosuite.py            writes docs/images/robosuite/*.jpg
 """
 
 import argparse
@@ -22,7 +22,9 @@ def strip(task: str, seed: int) -> np.ndarray:
     env = robosuite.make(f"robosuite/{task}", 1, seed=seed, images=False, stagger=False)
     expert, frames = Expert(env), []
     for _ in range(env.max_episode_steps - 1):
-        frames.append(env.render(size=SIZE, camera="agentview")[0] if len(frames) % 4 == 0 else None)
+        frames.append(
+            env.render(size=SIZE, camera="agentview")[0] if len(frames) % 4 == 0 else None
+        )
         _, _, _, _, info = env.step(expert.act())
         if info["success"][0]:
             break
@@ -36,7 +38,9 @@ def looks(task: str, seed: int, size: int = 84) -> np.ndarray:
     """What a policy sees at the start of an episode, both cameras, one row a look; twice as large as it sees it."""
     rows = []
     for look in LOOKS:
-        env = robosuite.make(f"robosuite/{task}", 1, seed=seed, look=look, stagger=False, render_size=size)
+        env = robosuite.make(
+            f"robosuite/{task}", 1, seed=seed, look=look, stagger=False, render_size=size
+        )
         rgb = env.reset(seed)["rgb"][0]
         rows.append(torch.cat((rgb[..., :3], rgb[..., 3:]), 1).numpy())
         env.close()
@@ -45,7 +49,9 @@ def looks(task: str, seed: int, size: int = 84) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "docs/images/robosuite")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).resolve().parents[1] / "docs/images/robosuite"
+    )
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

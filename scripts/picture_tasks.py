@@ -24,7 +24,10 @@ from envs.so101.expert import Expert
 ROOT = Path(__file__).resolve().parent.parent
 WORLDS = 12  # episodes tried at once; one that is solved is shown
 WRIST, SMALL = 128, 16  # pixels a side: what is rendered, what is learned from
-WIDE, HIGH = 256, 216  # the view for people, cut out of a square of VIEW pixels around arm and spawn region
+WIDE, HIGH = (
+    256,
+    216,
+)  # the view for people, cut out of a square of VIEW pixels around arm and spawn region
 VIEW, LEFT, TOP = 290, 20, 34
 GAP, LABEL = 6, 18
 MOMENTS = {0: "start", 25: "middle", so101.HORIZON - 1: "end"}  # control steps taken -> name
@@ -65,7 +68,9 @@ def episode(env_id: str, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
     expert, shown, centre = Expert(env), [], torch.tensor(so101.SPAWN_CENTRE)
     objects = ("item", "support") if so101.TASKS[env_id].support else ("item",)
     off_centre = sum((env.pose(name)[0][:, :2] - centre).norm(dim=1) for name in objects)
-    for taken in range(so101.HORIZON):  # the last step would begin the next episode: it is not taken
+    for taken in range(
+        so101.HORIZON
+    ):  # the last step would begin the next episode: it is not taken
         if taken in MOMENTS:
             view = env.render(range(WORLDS), size=VIEW)[:, TOP : TOP + HIGH, LEFT : LEFT + WIDE]
             shown.append((view, env.scene.draw().numpy().copy()))
@@ -74,7 +79,9 @@ def episode(env_id: str, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
     solved = env.reward()[1]
     env.close()
     if not solved.any():
-        raise RuntimeError(f"{env_id}: no scripted episode of seed {seed} ends in success; try another --seed")
+        raise RuntimeError(
+            f"{env_id}: no scripted episode of seed {seed} ends in success; try another --seed"
+        )
     world = int(torch.where(solved, off_centre, torch.inf).argmin())
     return [(view[world], wrist[world]) for view, wrist in shown]
 
@@ -84,7 +91,9 @@ def write(picture: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.quantize(192, dither=Image.Dither.NONE).save(path, optimize=True)
     if path.stat().st_size > LIMIT:
-        raise RuntimeError(f"{path} has {path.stat().st_size} bytes, above {LIMIT}: show less or shrink it")
+        raise RuntimeError(
+            f"{path} has {path.stat().st_size} bytes, above {LIMIT}: show less or shrink it"
+        )
     print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
 
 
@@ -121,9 +130,13 @@ def of_all(ends: dict[str, tuple[np.ndarray, np.ndarray]]) -> Image.Image:
     for k, (env_id, (view, wrist)) in enumerate(ends.items()):
         x, y = k % columns * (wide + GAP), k // columns * (high + LABEL + GAP)
         label(draw, x + 2, y + 1, env_id)
-        picture.paste(Image.fromarray(view).resize((wide, high), Image.Resampling.BOX), (x, y + LABEL))
+        picture.paste(
+            Image.fromarray(view).resize((wide, high), Image.Resampling.BOX), (x, y + LABEL)
+        )
         corner = (x + wide - inset, y + LABEL)
-        draw.rectangle((corner[0] - 2, corner[1], corner[0] + inset, corner[1] + inset + 1), fill="white")
+        draw.rectangle(
+            (corner[0] - 2, corner[1], corner[0] + inset, corner[1] + inset + 1), fill="white"
+        )
         picture.paste(Image.fromarray(enlarged(area_mean(wrist), inset)), corner)
     return picture
 

@@ -40,7 +40,9 @@ def test_an_unknown_option_is_named_with_those_that_there_are():
 def test_options_that_are_none_count_as_not_given():
     env = envs.make("dot_reach", 2, seed=3, image_size=8, asymmetric=None, camera=None)
     assert env.num_envs == 2 and env.image_shape == (8, 8, 3)
-    with pytest.raises(ValueError, match=r"dot_reach \(dot-reach\) has no option pictures; it has .*images"):
+    with pytest.raises(
+        ValueError, match=r"dot_reach \(dot-reach\) has no option pictures; it has .*images"
+    ):
         envs.make("dot_reach", 2, pictures=False)
 
 

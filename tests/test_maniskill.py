@@ -23,12 +23,19 @@ SMALL = dict(seed=1, render_size=32, video_size=64)
 
 def run_python(code: str, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
 def load_install_script():
-    spec = importlib.util.spec_from_file_location("install_vulkan", ROOT / "scripts" / "install_software_vulkan.py")
+    spec = importlib.util.spec_from_file_location(
+        "install_vulkan", ROOT / "scripts" / "install_software_vulkan.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -42,18 +49,28 @@ def vulkan():
     probe = "from envs.maniskill.vulkan import *; use_software_vulkan(); import sapien as s; check_vulkan(s, 'pci:0')"
     done = run_python(probe)
     if done.returncode != 0:
-        pytest.skip(f"no Vulkan driver: python scripts/install_software_vulkan.py ({done.stderr.strip()[-200:]})")
+        pytest.skip(
+            f"no Vulkan driver: python scripts/install_software_vulkan.py ({done.stderr.strip()[-200:]})"
+        )
 
 
 @pytest.fixture(scope="module")
 def env(vulkan):
-    env = maniskill.make("PickCube-v1", 2, "cpu", num_workers=0, asymmetric=True, stagger=False, **SMALL)
+    env = maniskill.make(
+        "PickCube-v1", 2, "cpu", num_workers=0, asymmetric=True, stagger=False, **SMALL
+    )
     yield env
     env.close()
 
 
 def actions(env, steps: int, seed: int = 0) -> torch.Tensor:
-    return torch.rand(steps, env.num_envs, env.action_dim, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return (
+        torch.rand(
+            steps, env.num_envs, env.action_dim, generator=torch.Generator().manual_seed(seed)
+        )
+        * 2
+        - 1
+    )
 
 
 # ----- without mani_skill -----
@@ -67,7 +84,9 @@ def test_missing_package_is_one_line(monkeypatch):
 
 
 def test_importing_the_module_imports_no_simulator():
-    done = run_python("import sys; from envs import maniskill; print([m for m in sys.modules if 'sapien' in m])")
+    done = run_python(
+        "import sys; from envs import maniskill; print([m for m in sys.modules if 'sapien' in m])"
+    )
     assert done.stdout.strip() == "[]", done.stderr
 
 
@@ -92,14 +111,20 @@ def test_driver_cache_is_used_only_where_no_driver_is_named(monkeypatch, tmp_pat
     (tmp_path / "lib" / "libvulkan_lvp.so").write_bytes(b"")
     (tmp_path / "lvp_icd.json").write_text("{}")
     monkeypatch.setenv("VK_ICD_FILENAMES", "/users/own.json")
-    assert not maniskill.use_software_vulkan() and os.environ["VK_ICD_FILENAMES"] == "/users/own.json"
+    assert (
+        not maniskill.use_software_vulkan() and os.environ["VK_ICD_FILENAMES"] == "/users/own.json"
+    )
     monkeypatch.delenv("VK_ICD_FILENAMES")
-    assert maniskill.use_software_vulkan() and os.environ["VK_ICD_FILENAMES"] == str(tmp_path / "lvp_icd.json")
+    assert maniskill.use_software_vulkan() and os.environ["VK_ICD_FILENAMES"] == str(
+        tmp_path / "lvp_icd.json"
+    )
     monkeypatch.delenv("VK_ICD_FILENAMES")
 
 
 def test_install_script_says_what_to_do_elsewhere(tmp_path):
-    (tmp_path / "os-release").write_text('ID=ubuntu\nVERSION_CODENAME=noble\nPRETTY_NAME="Ubuntu 24.04 LTS"\n')
+    (tmp_path / "os-release").write_text(
+        'ID=ubuntu\nVERSION_CODENAME=noble\nPRETTY_NAME="Ubuntu 24.04 LTS"\n'
+    )
     with pytest.raises(SystemExit, match="Ubuntu 24.04 LTS.*apt-get install mesa-vulkan-drivers"):
         load_install_script().check_system(tmp_path / "os-release")
 
@@ -115,16 +140,27 @@ def test_install_script_and_module_agree_on_the_folder(monkeypatch):
 @needs_maniskill
 def test_missing_driver_is_one_line(tmp_path):
     code = "from envs import maniskill\nmaniskill.make('PickCube-v1', 1, 'cpu', seed=1)"
-    done = run_python(code, CLEANROBOT_VULKAN_DIR=str(tmp_path), VK_ICD_FILENAMES=str(tmp_path / "none.json"))
+    done = run_python(
+        code, CLEANROBOT_VULKAN_DIR=str(tmp_path), VK_ICD_FILENAMES=str(tmp_path / "none.json")
+    )
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("RuntimeError: no Vulkan driver") and "scripts/install_software_vulkan.py" in last
+    assert (
+        last.startswith("RuntimeError: no Vulkan driver")
+        and "scripts/install_software_vulkan.py" in last
+    )
 
 
 def test_wrong_choices_are_one_line(vulkan):
     for kwargs, message in (
         (dict(env_id="PickCub-v1"), "no task 'PickCub-v1'; did you mean PickCube-v1"),
-        (dict(env_id="PickCube-v1", control_mode="telepathy"), "no control mode 'telepathy'; choose one of: pd_joint"),
-        (dict(env_id="UnitreeG1Stand-v1"), "no reward mode 'normalized_dense'; choose one of: sparse"),
+        (
+            dict(env_id="PickCube-v1", control_mode="telepathy"),
+            "no control mode 'telepathy'; choose one of: pd_joint",
+        ),
+        (
+            dict(env_id="UnitreeG1Stand-v1"),
+            "no reward mode 'normalized_dense'; choose one of: sparse",
+        ),
         (dict(env_id="PickSingleYCB-v1"), "download_asset ycb"),
     ):
         with pytest.raises((ValueError, RuntimeError)) as error:
@@ -133,12 +169,21 @@ def test_wrong_choices_are_one_line(vulkan):
 
 
 def test_contract(env):
-    assert (env.action_dim, env.state_dim, env.privileged_dim, env.image_shape) == (8, 29, 42, (32, 32, 3))
+    assert (env.action_dim, env.state_dim, env.privileged_dim, env.image_shape) == (
+        8,
+        29,
+        42,
+        (32, 32, 3),
+    )
     assert (env.max_episode_steps, env.control_hz) == (50, 20.0)
     assert json.loads(json.dumps(env.spec)) == env.spec
     assert sum(size for _, size in env.spec["state_layout"]) == env.state_dim
     for obs in (env.reset(5), env.step(actions(env, 1)[0])[0]):
-        assert obs["rgb"].shape == (2, 32, 32, 3) and obs["rgb"].dtype == torch.uint8 and obs["rgb"].float().std() > 10
+        assert (
+            obs["rgb"].shape == (2, 32, 32, 3)
+            and obs["rgb"].dtype == torch.uint8
+            and obs["rgb"].float().std() > 10
+        )
         assert obs["state"].shape == (2, 29) and obs["state"].dtype == torch.float32
         assert obs["privileged"].shape == (2, 42) and obs["privileged"].dtype == torch.float32
     picture = env.render((1, 0), size=48)
@@ -164,13 +209,17 @@ def test_an_episode_ends_by_time_and_is_reported(env):
     assert info["episode"]["length"].tolist() == [50, 50]
     torch.testing.assert_close(info["episode"]["return"], total)
     assert info["final_obs"]["rgb"].shape == obs["rgb"].shape
-    assert (info["final_obs"]["state"] - obs["state"]).abs().max() > 0.1  # the arm jumped back to its start
+    assert (
+        info["final_obs"]["state"] - obs["state"]
+    ).abs().max() > 0.1  # the arm jumped back to its start
     second = env.step(torch.zeros(2, 8))
     assert second[4]["episode"]["length"].tolist() == [1, 1]
     again = env.reset(5)
     assert all(torch.equal(again[key], first[key]) for key in first)
     following = env.reset()
-    assert all(torch.equal(following[key], obs[key]) for key in first)  # the episode after seed 5's first
+    assert all(
+        torch.equal(following[key], obs[key]) for key in first
+    )  # the episode after seed 5's first
     assert not torch.equal(first["rgb"][0], first["rgb"][1])
 
 
@@ -192,7 +241,9 @@ def test_same_as_maniskills_own_wrappers(env):
             render_backend="pci:0",
             sensor_configs=size,
         )
-    reference = ManiSkillVectorEnv(FlattenRGBDObservationWrapper(inner, depth=False), ignore_terminations=True)
+    reference = ManiSkillVectorEnv(
+        FlattenRGBDObservationWrapper(inner, depth=False), ignore_terminations=True
+    )
     obs = env.reset(9)
     theirs, _ = reference.reset(seed=maniskill.episode_seed(9, 0, 0))
     for step, action in enumerate(actions(env, 50, seed=3)):
@@ -202,7 +253,9 @@ def test_same_as_maniskills_own_wrappers(env):
         theirs, their_rewards, _, their_truncations, their_info = reference.step(action[:1].clone())
         torch.testing.assert_close(rewards[:1], their_rewards.float())
         assert bool(truncations[0]) == bool(their_truncations[0]) == (step == 49)
-    torch.testing.assert_close(info["final_obs"]["state"][:1], their_info["final_observation"]["state"].float())
+    torch.testing.assert_close(
+        info["final_obs"]["state"][:1], their_info["final_observation"]["state"].float()
+    )
     assert torch.equal(info["final_obs"]["rgb"][:1], their_info["final_observation"]["rgb"])
     assert bool(info["success"][0]) == bool(their_info["final_info"]["success"][0])
     reference.close()
@@ -237,9 +290,15 @@ def test_broken_physics_resets_that_world_alone(env):
     count = int(env.nan_resets)
     env._simulation.batches[1].base.agent.robot.set_qpos(torch.full((1, 9), float("nan")))
     obs, rewards, terminations, truncations, info = env.step(torch.zeros(2, 8))
-    assert truncations.tolist() == [False, True] and not terminations.any() and int(env.nan_resets) == count + 1
+    assert (
+        truncations.tolist() == [False, True]
+        and not terminations.any()
+        and int(env.nan_resets) == count + 1
+    )
     assert all(torch.isfinite(obs[key].float()).all() for key in obs)
-    assert float(rewards[1]) == 0.0 and torch.equal(info["final_obs"]["state"][1], before["state"][1])
+    assert float(rewards[1]) == 0.0 and torch.equal(
+        info["final_obs"]["state"][1], before["state"][1]
+    )
     later = [env.step(torch.zeros(2, 8)) for _ in range(3)]
     assert all(torch.isfinite(out[0]["state"]).all() and not out[3].any() for out in later)
 
@@ -256,20 +315,26 @@ def test_state_dict_resumes(env, tmp_path):
     for step, action in enumerate(plan[20:]):
         out = env.step(action)
         exact = step >= 29
-        torch.testing.assert_close(out[0]["state"], expected[step][0]["state"], atol=0 if exact else 1e-3, rtol=0)
+        torch.testing.assert_close(
+            out[0]["state"], expected[step][0]["state"], atol=0 if exact else 1e-3, rtol=0
+        )
         assert torch.equal(out[3], expected[step][3])
-        torch.testing.assert_close(out[4]["episode"]["return"], expected[step][4]["episode"]["return"])
+        torch.testing.assert_close(
+            out[4]["episode"]["return"], expected[step][4]["episode"]["return"]
+        )
 
 
 def test_workers_give_the_same_worlds_as_one_process(env):
-    workers = maniskill.make("PickCube-v1", 2, "cpu", num_workers=2, asymmetric=True, stagger=True, **SMALL)
+    workers = maniskill.make(
+        "PickCube-v1", 2, "cpu", num_workers=2, asymmetric=True, stagger=True, **SMALL
+    )
     try:
         # staggered: the second environment's first episode began half-way through its clock
         plan = actions(env, 50, seed=2)
         ends = [workers.step(action)[3].tolist() for action in plan]
-        assert [i for i, end in enumerate(ends) if end[1]] == [24] and [i for i, end in enumerate(ends) if end[0]] == [
-            49
-        ]
+        assert [i for i, end in enumerate(ends) if end[1]] == [24] and [
+            i for i, end in enumerate(ends) if end[0]
+        ] == [49]
         ours, theirs = env.reset(6), workers.reset(6)
         for action in plan:
             assert all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -309,12 +374,17 @@ print("difference", int((a - b).abs().max()), "pixels", int(((a - b) != 0).any(-
     done = run_python(code)
     assert done.returncode == 0, done.stderr[-2000:]
     words = done.stdout.split()
-    assert int(words[words.index("difference") + 1]) <= 1 and int(words[words.index("pixels") + 1]) <= 8
+    assert (
+        int(words[words.index("difference") + 1]) <= 1
+        and int(words[words.index("pixels") + 1]) <= 8
+    )
 
 
 def test_several_cameras_and_several_robots(vulkan):
     env = maniskill.make("TwoRobotPickCube-v1", 1, "cpu", **SMALL)
-    assert env.image_shape == (32, 32, 3 * len(env.spec["cameras"])) and len(env.spec["cameras"]) == 3
+    assert (
+        env.image_shape == (32, 32, 3 * len(env.spec["cameras"])) and len(env.spec["cameras"]) == 3
+    )
     assert env.action_dim == 16 and env.max_episode_steps == 100
     obs = env.step(torch.zeros(1, 16))[0]
     np.testing.assert_array_equal(

@@ -12,7 +12,9 @@ from envs.so101.expert import Arm, Expert, run  # noqa: E402
 
 
 def make(env_id, num_envs, seed=1, **options):
-    return so101.make(env_id, num_envs, "cpu", seed=seed, **{"images": False, "stagger": False, **options})
+    return so101.make(
+        env_id, num_envs, "cpu", seed=seed, **{"images": False, "stagger": False, **options}
+    )
 
 
 @pytest.mark.parametrize("env_id", so101.TASKS)
@@ -112,7 +114,9 @@ def test_a_held_cube_stays_where_it_is():
     for _ in range(env.max_episode_steps - 1):
         env.step(expert.act())
         origins, rotations = expert.arm.forward(env.qpos[:, :5])
-        in_hand.append(torch.einsum("nji,nj->ni", rotations[:, 4], env.pose("item")[0] - origins[:, 4]))
+        in_hand.append(
+            torch.einsum("nji,nj->ni", rotations[:, 4], env.pose("item")[0] - origins[:, 4])
+        )
     held = env.facts()["grasped"]
     assert held.sum() >= 30
     moved = (in_hand[-1] - in_hand[-11]).norm(dim=1)[held]  # over one second
@@ -123,5 +127,7 @@ def test_a_held_cube_stays_where_it_is():
         data.qpos[:] = env.qpos[world].numpy()
         mujoco.mj_fwdPosition(model, data)
         item = model.geom("item").id
-        depths.append(-min(contact.dist for contact in data.contact[: data.ncon] if item in contact.geom))
+        depths.append(
+            -min(contact.dist for contact in data.contact[: data.ncon] if item in contact.geom)
+        )
     assert max(depths) < 2.5e-3 and sum(depths) / len(depths) < 1.5e-3

@@ -56,7 +56,9 @@ def make(args: Args) -> tuple[Any, Any, dict, tuple[str, ...]]:
         from envs import robosuite
         from envs.robosuite.expert import Expert
 
-        options = {"render_size": args.render_size} | ({"cameras": args.cameras} if args.cameras else {})
+        options = {"render_size": args.render_size} | (
+            {"cameras": args.cameras} if args.cameras else {}
+        )
         env = robosuite.make(
             args.env_id, args.num_envs or 1, "cpu", seed=args.seed, images=pixels, asymmetric=True, stagger=False,
             **options,
@@ -72,14 +74,26 @@ def make(args: Args) -> tuple[Any, Any, dict, tuple[str, ...]]:
             options |= {"render_size": args.render_size, "cameras": cameras, "samples_per_pixel": 1}
         num_envs = args.num_envs or min(50, args.episodes)
         env = so101.make(
-            args.env_id, num_envs, "cpu", seed=args.seed, asymmetric=True, stagger=False, images=pixels, **options
+            args.env_id,
+            num_envs,
+            "cpu",
+            seed=args.seed,
+            asymmetric=True,
+            stagger=False,
+            images=pixels,
+            **options,
         )
         expert = Expert(env)
         # robomimic's types are 1 for robosuite, 2 for gym; it only asks when it runs a policy itself.
         kwargs = options | ({"camera_names": list(cameras)} if pixels else {})
         about = {"env_name": args.env_id, "type": 2, "env_kwargs": kwargs}
     errors = {"noise": args.noise, "pause": args.pause, "slow": args.slow, "seed": args.seed}
-    about = {**about, "env_id": args.env_id, "spec": env.spec, "recorded": {**errors, "keep": args.keep}}
+    about = {
+        **about,
+        "env_id": args.env_id,
+        "spec": env.spec,
+        "recorded": {**errors, "keep": args.keep},
+    }
     return env, Human(expert, env, **errors), about, tuple(env.cameras) if pixels else ()
 
 
@@ -107,7 +121,9 @@ def main(args: Args) -> None:
             tries=args.tries,
         )  # fmt: skip
     except KeyboardInterrupt:
-        print(f"interrupted; {f'what was recorded is in {out}' if inode() != before else 'nothing was kept yet'}")
+        print(
+            f"interrupted; {f'what was recorded is in {out}' if inode() != before else 'nothing was kept yet'}"
+        )
         sys.exit(130)
     finally:
         signal.signal(signal.SIGTERM, usual)
@@ -117,7 +133,9 @@ def main(args: Args) -> None:
         f"success in {tally['succeeded']} of {tally['tried']} episodes"
     )
     if tally["kept"] < args.episodes:
-        sys.exit(f"only {tally['kept']} of {args.episodes} in {tally['tried']} episodes; --tries allows more")
+        sys.exit(
+            f"only {tally['kept']} of {args.episodes} in {tally['tried']} episodes; --tries allows more"
+        )
 
 
 if __name__ == "__main__":

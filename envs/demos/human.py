@@ -14,9 +14,20 @@ class Human:
     noise and no pace, and a pause repeats them; all other actions are 0 in a pause.
     """
 
-    def __init__(self, expert, env, *, noise: float = 0.0, pause: float = 0.0, slow: float = 0.0, seed: int = 0):
+    def __init__(
+        self,
+        expert,
+        env,
+        *,
+        noise: float = 0.0,
+        pause: float = 0.0,
+        slow: float = 0.0,
+        seed: int = 0,
+    ):
         if noise < 0 or not 0 <= pause < 1 or not 0 <= slow < 1:
-            raise ValueError(f"noise must be at least 0, pause and slow in [0, 1); got {noise}, {pause} and {slow}")
+            raise ValueError(
+                f"noise must be at least 0, pause and slow in [0, 1); got {noise}, {pause} and {slow}"
+            )
         self.expert, self.noise, self.pause, self.slow = expert, noise, pause, slow
         self.generator = torch.Generator().manual_seed(seed)
         n, a = env.num_envs, env.action_dim
@@ -37,7 +48,9 @@ class Human:
         column = mask[:, None]
         self.strength = torch.where(column, self.noise * (0.5 + rand()), self.strength)
         self.pace = torch.where(column, 1 - self.slow * rand(), self.pace)
-        self.disturbance, self.last = (torch.where(column, 0.0, x) for x in (self.disturbance, self.last))
+        self.disturbance, self.last = (
+            torch.where(column, 0.0, x) for x in (self.disturbance, self.last)
+        )
         self.left = torch.where(mask, 0, self.left)
 
     def act(self) -> torch.Tensor:
@@ -48,7 +61,11 @@ class Human:
         self.left = torch.where(begins, steps, self.left)
         paused = self.left > 0
         self.left = (self.left - 1).clamp_min(0)
-        before = {name: getattr(self.expert, name).clone() for name in ("phase", "clock") if hasattr(self.expert, name)}
+        before = {
+            name: getattr(self.expert, name).clone()
+            for name in ("phase", "clock")
+            if hasattr(self.expert, name)
+        }
         actions = self.expert.act().cpu()
         for name, value in before.items():
             now = getattr(self.expert, name)

@@ -25,11 +25,15 @@ def _contract_keys(available: Sequence[str], cameras: Sequence[str]) -> dict[str
     images = [f"{c}_image" for c in cameras if f"{c}_image" in available]
     images += sorted(k for k in available if k.endswith("_image") and k not in images)
     parts = ("eef_pos", "eef_quat", "gripper_qpos")
-    matches = [re.fullmatch(rf"(robot\d+_(?:right_|left_)?)({'|'.join(parts)})", k) for k in available]
+    matches = [
+        re.fullmatch(rf"(robot\d+_(?:right_|left_)?)({'|'.join(parts)})", k) for k in available
+    ]
     arms = [m[0] for m in sorted(filter(None, matches), key=lambda m: (m[1], parts.index(m[2])))]
     state = ["state"] if "state" in available else arms
     objects = [k for k in ("object", "object-state") if k in available][:1]
-    privileged = ["privileged"] if "privileged" in available else [*arms, *objects] if objects else []
+    privileged = (
+        ["privileged"] if "privileged" in available else [*arms, *objects] if objects else []
+    )
     found = {"rgb": images, "state": state, "privileged": privileged}
     return {name: tuple(keys) for name, keys in found.items() if keys}
 
@@ -39,14 +43,20 @@ def _open(path: str | Path) -> Iterator[tuple[Any, list[str], dict]]:
     """A file of demonstrations, the names of its demonstrations in their order, and its env_args."""
     h5py, path = import_h5py(), Path(path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; `python -m envs.demos --help` says how to record one")
+        raise FileNotFoundError(
+            f"{path} does not exist; `python -m envs.demos --help` says how to record one"
+        )
     try:
         file = h5py.File(path, "r")
     except OSError:
-        raise ValueError(f"{path} is not an HDF5 file (or was cut off while it was copied)") from None
+        raise ValueError(
+            f"{path} is not an HDF5 file (or was cut off while it was copied)"
+        ) from None
     with file:
         if not isinstance(file.get("data"), h5py.Group):
-            raise ValueError(f"{path} has no group 'data', so these are no demonstrations in robomimic's layout")
+            raise ValueError(
+                f"{path} has no group 'data', so these are no demonstrations in robomimic's layout"
+            )
         number = lambda name: int(name.rsplit("_", 1)[1])  # noqa: E731
         names = sorted((k for k in file["data"] if re.fullmatch(r"demo_\d+", k)), key=number)
         if not names:
@@ -65,9 +75,13 @@ def env_args(path: str | Path) -> dict[str, Any]:
 
 
 def read(
-    path: str | Path, obs_keys: Sequence[str] | Mapping[str, str | Sequence[str]] | None = None,
-    filter: str | None = None, *, limit: int | None = None, until_success: bool = False,
-) -> list[dict[str, Any]]:  # fmt: skip
+    path: str | Path,
+    obs_keys: Sequence[str] | Mapping[str, str | Sequence[str]] | None = None,
+    filter: str | None = None,
+    *,
+    limit: int | None = None,
+    until_success: bool = False,
+) -> list[dict[str, Any]]:
     """Demonstrations of a file in robomimic's layout, ours or robomimic's own, in their order.
 
     Each is a dict of NumPy arrays, T steps long:
@@ -94,11 +108,15 @@ def read(
             masks = {k: [n.decode() if isinstance(n, bytes) else str(n) for n in v[()]]
                      for k, v in file.get("mask", {}).items()}  # fmt: skip
             if filter not in masks:
-                raise ValueError(f"{path} has no filter {filter!r}; there are: {', '.join(masks) or 'none'}")
+                raise ValueError(
+                    f"{path} has no filter {filter!r}; there are: {', '.join(masks) or 'none'}"
+                )
             wanted = set(masks[filter])
             names = [n for n in names if n in wanted]
             if not names:
-                raise ValueError(f"{path}: the filter {filter!r} names no demonstration of the file")
+                raise ValueError(
+                    f"{path}: the filter {filter!r} names no demonstration of the file"
+                )
         group = file["data"][names[0]]
         if "actions" not in group:
             raise ValueError(f"{path}: data/{names[0]} has no actions")
@@ -107,11 +125,16 @@ def read(
                 f"{path} has actions but no observations; robomimic's dataset_states_to_obs.py adds them to such a file"
             )
         available = list(group["obs"])
-        contract = _contract_keys(available, (about.get("env_kwargs") or {}).get("camera_names") or ())
+        contract = _contract_keys(
+            available, (about.get("env_kwargs") or {}).get("camera_names") or ()
+        )
         if obs_keys is None:
             keys = contract
         elif isinstance(obs_keys, Mapping):
-            keys = {name: (parts,) if isinstance(parts, str) else tuple(parts) for name, parts in obs_keys.items()}
+            keys = {
+                name: (parts,) if isinstance(parts, str) else tuple(parts)
+                for name, parts in obs_keys.items()
+            }
         else:
             obs_keys = (obs_keys,) if isinstance(obs_keys, str) else obs_keys
             keys = {name: contract.get(name, (name,)) for name in obs_keys}
@@ -119,7 +142,9 @@ def read(
         if missing or not keys:
             named = ", ".join(missing) or "that is known"
             raise ValueError(f"{path} has no observation {named}; it has {', '.join(available)}")
-        return [_read_one(path, file["data"][name], name, keys, until_success) for name in names[:limit]]
+        return [
+            _read_one(path, file["data"][name], name, keys, until_success) for name in names[:limit]
+        ]
 
 
 def read_successes(path: str | Path, obs_keys: Sequence[str]) -> tuple[list[dict], list[dict]]:
@@ -133,33 +158,55 @@ def read_successes(path: str | Path, obs_keys: Sequence[str]) -> tuple[list[dict
     except ValueError:
         names = {demo["name"] for demo in found[9::10]}
     found = [demo for demo in found if demo["success"].any()]
-    train, valid = ([demo for demo in found if (demo["name"] in names) == which] for which in (False, True))
+    train, valid = (
+        [demo for demo in found if (demo["name"] in names) == which] for which in (False, True)
+    )
     if not train:
         raise ValueError(f"{path} has no successful demonstration to train on: record more")
     return train, valid
 
 
-def _read_one(path, group, name: str, keys: dict[str, tuple[str, ...]], until_success: bool) -> dict[str, Any]:
+def _read_one(
+    path, group, name: str, keys: dict[str, tuple[str, ...]], until_success: bool
+) -> dict[str, Any]:
     try:
         actions = group["actions"][()].astype(np.float32)
         length = len(actions)
-        rewards = group["rewards"][()].astype(np.float32) if "rewards" in group else np.zeros(length, np.float32)
+        rewards = (
+            group["rewards"][()].astype(np.float32)
+            if "rewards" in group
+            else np.zeros(length, np.float32)
+        )
         success = group["success"][()].astype(bool) if "success" in group else rewards >= 1 - 1e-6
-        dones = group["dones"][()].astype(bool) if "dones" in group else np.arange(length) == length - 1
+        dones = (
+            group["dones"][()].astype(bool) if "dones" in group else np.arange(length) == length - 1
+        )
         obs = {k: _join([group["obs"][part][()] for part in parts]) for k, parts in keys.items()}
         final = None
         if "next_obs" in group:
-            final = {k: _join([group["next_obs"][part][-1:] for part in parts])[0] for k, parts in keys.items()}
+            final = {
+                k: _join([group["next_obs"][part][-1:] for part in parts])[0]
+                for k, parts in keys.items()
+            }
     except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: data/{name} cannot be read ({str(error).splitlines()[0]})") from None
+        raise ValueError(
+            f"{path}: data/{name} cannot be read ({str(error).splitlines()[0]})"
+        ) from None
     lengths = {len(x) for x in (rewards, success, dones, *obs.values())}
     if length == 0 or lengths != {length}:
-        raise ValueError(f"{path}: data/{name} has {length} actions, but other entries are {sorted(lengths)} long")
+        raise ValueError(
+            f"{path}: data/{name} has {length} actions, but other entries are {sorted(lengths)} long"
+        )
     if until_success and success[:-1].any():
         end = int(success.argmax()) + 1
         final = {k: v[end] for k, v in obs.items()}
         obs = {k: v[:end] for k, v in obs.items()}
-        actions, rewards, success, dones = actions[:end], rewards[:end], success[:end], dones[:end].copy()
+        actions, rewards, success, dones = (
+            actions[:end],
+            rewards[:end],
+            success[:end],
+            dones[:end].copy(),
+        )
         dones[-1] = True
     return {"obs": obs, "final_obs": final, "actions": actions, "rewards": rewards, "dones": dones, "success": success,
             "name": name}  # fmt: skip
@@ -183,7 +230,9 @@ def describe(path: str | Path) -> str:
             f"environment  {about.get('env_id') or about.get('env_name', 'not named')}",
         ]
         lines += [f"recorded     {about['recorded']}"] if "recorded" in about else []
-        lines += [f"filters      {', '.join(f'{k} ({len(v)})' for k, v in file.get('mask', {}).items()) or 'none'}"]
+        lines += [
+            f"filters      {', '.join(f'{k} ({len(v)})' for k, v in file.get('mask', {}).items()) or 'none'}"
+        ]
         lines += [f"actions      {group['actions'].shape[1:]}"]
         for key, value in group.get("obs", {}).items():
             lines.append(f"obs          {key} {value.dtype} {value.shape[1:]}")

@@ -16,7 +16,9 @@ from envs.demos.reading import import_h5py
 VALID = 0.1  # share of the demonstrations that mask/valid names
 
 
-def _file_obs(obs: Mapping[str, torch.Tensor], cameras: Sequence[str], state_parts=()) -> dict[str, np.ndarray]:
+def _file_obs(
+    obs: Mapping[str, torch.Tensor], cameras: Sequence[str], state_parts=()
+) -> dict[str, np.ndarray]:
     """Observations of the contract under the names of the file: images by camera, the rest as it is.
 
     `state_parts`: names and sizes of what "state" consists of, where the file is to have robomimic's own names; what
@@ -52,8 +54,14 @@ class _File:
             group[key] = demo[key]
         for part in ("obs", "next_obs"):
             for key, value in demo[part].items():
-                packed = {"compression": "gzip", "compression_opts": 1, "chunks": (1, *value.shape[1:])}
-                group.create_dataset(f"{part}/{key}", data=value, **packed if value.dtype == np.uint8 else {})
+                packed = {
+                    "compression": "gzip",
+                    "compression_opts": 1,
+                    "chunks": (1, *value.shape[1:]),
+                }
+                group.create_dataset(
+                    f"{part}/{key}", data=value, **packed if value.dtype == np.uint8 else {}
+                )
         group.attrs["num_samples"], group.attrs["success"] = len(demo["actions"]), bool(success)
         self.count, self.total = self.count + 1, self.total + len(demo["actions"])
 
@@ -62,7 +70,10 @@ class _File:
         names = np.array([f"demo_{i}".encode() for i in range(self.count)])
         order = np.random.default_rng(seed).permutation(self.count)
         valid = round(VALID * self.count) if self.count > 1 else 0
-        self.file["mask/valid"], self.file["mask/train"] = names[np.sort(order[:valid])], names[np.sort(order[valid:])]
+        self.file["mask/valid"], self.file["mask/train"] = (
+            names[np.sort(order[:valid])],
+            names[np.sort(order[valid:])],
+        )
         self.file.close()
         os.replace(self.temporary, self.path)
 
@@ -73,9 +84,19 @@ class _File:
 
 @torch.no_grad()
 def record(
-    env, expert, path: str | Path, episodes: int, *, env_args: dict, seed: int = 0, cameras: Sequence[str] = (),
-    keep: Literal["successes", "all"] = "successes", tries: int | None = None, tail: int = 10, progress: bool = True,
-) -> dict[str, Any]:  # fmt: skip
+    env,
+    expert,
+    path: str | Path,
+    episodes: int,
+    *,
+    env_args: dict,
+    seed: int = 0,
+    cameras: Sequence[str] = (),
+    keep: Literal["successes", "all"] = "successes",
+    tries: int | None = None,
+    tail: int = 10,
+    progress: bool = True,
+) -> dict[str, Any]:
     """Records `episodes` demonstrations of `expert` (a `Human`, or any with `reset(where)`, `act()`) in `env`.
 
     Args:
@@ -112,7 +133,9 @@ def record(
                 if tally["kept"] == episodes or tally["tried"] >= tries:
                     break
         if tally["kept"] == 0:
-            raise ValueError(f"none of {tally['tried']} episodes was a success: use less noise, or --keep all")
+            raise ValueError(
+                f"none of {tally['tried']} episodes was a success: use less noise, or --keep all"
+            )
         finish()
     except KeyboardInterrupt:
         if tally["kept"]:
@@ -126,7 +149,9 @@ def record(
     return tally
 
 
-def _episodes(env, expert, seed: int, cameras: Sequence[str], tail: int) -> Iterator[tuple[dict, bool]]:
+def _episodes(
+    env, expert, seed: int, cameras: Sequence[str], tail: int
+) -> Iterator[tuple[dict, bool]]:
     """Endless episodes as dicts of arrays with leading dimension T, and whether each is a success at its end."""
     n, parts = env.num_envs, getattr(env, "layout", {}).get("state", ())
     steps: list[dict] = []  # of all environments; row 0 is step number `first`
@@ -138,7 +163,9 @@ def _episodes(env, expert, seed: int, cameras: Sequence[str], tail: int) -> Iter
         following, _, terminations, truncations, info = env.step(actions)
         success = info["success"].cpu().numpy().astype(bool)
         final = _file_obs(info["final_obs"], cameras, parts)
-        steps.append({"obs": obs, "next_obs": final, "actions": actions.cpu().numpy(), "success": success})
+        steps.append(
+            {"obs": obs, "next_obs": final, "actions": actions.cpu().numpy(), "success": success}
+        )
         ends = (terminations | truncations).cpu().numpy().astype(bool)
         length = first + len(steps) - start
         diverged = truncations.cpu().numpy() & (length < env.max_episode_steps) & ~success
@@ -159,7 +186,10 @@ def _episode(steps: list[dict], number: int) -> dict[str, Any]:
     success = np.array([s["success"][number] for s in steps])
     dones = success.copy()
     dones[-1] = True
-    parts = {p: {k: np.stack([s[p][k][number] for s in steps]) for k in steps[0][p]} for p in ("obs", "next_obs")}
+    parts = {
+        p: {k: np.stack([s[p][k][number] for s in steps]) for k in steps[0][p]}
+        for p in ("obs", "next_obs")
+    }
     return parts | {
         "actions": np.stack([s["actions"][number] for s in steps]).astype(np.float32),
         "rewards": success.astype(np.float32), "dones": dones.astype(np.uint8), "success": success.astype(np.uint8),

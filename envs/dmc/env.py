@@ -36,22 +36,45 @@ class DMCEnv:
     state_dim, privileged_dim, has_success = 0, 0, False
 
     def __init__(
-        self, env_id: str, num_envs: int, device: str | torch.device = "cpu", *, seed: int = 0, stagger: bool = False,
-        image_size: int = 84, action_repeat: int = 2, frame_stack: int = 1, camera: int | str | None = None,
-        renderer: str = "auto", fast_render: bool = False, samples_per_pixel: int = 4, workers: int | None = None,
-        camera_jitter: float = 0.0, colour_jitter: float = 0.0,
-    ):  # fmt: skip
+        self,
+        env_id: str,
+        num_envs: int,
+        device: str | torch.device = "cpu",
+        *,
+        seed: int = 0,
+        stagger: bool = False,
+        image_size: int = 84,
+        action_repeat: int = 2,
+        frame_stack: int = 1,
+        camera: int | str | None = None,
+        renderer: str = "auto",
+        fast_render: bool = False,
+        samples_per_pixel: int = 4,
+        workers: int | None = None,
+        camera_jitter: float = 0.0,
+        colour_jitter: float = 0.0,
+    ):
         if num_envs < 1 or image_size < 4:
-            raise ValueError(f"num_envs must be at least 1, image_size at least 4; got {num_envs} and {image_size}")
+            raise ValueError(
+                f"num_envs must be at least 1, image_size at least 4; got {num_envs} and {image_size}"
+            )
         if action_repeat < 1 or frame_stack < 1:
-            raise ValueError(f"action_repeat and frame_stack must be at least 1; got {action_repeat} and {frame_stack}")
+            raise ValueError(
+                f"action_repeat and frame_stack must be at least 1; got {action_repeat} and {frame_stack}"
+            )
         if workers is not None and workers < 0:
             raise ValueError(f"workers must not be negative; got {workers}")
         if camera_jitter < 0 or not 0 <= colour_jitter <= 1:
             raise ValueError("camera_jitter must be at least 0, colour_jitter from 0 to 1")
         self.env_id, self.num_envs, self.device = env_id, num_envs, torch.device(device)
-        self.image_size, self.action_repeat, self.frame_stack = image_size, action_repeat, frame_stack
-        self.renderer = choose_renderer(renderer, os.environ.get("MUJOCO_GL"), self.device.type == "cuda")
+        self.image_size, self.action_repeat, self.frame_stack = (
+            image_size,
+            action_repeat,
+            frame_stack,
+        )
+        self.renderer = choose_renderer(
+            renderer, os.environ.get("MUJOCO_GL"), self.device.type == "cuda"
+        )
         if fast_render and self.renderer == "warp":
             raise ValueError("fast_render is for OpenGL; leave it out with renderer 'warp'")
         self.image_shape = (image_size, image_size, 3 * frame_stack)
@@ -123,13 +146,17 @@ class DMCEnv:
 
         key = (n, size, camera)
         if key not in self.scenes:
-            self.scenes[key] = warp_renderer.Scene(*self.drawn, camera, n, self.device, size, self.samples)
+            self.scenes[key] = warp_renderer.Scene(
+                *self.drawn, camera, n, self.device, size, self.samples
+            )
         return self.scenes[key]
 
     def _obs(self, rgb: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"rgb": rgb, "state": torch.zeros(len(rgb), 0, device=self.device)}
 
-    def reset(self, seed: int | None = None, _clocks: list[int] | None = None) -> dict[str, torch.Tensor]:
+    def reset(
+        self, seed: int | None = None, _clocks: list[int] | None = None
+    ) -> dict[str, torch.Tensor]:
         """Starts a new episode in every environment, all clocks at 0. With a seed, always the same episodes."""
         clocks = _clocks or [0] * self.num_envs
         views = self._all("reset", lambda share: (seed, [clocks[i] for i in share]))
@@ -145,7 +172,9 @@ class DMCEnv:
     def step_begin(self, actions: torch.Tensor) -> None:
         """The first half of `step`: the processes go to work, and the caller may compute until `step_end`."""
         if actions.shape != (self.num_envs, self.action_dim):
-            raise ValueError(f"actions must be ({self.num_envs}, {self.action_dim}), not {tuple(actions.shape)}")
+            raise ValueError(
+                f"actions must be ({self.num_envs}, {self.action_dim}), not {tuple(actions.shape)}"
+            )
         actions = actions.detach().to("cpu", torch.float32).clamp(-1, 1).nan_to_num(0.0).numpy()
         self._ask("step", lambda share: (actions[share.start : share.stop],))
 
@@ -163,7 +192,9 @@ class DMCEnv:
         # One batch of images: the step's own, then those of the episodes that begin.
         frames = self._tensor([views[i] for i in drawn] + [firsts[i] for i in begun])
         rgb, begins = frames[: len(drawn)], frames[len(drawn) :]
-        if len(drawn) < self.num_envs:  # a diverged environment has no next image: keep its last one
+        if (
+            len(drawn) < self.num_envs
+        ):  # a diverged environment has no next image: keep its last one
             last = self.obs["rgb"][..., -3:].clone()
             last[drawn] = rgb
             rgb = last
@@ -191,9 +222,17 @@ class DMCEnv:
     # ---- for people, and for resuming --------------------------------------------------------------------------------
     def render(self, worlds=(0,), size: int = 240, camera: int | str | None = None) -> np.ndarray:
         """Images for people, uint8 (len(worlds), size, size, 3), from the policy's camera unless another is named."""
-        known = camera in self.cameras or (isinstance(camera, int) and 0 <= camera < len(self.cameras))
-        number = (self.cameras.index(camera) if camera in self.cameras else camera) if known else self.camera
-        owners = {i: group for group, share in zip(self.groups, self.shares, strict=True) for i in share}
+        known = camera in self.cameras or (
+            isinstance(camera, int) and 0 <= camera < len(self.cameras)
+        )
+        number = (
+            (self.cameras.index(camera) if camera in self.cameras else camera)
+            if known
+            else self.camera
+        )
+        owners = {
+            i: group for group, share in zip(self.groups, self.shares, strict=True) for i in share
+        }
         views = []
         for i in worlds:
             owners[i].ask("image", i, size, number)
@@ -215,7 +254,9 @@ class DMCEnv:
         """Continues where `state_dict` was taken, exactly. Raises ValueError on another set-up."""
         for name, value in self._setup().items():
             if saved["setup"][name] != value:
-                raise ValueError(f"saved environment has {name} {saved['setup'][name]!r}, this one has {value!r}")
+                raise ValueError(
+                    f"saved environment has {name} {saved['setup'][name]!r}, this one has {value!r}"
+                )
         tasks = [_with_arrays(task) for task in saved["tasks"]]
         self._all("load", lambda share: (tasks[share.start : share.stop],))
         self.returns[:], self.length[:] = saved["returns"].numpy(), saved["length"].numpy()

@@ -43,7 +43,11 @@ def choose_renderer(wish: str = "auto", set_by_user: str | None = None, cuda: bo
             soft = cuda and ("llvmpipe" in result.detail or renderer == "osmesa")
             remark = "; this is software, renderer 'warp' would draw on the GPU" if soft else ""
             if wish == "auto" or remark:
-                print(f"renderer: {renderer} ({result.detail})" + "".join(f"; not {line}" for line in tried) + remark)
+                print(
+                    f"renderer: {renderer} ({result.detail})"
+                    + "".join(f"; not {line}" for line in tried)
+                    + remark
+                )
             return renderer
         tried.append(f"{renderer}: {result.detail}")
     install = f"sudo apt-get install {INSTALL.get(wish, INSTALL['egl'])}"
@@ -77,13 +81,22 @@ class Process:
         ours, theirs = socket.socketpair()
         backend = gl_backend(options["renderer"])
         # One thread each: the processes themselves are the parallelism.
-        environment = {"OMP_NUM_THREADS": "1", "LP_NUM_THREADS": "1", **os.environ, "MUJOCO_GL": backend}
+        environment = {
+            "OMP_NUM_THREADS": "1",
+            "LP_NUM_THREADS": "1",
+            **os.environ,
+            "MUJOCO_GL": backend,
+        }
         environment["PYOPENGL_PLATFORM"] = backend if backend in INSTALL else ""
         # By its path: as a module, its package and torch would be imported first. -P: without the folder on sys.path.
         worker = Path(__file__).with_name("worker.py")
         command = [sys.executable, "-P", str(worker), str(theirs.fileno())]
         self.process = subprocess.Popen(
-            command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+            command,
+            env=environment,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
         )  # (a session of its own: Ctrl-C is for us, who end it by closing the pipe)
         theirs.close()
         self.pipe = Connection(ours.detach())
@@ -104,7 +117,9 @@ class Process:
         if not fine:
             kind, line = answer
             raise {"ValueError": ValueError, "ImportError": ImportError}.get(kind, RuntimeError)(
-                line if kind in ("ValueError", "ImportError", "RuntimeError") else f"{self.name}: {kind}: {line}"
+                line
+                if kind in ("ValueError", "ImportError", "RuntimeError")
+                else f"{self.name}: {kind}: {line}"
             )
         return answer[0]
 
@@ -115,7 +130,9 @@ class Process:
             status = 0
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
         hint = "; out of memory? use fewer --num-envs" if status == -signal.SIGKILL else ""
-        raise ChildProcessError(f"{self.name} has ended ({how}){hint}; what it said last stands above") from None
+        raise ChildProcessError(
+            f"{self.name} has ended ({how}){hint}; what it said last stands above"
+        ) from None
 
     def close(self) -> None:
         self.pipe.close()

@@ -11,13 +11,19 @@ from envs.maniskill import make
 
 def main() -> None:
     """`python -m envs.maniskill`: steps a task with random actions, prints its speed, optionally saves its images."""
-    parser = argparse.ArgumentParser(description="Steps a ManiSkill task with random actions and prints its speed.")
+    parser = argparse.ArgumentParser(
+        description="Steps a ManiSkill task with random actions and prints its speed."
+    )
     parser.add_argument("--env-id", default="PickCube-v1")
     parser.add_argument("--num-envs", type=int, default=1)
-    parser.add_argument("--num-workers", type=int, help="processes on the CPU, 0 is this one (default: one a core)")
+    parser.add_argument(
+        "--num-workers", type=int, help="processes on the CPU, 0 is this one (default: one a core)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--render-size", type=int, default=128)
-    parser.add_argument("--full-visuals", action="store_true", help="draw robots by their own meshes")
+    parser.add_argument(
+        "--full-visuals", action="store_true", help="draw robots by their own meshes"
+    )
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--save", metavar="FOLDER", help="write one PNG a camera there")
     args = parser.parse_args()
@@ -38,7 +44,10 @@ def main() -> None:
         import imageio.v3 as iio
 
         for camera in ("third", *env.spec["cameras"]):
-            path = Path(args.save) / f"maniskill_{args.env_id}_{camera}{'_full' if args.full_visuals else ''}.png"
+            path = (
+                Path(args.save)
+                / f"maniskill_{args.env_id}_{camera}{'_full' if args.full_visuals else ''}.png"
+            )
             path.parent.mkdir(parents=True, exist_ok=True)
             iio.imwrite(path, env.render((0,), 256, camera)[0])
     actions = torch.rand(args.steps + 5, env.num_envs, env.action_dim, device=env.device) * 2 - 1

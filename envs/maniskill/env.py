@@ -63,7 +63,9 @@ def make(
     """
     for package in ("mani_skill", "sapien"):
         if find_spec(package) is None:
-            raise ImportError(f'{env_id} needs {package}, which is not installed: run `pip install -e ".[maniskill]"`')
+            raise ImportError(
+                f'{env_id} needs {package}, which is not installed: run `pip install -e ".[maniskill]"`'
+            )
     device = torch.device(device)
     if num_envs < 1:
         raise ValueError(f"num_envs must be at least 1, got {num_envs}")
@@ -73,7 +75,9 @@ def make(
         raise ValueError(f"sim_backend must be auto, physx_cpu or physx_cuda, got {sim_backend!r}")
     on_gpu = sim_backend == "physx_cuda"
     if on_gpu and (device.type != "cuda" or not torch.cuda.is_available()):
-        raise ValueError(f"sim_backend physx_cuda needs a CUDA device that torch can use, got device={str(device)!r}")
+        raise ValueError(
+            f"sim_backend physx_cuda needs a CUDA device that torch can use, got device={str(device)!r}"
+        )
     index = "" if device.index is None else f":{device.index}"
     if render_backend == "auto":
         render_backend = f"sapien_cuda{index}" if on_gpu else "pci:0"
@@ -97,8 +101,18 @@ def make(
         if num_workers is None:
             num_workers = 0 if num_envs == 1 else min(num_envs, usable_cpus())
         workers = min(num_workers, num_envs)
-        simulation = Workers(options, num_envs, workers) if workers else CpuBatches(options, num_envs)
-    return ManiSkillEnv(simulation, env_id, num_envs, device, seed, stagger, GPU_STAGGER_GROUPS if on_gpu else num_envs)
+        simulation = (
+            Workers(options, num_envs, workers) if workers else CpuBatches(options, num_envs)
+        )
+    return ManiSkillEnv(
+        simulation,
+        env_id,
+        num_envs,
+        device,
+        seed,
+        stagger,
+        GPU_STAGGER_GROUPS if on_gpu else num_envs,
+    )
 
 
 def episode_seed(seed: int, number: int, episode: int) -> int:
@@ -173,7 +187,9 @@ class ManiSkillEnv:
         self._seeds = np.array([episode_seed(self._seed, i, k) for i, k in numbers])
         self._next_seeds = np.array([episode_seed(self._seed, i, k + 1) for i, k in numbers])
 
-    def step(self, actions: torch.Tensor) -> tuple[dict, torch.Tensor, torch.Tensor, torch.Tensor, dict]:
+    def step(
+        self, actions: torch.Tensor
+    ) -> tuple[dict, torch.Tensor, torch.Tensor, torch.Tensor, dict]:
         """One control step in every environment, and the automatic reset of those whose episode ends with it.
 
         Args:
@@ -191,8 +207,12 @@ class ManiSkillEnv:
         `final_obs` is its last finite observation.
         """
         if tuple(actions.shape) != (self.num_envs, self.action_dim):
-            raise ValueError(f"actions must have shape {(self.num_envs, self.action_dim)}, got {tuple(actions.shape)}")
-        if not self._on_gpu:  # on the GPU the question would wait for the device; what breaks is reset below
+            raise ValueError(
+                f"actions must have shape {(self.num_envs, self.action_dim)}, got {tuple(actions.shape)}"
+            )
+        if (
+            not self._on_gpu
+        ):  # on the GPU the question would wait for the device; what breaks is reset below
             healthy = torch.isfinite(actions).all(dim=1)
             if not healthy.all():
                 broken = torch.nonzero(~healthy).flatten().tolist()
@@ -209,7 +229,9 @@ class ManiSkillEnv:
         self._returns = self._returns + rewards
         self._lengths = self._lengths + 1
         self._success_once = self._success_once | success
-        episode = dict(length=self._lengths, success_once=self._success_once, success_at_end=success)
+        episode = dict(
+            length=self._lengths, success_once=self._success_once, success_at_end=success
+        )
         episode["return"] = self._returns
         if done.any():
             ended = np.flatnonzero(done)
@@ -226,7 +248,9 @@ class ManiSkillEnv:
         info = dict(final_obs=final_obs, success=success, episode=episode)
         return obs, rewards, torch.zeros_like(truncations), truncations, info
 
-    def render(self, worlds: tuple[int, ...] = (0,), size: int = 256, camera: str = "third") -> np.ndarray:
+    def render(
+        self, worlds: tuple[int, ...] = (0,), size: int = 256, camera: str = "third"
+    ) -> np.ndarray:
         """Images for people, uint8 (len(worlds), size, size, 3).
 
         Args:
@@ -235,11 +259,21 @@ class ManiSkillEnv:
         """
         names = list(self.spec["cameras"])
         if camera != "third" and camera not in names:
-            raise ValueError(f"{self.env_id} has no camera {camera!r}; choose one of: third, {', '.join(names)}")
-        images = torch.from_numpy(self._simulation.render(np.asarray(worlds, np.int64), camera)).permute(0, 3, 1, 2)
+            raise ValueError(
+                f"{self.env_id} has no camera {camera!r}; choose one of: third, {', '.join(names)}"
+            )
+        images = torch.from_numpy(
+            self._simulation.render(np.asarray(worlds, np.int64), camera)
+        ).permute(0, 3, 1, 2)
         if images.shape[-1] != size:
-            smooth = dict(mode="bilinear", antialias=True) if camera == "third" else dict(mode="nearest")
-            images = torch.nn.functional.interpolate(images.float(), (size, size), **smooth).round().clamp(0, 255)
+            smooth = (
+                dict(mode="bilinear", antialias=True) if camera == "third" else dict(mode="nearest")
+            )
+            images = (
+                torch.nn.functional.interpolate(images.float(), (size, size), **smooth)
+                .round()
+                .clamp(0, 255)
+            )
         return images.permute(0, 2, 3, 1).to(torch.uint8).contiguous().numpy()
 
     def state_dict(self) -> dict:
@@ -268,7 +302,9 @@ class ManiSkillEnv:
         in one partial reset) are those of a full reset instead.
         """
         if len(state["clock"]) != self.num_envs:
-            raise ValueError(f"the state is of {len(state['clock'])} environments, here are {self.num_envs}")
+            raise ValueError(
+                f"the state is of {len(state['clock'])} environments, here are {self.num_envs}"
+            )
         self._seed = state["seed"]
         self._episode = state["episode"].numpy().copy()
         self._draw_seeds()
@@ -278,7 +314,9 @@ class ManiSkillEnv:
         self._success_once = state["success_once"].to(self.device, copy=True)
         self.nan_resets = state["nan_resets"].to(self.device, copy=True)
         states = map_tree(state["simulation"], lambda tensor: tensor.numpy())
-        return self._to_device(self._simulation.set_state(states, state["seeds"].numpy(), self._clock))
+        return self._to_device(
+            self._simulation.set_state(states, state["seeds"].numpy(), self._clock)
+        )
 
     def close(self) -> None:
         """Ends the simulation and its worker processes."""

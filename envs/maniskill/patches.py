@@ -43,11 +43,17 @@ def patches(cpu: bool, light_visuals: bool, active: bool = True) -> Iterator[Non
         def refuse(question: str) -> bool:
             robot = re.match(r"Robot (\S+) has assets", question)
             name = robot.group(1) if robot else "ID"
-            raise RuntimeError(f"files are missing, run `python -m mani_skill.utils.download_asset {name}`")
+            raise RuntimeError(
+                f"files are missing, run `python -m mani_skill.utils.download_asset {name}`"
+            )
 
         swap(download, "prompt_yes_no", refuse)
         if cpu:
-            parse, build_camera, build_ground = backend.parse_backend_device_id, Camera.__init__, ground.build_ground
+            parse, build_camera, build_ground = (
+                backend.parse_backend_device_id,
+                Camera.__init__,
+                ground.build_ground,
+            )
 
             def parse_with_pci(name: str) -> Any:
                 return (name, None) if name.startswith("pci:") else parse(name)
@@ -66,13 +72,18 @@ def patches(cpu: bool, light_visuals: bool, active: bool = True) -> Iterator[Non
             ) -> Any:
                 actor = build_ground(scene, 1, 1, xy_origin, altitude, **kwargs)
                 square = kwargs.get("texture_square_len", 4)
-                _flatten_ground(actor, floor_width, floor_length or floor_width, xy_origin, altitude, square)
+                _flatten_ground(
+                    actor, floor_width, floor_length or floor_width, xy_origin, altitude, square
+                )
                 return actor
 
             swap(backend, "parse_backend_device_id", parse_with_pci)
             swap(Camera, "__init__", build_camera_with_table)
             for name, module in list(sys.modules.items()):
-                if name.startswith("mani_skill.") and getattr(module, "build_ground", None) is build_ground:
+                if (
+                    name.startswith("mani_skill.")
+                    and getattr(module, "build_ground", None) is build_ground
+                ):
                     swap(module, "build_ground", build_flat_ground)
         if light_visuals:
             load_robot, build = BaseAgent._load_articulation, ArticulationBuilder.build
@@ -103,10 +114,15 @@ def _skip_reflection_table(camera: Any) -> None:
     # (scale, bias) = (1, 0): reflect the surface's own specular colour, at every angle and roughness
     table = np.tile(np.array([1, 0, 0, 0], np.float32), (2, 2, 1))
     for part in camera.camera._render_cameras:
-        part.set_texture("BRDFLUT", sapien.render.RenderTexture(table, 2, "R32G32B32A32Sfloat", 1, "linear", "edge"))
+        part.set_texture(
+            "BRDFLUT",
+            sapien.render.RenderTexture(table, 2, "R32G32B32A32Sfloat", 1, "linear", "edge"),
+        )
 
 
-def _flatten_ground(actor: Any, width: float, length: float, xy_origin: tuple, altitude: float, square: float) -> None:
+def _flatten_ground(
+    actor: Any, width: float, length: float, xy_origin: tuple, altitude: float, square: float
+) -> None:
     """Replaces a ground actor's image by one rectangle, `length` x `width` m, with a texture tile each `square` m."""
     import sapien
 
@@ -134,7 +150,9 @@ def _lighten(builder: Any) -> None:
     import sapien
     from sapien.wrapper.actor_builder import VisualShapeRecord
 
-    grey = sapien.render.RenderMaterial(base_color=[0.85, 0.85, 0.87, 1.0], roughness=0.6, specular=0.3)
+    grey = sapien.render.RenderMaterial(
+        base_color=[0.85, 0.85, 0.87, 1.0], roughness=0.6, specular=0.3
+    )
     for link in builder.link_builders:
         shapes = [record for record in link.collision_records if record.type != "plane"]
         if not shapes or all(record.type != "file" for record in link.visual_records):

@@ -25,14 +25,20 @@ class CpuBatches:
     def reset(self, seeds: np.ndarray) -> dict[str, np.ndarray]:
         return stack([batch.reset(seeds[i : i + 1]) for i, batch in enumerate(self.batches)])
 
-    def step(self, actions: "torch.Tensor | np.ndarray", ends: np.ndarray, seeds: np.ndarray) -> dict:
+    def step(
+        self, actions: "torch.Tensor | np.ndarray", ends: np.ndarray, seeds: np.ndarray
+    ) -> dict:
         """As `Batch.step`, in numpy."""
         actions = actions.cpu() if isinstance(actions, torch.Tensor) else torch.from_numpy(actions)
         rows = [slice(i, i + 1) for i in range(len(self.batches))]
-        outs = [b.step(actions[r], ends[r], seeds[r]) for b, r in zip(self.batches, rows, strict=True)]
+        outs = [
+            b.step(actions[r], ends[r], seeds[r]) for b, r in zip(self.batches, rows, strict=True)
+        ]
         final_obs = None
         if any(out["final_obs"] is not None for out in outs):
-            final_obs = stack([out["obs"] if out["final_obs"] is None else out["final_obs"] for out in outs])
+            final_obs = stack(
+                [out["obs"] if out["final_obs"] is None else out["final_obs"] for out in outs]
+            )
         return dict(
             obs=stack([out["obs"] for out in outs]),
             final_obs=final_obs,
@@ -46,13 +52,22 @@ class CpuBatches:
             batch.set_clock(clock[i : i + 1])
 
     def render(self, numbers: np.ndarray, camera: str) -> np.ndarray:
-        return np.concatenate([self.batches[i].render(np.zeros(1, np.int64), camera) for i in numbers])
+        return np.concatenate(
+            [self.batches[i].render(np.zeros(1, np.int64), camera) for i in numbers]
+        )
 
     def get_state(self) -> list[dict]:
         return [batch.get_state() for batch in self.batches]
 
-    def set_state(self, states: list[dict], seeds: np.ndarray, clock: np.ndarray) -> dict[str, np.ndarray]:
-        return stack([b.set_state(states[i], seeds[i : i + 1], clock[i : i + 1]) for i, b in enumerate(self.batches)])
+    def set_state(
+        self, states: list[dict], seeds: np.ndarray, clock: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        return stack(
+            [
+                b.set_state(states[i], seeds[i : i + 1], clock[i : i + 1])
+                for i, b in enumerate(self.batches)
+            ]
+        )
 
     def close(self) -> None:
         for batch in self.batches:
@@ -67,12 +82,17 @@ class Workers:
 
     def __init__(self, options: dict, num_envs: int, num_workers: int):
         context = multiprocessing.get_context("spawn")
-        self.blocks = [slice(int(b[0]), int(b[-1]) + 1) for b in np.array_split(np.arange(num_envs), num_workers)]
+        self.blocks = [
+            slice(int(b[0]), int(b[-1]) + 1)
+            for b in np.array_split(np.arange(num_envs), num_workers)
+        ]
         self.num_envs = num_envs
         self.pipes, self.processes = [], []
         for block in self.blocks:
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, options, block.stop - block.start), daemon=True)
+            process = context.Process(
+                target=_serve, args=(theirs, options, block.stop - block.start), daemon=True
+            )
             process.start()
             theirs.close()  # so that a dead worker reads as the end of its pipe
             self.pipes.append(ours)
@@ -98,7 +118,9 @@ class Workers:
             return value
         kind, message, details = problem
         known = {"ImportError": ImportError, "ValueError": ValueError}
-        error = known.get(kind, RuntimeError)(message if kind in (*known, "RuntimeError") else f"{kind}: {message}")
+        error = known.get(kind, RuntimeError)(
+            message if kind in (*known, "RuntimeError") else f"{kind}: {message}"
+        )
         error.add_note(f"in ManiSkill worker {worker}:\n{details}")
         raise error
 
@@ -127,8 +149,12 @@ class Workers:
         outs = self._call("step", self._split(actions), self._split(ends), self._split(seeds))
         final_obs = None
         if any(out["final_obs"] is not None for out in outs):
-            final_obs = stack([out["obs"] if out["final_obs"] is None else out["final_obs"] for out in outs])
-        joined = {key: np.concatenate([out[key] for out in outs]) for key in ("rewards", "success", "bad")}
+            final_obs = stack(
+                [out["obs"] if out["final_obs"] is None else out["final_obs"] for out in outs]
+            )
+        joined = {
+            key: np.concatenate([out[key] for out in outs]) for key in ("rewards", "success", "bad")
+        }
         return dict(obs=stack([out["obs"] for out in outs]), final_obs=final_obs, **joined)
 
     def set_clock(self, clock: np.ndarray) -> None:
@@ -137,16 +163,24 @@ class Workers:
     def render(self, numbers: np.ndarray, camera: str) -> np.ndarray:
         images = []
         for number in np.arange(self.num_envs)[numbers]:
-            worker = next(w for w, block in enumerate(self.blocks) if block.start <= number < block.stop)
-            self.pipes[worker].send(("render", [np.array([number - self.blocks[worker].start]), camera]))
+            worker = next(
+                w for w, block in enumerate(self.blocks) if block.start <= number < block.stop
+            )
+            self.pipes[worker].send(
+                ("render", [np.array([number - self.blocks[worker].start]), camera])
+            )
             images.append(self._receive(worker))
         return np.concatenate(images)
 
     def get_state(self) -> list[dict]:
         return [state for states in self._call("get_state") for state in states]
 
-    def set_state(self, states: list[dict], seeds: np.ndarray, clock: np.ndarray) -> dict[str, np.ndarray]:
-        return stack(self._call("set_state", self._split(states), self._split(seeds), self._split(clock)))
+    def set_state(
+        self, states: list[dict], seeds: np.ndarray, clock: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        return stack(
+            self._call("set_state", self._split(states), self._split(seeds), self._split(clock))
+        )
 
     def close(self) -> None:
         for pipe, process in zip(self.pipes, self.processes, strict=True):
@@ -167,7 +201,9 @@ def _serve(pipe: Any, options: dict, num_envs: int) -> None:
     """A worker process: builds its environments, then answers `(method, arguments)` until told to close."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
     torch.set_num_threads(1)
-    os.environ.setdefault("LP_NUM_THREADS", "1")  # one drawing thread a worker: the workers are the parallelism
+    os.environ.setdefault(
+        "LP_NUM_THREADS", "1"
+    )  # one drawing thread a worker: the workers are the parallelism
     batches, method = None, None
     while method != "close":
         try:

@@ -48,10 +48,14 @@ class Batch:
             human_render_camera_configs=dict(width=video, height=video),
         )
         if not self.cpu:
-            kwargs["reconfiguration_freq"] = 0  # single environments of a batch cannot be rebuilt, only reset
+            kwargs["reconfiguration_freq"] = (
+                0  # single environments of a batch cannot be rebuilt, only reset
+            )
         try:
             with patches(self.cpu, options["light_visuals"]):
-                self.base = gymnasium.make(options["env_id"], **{**kwargs, **options["task_kwargs"]}).unwrapped
+                self.base = gymnasium.make(
+                    options["env_id"], **{**kwargs, **options["task_kwargs"]}
+                ).unwrapped
         except AssertionError as error:
             refusal = re.fullmatch(r"(.*) not in supported modes: \[(.*)\]", str(error))
             if refusal is None:
@@ -62,13 +66,23 @@ class Batch:
             ) from None
         except (RuntimeError, OSError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            hint = "" if self.cpu else "; GPU simulation needs NVIDIA's Vulkan driver and SAPIEN's PhysX GPU library"
-            raise RuntimeError(f"ManiSkill could not start {options['env_id']}: {reason}{hint}") from error
-        self.base.get_sensor_params = dict  # camera matrices, computed at each step and part of no observation here
+            hint = (
+                ""
+                if self.cpu
+                else "; GPU simulation needs NVIDIA's Vulkan driver and SAPIEN's PhysX GPU library"
+            )
+            raise RuntimeError(
+                f"ManiSkill could not start {options['env_id']}: {reason}{hint}"
+            ) from error
+        self.base.get_sensor_params = (
+            dict  # camera matrices, computed at each step and part of no observation here
+        )
         cameras = self.base.get_obs()["sensor_data"]
         self._cameras = [name for name, data in cameras.items() if "rgb" in data]
         if not self._cameras:
-            raise ValueError(f"{options['env_id']} has no sensor camera, so there is nothing to learn from pixels")
+            raise ValueError(
+                f"{options['env_id']} has no sensor camera, so there is nothing to learn from pixels"
+            )
         self._low, self._high, self._splits = self._action_range()
         self._obs = self.reset(np.arange(num_envs))
 
@@ -82,16 +96,30 @@ class Batch:
         high = np.concatenate([s.high for s in spaces.values()]).astype(np.float32)
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             mode, env_id = self.options["control_mode"], self.options["env_id"]
-            raise ValueError(f"{env_id}: control mode {mode!r} has unbounded actions; choose one with limits")
-        splits = [(name, s.shape[0]) for name, s in spaces.items()] if hasattr(space, "spaces") else None
-        return torch.from_numpy(low).to(self.base.device), torch.from_numpy(high).to(self.base.device), splits
+            raise ValueError(
+                f"{env_id}: control mode {mode!r} has unbounded actions; choose one with limits"
+            )
+        splits = (
+            [(name, s.shape[0]) for name, s in spaces.items()] if hasattr(space, "spaces") else None
+        )
+        return (
+            torch.from_numpy(low).to(self.base.device),
+            torch.from_numpy(high).to(self.base.device),
+            splits,
+        )
 
     def describe(self) -> dict:
         """What `ManiSkillEnv.spec` holds; plain JSON values, joint limits in rad (or m), None where there is none."""
         base, raw = self.base, self.base.get_obs()
         agents = getattr(base.agent, "agents_dict", None) or {"": base.agent}
-        joints = [(name, joint.name) for name, agent in agents.items() for joint in agent.robot.active_joints]
-        limits = np.concatenate([agent.robot.get_qlimits()[0].cpu().numpy() for agent in agents.values()])
+        joints = [
+            (name, joint.name)
+            for name, agent in agents.items()
+            for joint in agent.robot.active_joints
+        ]
+        limits = np.concatenate(
+            [agent.robot.get_qlimits()[0].cpu().numpy() for agent in agents.values()]
+        )
         controllers = {}
         for name, agent in agents.items():
             parts = getattr(agent.controller, "controllers", None) or {"all": agent.controller}
@@ -146,7 +174,9 @@ class Batch:
         """The contract's observation from ManiSkill's; copies the images, whose memory the renderer uses again."""
         images = [raw["sensor_data"][name]["rgb"] for name in self._cameras]
         rgb = torch.cat(images, dim=-1) if len(images) > 1 else images[0] * 1
-        obs = dict(rgb=rgb, state=self._flat({k: v for k, v in raw.items() if not k.startswith("sensor_")}))
+        obs = dict(
+            rgb=rgb, state=self._flat({k: v for k, v in raw.items() if not k.startswith("sensor_")})
+        )
         if self.options["asymmetric"]:
             # tasks add what a policy may not see where the observation mode is a `state` one
             base, mode, struct = self.base, self.base._obs_mode, self.base.obs_mode_struct
@@ -158,7 +188,9 @@ class Batch:
         return obs
 
     def _flat(self, tree: dict) -> torch.Tensor:
-        return self._common.flatten_state_dict(tree, use_torch=True, device=self.base.device).float()
+        return self._common.flatten_state_dict(
+            tree, use_torch=True, device=self.base.device
+        ).float()
 
     # ----- simulation -----
 
@@ -170,13 +202,17 @@ class Batch:
         self._obs = self._observe(raw, info)
         return self._obs
 
-    def _reset_some(self, numbers: np.ndarray, seeds: np.ndarray, broken: bool) -> dict[str, torch.Tensor]:
+    def _reset_some(
+        self, numbers: np.ndarray, seeds: np.ndarray, broken: bool
+    ) -> dict[str, torch.Tensor]:
         """Resets some environments to their seeds -> the observation of all. A broken one on the CPU is rebuilt."""
         base = self.base
         if self.n == 1:
             rebuild = self.cpu and (broken or base.reconfiguration_freq != 0)
             with patches(self.cpu, self.options["light_visuals"], rebuild):
-                raw, info = base.reset(seed=int(seeds[0]), options=dict(reconfigure=broken and self.cpu))
+                raw, info = base.reset(
+                    seed=int(seeds[0]), options=dict(reconfigure=broken and self.cpu)
+                )
         else:
             # a seed given to a partial reset would seed every environment anew, so the generators are set here instead
             chosen = [int(s) for s in seeds[numbers]]
@@ -184,11 +220,15 @@ class Batch:
             base._episode_rng = np.random.RandomState(chosen[0])
             with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
                 torch.manual_seed(chosen[0])
-                raw, info = base.reset(options=dict(env_idx=torch.from_numpy(numbers).to(base.device)))
+                raw, info = base.reset(
+                    options=dict(env_idx=torch.from_numpy(numbers).to(base.device))
+                )
         return self._observe(raw, info)
 
     @torch.no_grad()
-    def step(self, actions: "torch.Tensor | np.ndarray", ends: np.ndarray, seeds: np.ndarray) -> dict:
+    def step(
+        self, actions: "torch.Tensor | np.ndarray", ends: np.ndarray, seeds: np.ndarray
+    ) -> dict:
         """One step, then the reset of the environments in `ends` and of those with non-finite physics.
 
         Args:
@@ -199,7 +239,9 @@ class Batch:
             (n,) bool on the host: reading it is the one wait for the GPU here, right after ManiSkill's own wait for its
             images.
         """
-        actions = torch.as_tensor(actions, dtype=torch.float32, device=self.base.device).clamp(-1.0, 1.0)
+        actions = torch.as_tensor(actions, dtype=torch.float32, device=self.base.device).clamp(
+            -1.0, 1.0
+        )
         actions = self._low + (actions + 1.0) * 0.5 * (self._high - self._low)
         given: Any = actions
         if self._splits is not None:
@@ -208,7 +250,11 @@ class Batch:
         raw, rewards, _, _, info = self.base.step(given)
         obs = self._observe(raw, info)
         rewards = rewards.float().reshape(self.n)
-        success = info["success"].bool().reshape(self.n) if "success" in info else torch.zeros_like(rewards).bool()
+        success = (
+            info["success"].bool().reshape(self.n)
+            if "success" in info
+            else torch.zeros_like(rewards).bool()
+        )
         finite = torch.isfinite(rewards)
         for key in ("state", "privileged"):
             if key in obs:
@@ -217,7 +263,9 @@ class Batch:
         final_obs = None
         if bad.any():
             for key, value in obs.items():
-                value[torch.from_numpy(bad).to(value.device)] = self._obs[key][torch.from_numpy(bad).to(value.device)]
+                value[torch.from_numpy(bad).to(value.device)] = self._obs[key][
+                    torch.from_numpy(bad).to(value.device)
+                ]
             rewards, success = torch.where(finite, rewards, 0.0), success & finite
         if (ends | bad).any():
             final_obs = obs
@@ -238,16 +286,22 @@ class Batch:
         else:
             names = list(self.base._human_render_cameras)
             if not names:
-                raise ValueError(f"{self.options['env_id']} has no camera for people; use one of {self._cameras}")
+                raise ValueError(
+                    f"{self.options['env_id']} has no camera for people; use one of {self._cameras}"
+                )
             images = self.base.render_rgb_array(names[0])
         return images[torch.from_numpy(numbers)].cpu().numpy()
 
     def get_state(self) -> dict:
         """ManiSkill's state dict as NumPy arrays."""
-        return map_tree(self.base.get_state_dict(), lambda tensor: tensor.detach().cpu().numpy().copy())
+        return map_tree(
+            self.base.get_state_dict(), lambda tensor: tensor.detach().cpu().numpy().copy()
+        )
 
     @torch.no_grad()
-    def set_state(self, state: dict, seeds: np.ndarray, clock: np.ndarray) -> dict[str, torch.Tensor]:
+    def set_state(
+        self, state: dict, seeds: np.ndarray, clock: np.ndarray
+    ) -> dict[str, torch.Tensor]:
         """Resets to the episodes' seeds, then sets bodies, joints and controllers; returns the observation."""
         self.reset(seeds)
         state = map_tree(state, lambda array: torch.tensor(array, device=self.base.device))
@@ -273,17 +327,26 @@ def _check_task(options: dict) -> int:
     env_id, reward = options["env_id"], options["reward_mode"]
     if env_id not in REGISTERED_ENVS:
         near = difflib.get_close_matches(env_id, REGISTERED_ENVS, n=3, cutoff=0.4)
-        raise ValueError(f"ManiSkill has no task {env_id!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
+        raise ValueError(
+            f"ManiSkill has no task {env_id!r}"
+            + (f"; did you mean {', '.join(near)}?" if near else "")
+        )
     task = REGISTERED_ENVS[env_id]
     modes = [m for m in task.cls.SUPPORTED_REWARD_MODES if _rewards_defined(task.cls, BaseEnv, m)]
     if reward not in modes:
-        raise ValueError(f"{env_id} has no reward mode {reward!r}; choose one of: {', '.join(modes)}")
+        raise ValueError(
+            f"{env_id} has no reward mode {reward!r}; choose one of: {', '.join(modes)}"
+        )
     for asset in task.asset_download_ids or []:
         grouped = asset in assets.DATA_GROUPS
-        parts = assets.expand_data_group_into_individual_data_source_ids(asset) if grouped else [asset]
+        parts = (
+            assets.expand_data_group_into_individual_data_source_ids(asset) if grouped else [asset]
+        )
         if not all(assets.is_data_source_downloaded(part) for part in parts):
             # ManiSkill would ask on the terminal, which hangs where nobody answers
-            raise RuntimeError(f"{env_id} needs assets: run `python -m mani_skill.utils.download_asset {asset}`")
+            raise RuntimeError(
+                f"{env_id} needs assets: run `python -m mani_skill.utils.download_asset {asset}`"
+            )
     limit = options["max_episode_steps"] or task.max_episode_steps
     if limit is None:
         raise ValueError(f"{env_id} has no time limit of its own: give max_episode_steps")
@@ -292,5 +355,8 @@ def _check_task(options: dict) -> int:
 
 def _rewards_defined(task: type, base: type, mode: str) -> bool:
     """Whether the task computes that reward itself (`dense` modes) or inherits a working one."""
-    name = {"dense": "compute_dense_reward", "normalized_dense": "compute_normalized_dense_reward"}.get(mode)
+    name = {
+        "dense": "compute_dense_reward",
+        "normalized_dense": "compute_normalized_dense_reward",
+    }.get(mode)
     return name is None or getattr(task, name) is not getattr(base, name)

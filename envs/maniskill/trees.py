@@ -15,7 +15,9 @@ def map_tree(tree: Any, function: Any) -> Any:
     """Applies a function to every leaf of nested dicts and lists."""
     if isinstance(tree, dict):
         return {key: map_tree(value, function) for key, value in tree.items()}
-    return [map_tree(value, function) for value in tree] if isinstance(tree, list) else function(tree)
+    return (
+        [map_tree(value, function) for value in tree] if isinstance(tree, list) else function(tree)
+    )
 
 
 def layout(tree: dict, prefix: str = "") -> list[list]:

@@ -9,7 +9,11 @@ from envs import usable_cpus
 from envs.robosuite.processes import Group, Process
 from envs.robosuite.simulation import CAMERAS, CONTROL_HZ, import_robosuite
 
-HORIZONS = {"Lift": 100, "PickPlaceCan": 200, "NutAssemblySquare": 300}  # of the paper; other tasks: 400
+HORIZONS = {
+    "Lift": 100,
+    "PickPlaceCan": 200,
+    "NutAssemblySquare": 300,
+}  # of the paper; other tasks: 400
 
 
 def episode_seed(seed: int, number: int, episode: int) -> int:
@@ -35,24 +39,54 @@ class RobosuiteEnv:
     control_hz, has_success = float(CONTROL_HZ), True
 
     def __init__(
-        self, env_id: str, num_envs: int, device: str | torch.device = "cpu", *, seed: int = 0, render_size: int = 84,
-        cameras: tuple[str, ...] = CAMERAS, look: Literal["plain", "full", "collision"] = "plain",
-        images: bool = True, asymmetric: bool = False, stagger: bool = False, max_episode_steps: int | None = None,
-        workers: int | None = None, env_kwargs: dict | None = None, end_on_success: bool = False,
-    ):  # fmt: skip
+        self,
+        env_id: str,
+        num_envs: int,
+        device: str | torch.device = "cpu",
+        *,
+        seed: int = 0,
+        render_size: int = 84,
+        cameras: tuple[str, ...] = CAMERAS,
+        look: Literal["plain", "full", "collision"] = "plain",
+        images: bool = True,
+        asymmetric: bool = False,
+        stagger: bool = False,
+        max_episode_steps: int | None = None,
+        workers: int | None = None,
+        env_kwargs: dict | None = None,
+        end_on_success: bool = False,
+    ):
         name = env_id.removeprefix("robosuite/")
         if num_envs < 1 or render_size < 4:
-            raise ValueError(f"num_envs must be at least 1, render_size at least 4; got {num_envs} and {render_size}")
+            raise ValueError(
+                f"num_envs must be at least 1, render_size at least 4; got {num_envs} and {render_size}"
+            )
         if look not in ("plain", "full", "collision"):
             raise ValueError(f"look must be 'plain', 'full' or 'collision', not {look!r}")
         if images and not cameras:
             raise ValueError("images need at least one camera")
-        self.env_id, self.num_envs, self.device = f"robosuite/{name}", num_envs, torch.device(device)
-        self.cameras, self.render_size, self.look, self.images = tuple(cameras), render_size, look, images
-        self.asymmetric, self.stagger, self.seed, self.end_on_success = asymmetric, stagger, seed, end_on_success
+        self.env_id, self.num_envs, self.device = (
+            f"robosuite/{name}",
+            num_envs,
+            torch.device(device),
+        )
+        self.cameras, self.render_size, self.look, self.images = (
+            tuple(cameras),
+            render_size,
+            look,
+            images,
+        )
+        self.asymmetric, self.stagger, self.seed, self.end_on_success = (
+            asymmetric,
+            stagger,
+            seed,
+            end_on_success,
+        )
         self.max_episode_steps = max_episode_steps or HORIZONS.get(name, 400)
         self.image_shape = (render_size, render_size, 3 * len(self.cameras))
-        kwargs = {"robots": ["Panda", "Panda"] if name.startswith("TwoArm") else "Panda"} | (env_kwargs or {})
+        kwargs = {"robots": ["Panda", "Panda"] if name.startswith("TwoArm") else "Panda"} | (
+            env_kwargs or {}
+        )
         self.env_args = {  # as robomimic names an environment
             "env_name": name, "type": 1,
             "env_kwargs": kwargs | {"control_freq": CONTROL_HZ} | (
@@ -88,7 +122,9 @@ class RobosuiteEnv:
         self.clock, self.started, self.episode = (np.zeros(n, np.int64) for _ in range(3))
         self.returns, self.success_once = torch.zeros(n), torch.zeros(n, dtype=torch.bool)
         self.nan_resets = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._actions: list[list[np.ndarray]] = [[] for _ in range(n)]  # of the running episodes, for `state_dict`
+        self._actions: list[list[np.ndarray]] = [
+            [] for _ in range(n)
+        ]  # of the running episodes, for `state_dict`
         self._last: list[dict[str, np.ndarray]] = []
         self.reset(seed)
         if stagger:
@@ -116,12 +152,15 @@ class RobosuiteEnv:
             if mine:
                 group.ask(method, mine)
                 asked.append((group, share))
-        return {int(share[k]): answer for group, share in asked for k, answer in group.receive().items()}
+        return {
+            int(share[k]): answer for group, share in asked for k, answer in group.receive().items()
+        }
 
     def _begin(self, numbers) -> None:
         """Begins the next episode of `numbers`."""
         for i, answer in self._call(
-            "reset", {int(i): (episode_seed(self.seed, int(i), int(self.episode[i])),) for i in numbers}
+            "reset",
+            {int(i): (episode_seed(self.seed, int(i), int(self.episode[i])),) for i in numbers},
         ).items():
             self._last[i], self._actions[i] = answer, []
         self.episode[numbers] += 1
@@ -130,16 +169,22 @@ class RobosuiteEnv:
 
     def _obs(self, answers: list[dict]) -> dict[str, torch.Tensor]:
         keys = ["state"] + ["privileged"] * self.asymmetric + ["rgb"] * self.images
-        return {k: torch.from_numpy(np.stack([a[k] for a in answers])).to(self.device) for k in keys}
+        return {
+            k: torch.from_numpy(np.stack([a[k] for a in answers])).to(self.device) for k in keys
+        }
 
     def fact(self, name: str) -> torch.Tensor:
         """One of the true quantities in `layout["privileged"]`, (N, size), such as "Can_pos"; for experts."""
         begin = 0
         for key, size in self.layout["privileged"]:
             if key == name:
-                return torch.from_numpy(np.stack([a["privileged"][begin : begin + size] for a in self._last]))
+                return torch.from_numpy(
+                    np.stack([a["privileged"][begin : begin + size] for a in self._last])
+                )
             begin += size
-        raise KeyError(f"{self.env_id} has no {name}; it has {', '.join(k for k, _ in self.layout['privileged'])}")
+        raise KeyError(
+            f"{self.env_id} has no {name}; it has {', '.join(k for k, _ in self.layout['privileged'])}"
+        )
 
     # ---- episodes ----------------------------------------------------------------------------------------------------
     def reset(self, seed: int | None = None) -> dict[str, torch.Tensor]:
@@ -187,7 +232,9 @@ class RobosuiteEnv:
             self.obs = self._obs(self._last)
         else:
             self.obs = final_obs
-        terminations, truncations = (x.to(self.device) for x in (terminations, torch.from_numpy(ends) & ~terminations))
+        terminations, truncations = (
+            x.to(self.device) for x in (terminations, torch.from_numpy(ends) & ~terminations)
+        )
         info = {"final_obs": final_obs, "success": success.to(self.device), "episode": episode}
         return self.obs, rewards.to(self.device), terminations, truncations, info
 
@@ -213,7 +260,9 @@ class RobosuiteEnv:
         """
         for name in ("env_id", "num_envs"):
             if saved[name] != getattr(self, name):
-                raise ValueError(f"saved environment has {name} {saved[name]!r}, this one has {getattr(self, name)!r}")
+                raise ValueError(
+                    f"saved environment has {name} {saved[name]!r}, this one has {getattr(self, name)!r}"
+                )
         self.seed = saved["seed"]
         self.episode[:] = saved["episode"].numpy() - 1
         self._begin(np.arange(self.num_envs))

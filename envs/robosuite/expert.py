@@ -23,11 +23,19 @@ import torch
 from envs import robosuite
 
 STEP, TURN = 0.05, 0.5  # metres and radians of a change at |action| = 1
-GAIN, TURN_GAIN = 1.6, 1.2  # of what is missing, asked for in one step; the controller covers a part of it
-HANDLE = 0.054  # metres from the square nut's centre to the middle of its handle, along the nut's x axis
+GAIN, TURN_GAIN = (
+    1.6,
+    1.2,
+)  # of what is missing, asked for in one step; the controller covers a part of it
+HANDLE = (
+    0.054  # metres from the square nut's centre to the middle of its handle, along the nut's x axis
+)
 PEG = (0.23, 0.10)  # of the square nut
 TABLE_TOP, PEG_TOP = 0.82, 0.95
-CAN_BIN = (0.155, 0.35)  # in the can's compartment, whose middle lies at the edge of the arm's reach
+CAN_BIN = (
+    0.155,
+    0.35,
+)  # in the can's compartment, whose middle lies at the edge of the arm's reach
 BIN_FLOOR = 0.8
 CALM = 0.006  # metres a step: slow enough to count as being there
 NEAR = 0.012  # metres beside the item: fingers that are farther off stay above it
@@ -122,11 +130,16 @@ class Expert:
     def __init__(self, env: robosuite.RobosuiteEnv):
         self.task = env.env_id.removeprefix("robosuite/")
         if self.task not in PHASES:
-            raise ValueError(f"there is no scripted expert for {env.env_id}; there are for {', '.join(PHASES)}")
+            raise ValueError(
+                f"there is no scripted expert for {env.env_id}; there are for {', '.join(PHASES)}"
+            )
         self.env, self.phases, self.item = env, PHASES[self.task], ITEMS[self.task]
         n = env.num_envs
         self.phase, self.clock = (torch.zeros(n, dtype=torch.int64) for _ in range(2))
-        self.grasp, self.final = torch.zeros(n), torch.zeros(n)  # turns of the gripper to pick and to put
+        self.grasp, self.final = (
+            torch.zeros(n),
+            torch.zeros(n),
+        )  # turns of the gripper to pick and to put
         self.spot = torch.zeros(n, 3)  # where the item is picked
         self.last = torch.zeros(n, 3)  # where the gripper was a step ago
         self.steps = torch.tensor([p.steps for p in self.phases])
@@ -140,7 +153,10 @@ class Expert:
         self.phase, self.clock = (torch.where(mask, 0, x) for x in (self.phase, self.clock))
         self.spot = torch.where(mask[:, None], self._hold(), self.spot)
         grasp, final = self._turns()
-        self.grasp, self.final = torch.where(mask, grasp, self.grasp), torch.where(mask, final, self.final)
+        self.grasp, self.final = (
+            torch.where(mask, grasp, self.grasp),
+            torch.where(mask, final, self.final),
+        )
 
     def act(self) -> torch.Tensor:
         """Actions (N, 7) for the present state; moves each environment on to its next phase where that is due."""
@@ -161,9 +177,13 @@ class Expert:
         place, turn = self._goal(gripper)
         missing = rotation_vector(pointing_down(turn) @ turned.transpose(1, 2))
         move = GAIN * (place - gripper) / STEP
-        move = move / move.abs().amax(1, keepdim=True).clamp_min(1.0)  # straight, as fast as the slowest axis allows
+        move = move / move.abs().amax(1, keepdim=True).clamp_min(
+            1.0
+        )  # straight, as fast as the slowest axis allows
         spin = (TURN_GAIN * missing / TURN).clamp(-1, 1)
-        closed = torch.tensor([1.0 if p.gripper == "close" else -1.0 for p in self.phases])[self.phase]
+        closed = torch.tensor([1.0 if p.gripper == "close" else -1.0 for p in self.phases])[
+            self.phase
+        ]
         return torch.cat((move, spin, closed[:, None]), 1)
 
     def _item(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -195,21 +215,29 @@ class Expert:
         cost = torch.maximum(finals.abs(), grasps.abs()) + 0.01 * finals.abs() + 10.0 * away
         best = cost.flatten(1).argmin(1, keepdim=True)
         grasps = grasps.expand_as(finals)
-        return grasps.flatten(1).gather(1, best).squeeze(1), finals.flatten(1).gather(1, best).squeeze(1)
+        return grasps.flatten(1).gather(1, best).squeeze(1), finals.flatten(1).gather(
+            1, best
+        ).squeeze(1)
 
     def _goal(self, gripper: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the gripper belongs in each environment's present phase: place (N, 3) and turn (N,)."""
         item, at = self._item()[0], self._hold()
         height = lambda place, z: torch.cat((place[:, :2], torch.full_like(place[:, 2:], z)), 1)  # noqa: E731
-        raise_to = {"Lift": TABLE_TOP + 0.12, "PickPlaceCan": 1.02, "NutAssemblySquare": 1.02}[self.task]
+        raise_to = {"Lift": TABLE_TOP + 0.12, "PickPlaceCan": 1.02, "NutAssemblySquare": 1.02}[
+            self.task
+        ]
         goal = gripper
         if self.task == "PickPlaceCan":
             goal = gripper + item.new_tensor((*CAN_BIN, 0.0)) - item
         elif self.task == "NutAssemblySquare":
             goal = gripper + item.new_tensor((*PEG, 0.0)) - item
         hang = gripper[:, 2] - item[:, 2]  # the gripper over the item that it holds
-        low = {"PickPlaceCan": BIN_FLOOR + 0.09, "NutAssemblySquare": TABLE_TOP + 0.08}.get(self.task, 0.0)
-        over = {"PickPlaceCan": BIN_FLOOR + 0.17, "NutAssemblySquare": PEG_TOP + 0.05}.get(self.task, 0.0)
+        low = {"PickPlaceCan": BIN_FLOOR + 0.09, "NutAssemblySquare": TABLE_TOP + 0.08}.get(
+            self.task, 0.0
+        )
+        over = {"PickPlaceCan": BIN_FLOOR + 0.17, "NutAssemblySquare": PEG_TOP + 0.05}.get(
+            self.task, 0.0
+        )
         aside = (at - gripper)[:, :2].norm(dim=1) > NEAR
         open_at = at + at.new_tensor((0.0, 0.0, 0.05)) * (aside & (self.phase < 2))[:, None]
         places = {
@@ -261,7 +289,9 @@ def main(args: Args) -> None:
     """The command line of this module."""
     print("| task | success | mean steps to success | CPU ms a step |\n|---|---:|---:|---:|")
     for task in args.tasks:
-        env = robosuite.make(task, args.num_envs, "cpu", seed=args.seed, images=False, stagger=False)
+        env = robosuite.make(
+            task, args.num_envs, "cpu", seed=args.seed, images=False, stagger=False
+        )
         expert = Expert(env)
         begin = time.process_time()
         found = run(env, expert, args.episodes)

@@ -74,14 +74,18 @@ class Process:
             self._died()
         if not fine:
             kind, line = answer
-            raise {"ValueError": ValueError, "ImportError": ImportError}.get(kind, RuntimeError)(line or kind)
+            raise {"ValueError": ValueError, "ImportError": ImportError}.get(kind, RuntimeError)(
+                line or kind
+            )
         return answer[0]
 
     def _died(self):
         self.process.join(5)
         status = self.process.exitcode
         hint = "; out of memory? use fewer --num-envs" if status == -signal.SIGKILL else ""
-        raise RuntimeError(f"a process of robosuite environments has ended with status {status}{hint}") from None
+        raise RuntimeError(
+            f"a process of robosuite environments has ended with status {status}{hint}"
+        ) from None
 
     def close(self) -> None:
         self.pipe.close()

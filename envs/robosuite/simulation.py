@@ -36,14 +36,18 @@ def import_robosuite(name: str):
             if name in DEXMIMICGEN and importlib.util.find_spec("dexmimicgen") is not None:
                 importlib.import_module("dexmimicgen")
     except Exception as error:
-        raise ImportError(f"robosuite cannot be imported ({str(error).splitlines()[0]}): make robosuite") from None
+        raise ImportError(
+            f"robosuite cannot be imported ({str(error).splitlines()[0]}): make robosuite"
+        ) from None
     if name not in robosuite.ALL_ENVIRONMENTS:
         if name in DEXMIMICGEN:
             raise ImportError(
                 f"{name} is a task of DexMimicGen, which is not installed; no package index has it: install it from "
                 "its authors' repository, with robosuite 1.5"
             )
-        raise ValueError(f"robosuite has no task {name!r}; it has {', '.join(sorted(robosuite.ALL_ENVIRONMENTS))}")
+        raise ValueError(
+            f"robosuite has no task {name!r}; it has {', '.join(sorted(robosuite.ALL_ENVIRONMENTS))}"
+        )
     return robosuite
 
 
@@ -64,14 +68,21 @@ class Painter:
             self.gl.make_current()
             self.context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
         except Exception as error:
-            install = {"osmesa": "libosmesa6"}.get(os.environ["MUJOCO_GL"], "libegl1 libgl1-mesa-dri")
+            install = {"osmesa": "libosmesa6"}.get(
+                os.environ["MUJOCO_GL"], "libegl1 libgl1-mesa-dri"
+            )
             said = next(iter(str(error).splitlines()), type(error).__name__)
-            raise RuntimeError(f"no image can be drawn here ({said}): sudo apt-get install {install}") from None
+            raise RuntimeError(
+                f"no image can be drawn here ({said}): sudo apt-get install {install}"
+            ) from None
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
         self.scene = mujoco.MjvScene(model, maxgeom=2000)
         self.option, self.camera = mujoco.MjvOption(), mujoco.MjvCamera()
         self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
-        self.option.geomgroup[0], self.option.geomgroup[1] = look == "collision", look != "collision"
+        self.option.geomgroup[0], self.option.geomgroup[1] = (
+            look == "collision",
+            look != "collision",
+        )
         if look != "full":
             self.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
             self.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
@@ -84,7 +95,9 @@ class Painter:
         self.gl.make_current()
         self.camera.fixedcamid = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_CAMERA, camera)
         everything = mujoco.mjtCatBit.mjCAT_ALL.value
-        mujoco.mjv_updateScene(self.model, data, self.option, None, self.camera, everything, self.scene)
+        mujoco.mjv_updateScene(
+            self.model, data, self.option, None, self.camera, everything, self.scene
+        )
         mujoco.mjr_render(self.area, self.scene, self.context)
         mujoco.mjr_readPixels(self.buffer, None, self.area, self.context)
         return self.buffer[::-1].copy()
@@ -116,14 +129,24 @@ class Simulation:
             raise ValueError(f"the actions of {name} are not in [-1, 1], but from {low} to {high}")
         self.painters: dict[tuple, Painter] = {}
         obs = self.env.reset()
-        parts = [k for k in obs if k.startswith("robot") and k.endswith(STATE_PARTS) and not k.endswith("-state")]
-        self.state_keys = sorted(parts, key=lambda k: (k[: k.index(_part(k))], STATE_PARTS.index(_part(k))))
+        parts = [
+            k
+            for k in obs
+            if k.startswith("robot") and k.endswith(STATE_PARTS) and not k.endswith("-state")
+        ]
+        self.state_keys = sorted(
+            parts, key=lambda k: (k[: k.index(_part(k))], STATE_PARTS.index(_part(k)))
+        )
         # Names and sizes of what makes up state and object-state, in their order.
-        active = [k for k, o in self.env._observables.items() if o.modality == "object" and k in obs]
+        active = [
+            k for k, o in self.env._observables.items() if o.modality == "object" and k in obs
+        ]
         model = self.env.sim.model._model
         known = [model.camera(i).name for i in range(model.ncam)]
         if set(cameras) - set(known):
-            raise ValueError(f"{name} has no camera {', '.join(set(cameras) - set(known))}; it has {', '.join(known)}")
+            raise ValueError(
+                f"{name} has no camera {', '.join(set(cameras) - set(known))}; it has {', '.join(known)}"
+            )
         self.facts = {
             "action_dim": len(low), "state": [(k, obs[k].size) for k in self.state_keys],
             "objects": [(k, int(np.size(obs[k]))) for k in active],
@@ -146,7 +169,9 @@ class Simulation:
         privileged = np.concatenate((state, obs.get("object-state", ())))
         answer = {"state": state.astype(np.float32), "privileged": privileged.astype(np.float32)}
         if self.images:
-            answer["rgb"] = np.concatenate([self.image(c, self.size, self.look) for c in self.cameras], -1)
+            answer["rgb"] = np.concatenate(
+                [self.image(c, self.size, self.look) for c in self.cameras], -1
+            )
         return answer | {"success": np.bool_(self.env._check_success()), "sane": np.bool_(sane)}
 
     def image(self, camera: str, size: int, look: str) -> np.ndarray:

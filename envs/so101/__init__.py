@@ -25,7 +25,9 @@ try:
     import mujoco_warp  # noqa: F401
     import warp
 except ImportError as error:
-    raise ImportError(f'SO-101 tasks need MuJoCo and MuJoCo Warp: pip install -e ".[so101]"  ({error})') from None
+    raise ImportError(
+        f'SO-101 tasks need MuJoCo and MuJoCo Warp: pip install -e ".[so101]"  ({error})'
+    ) from None
 
 warp.config.log_level = warp.LOG_WARNING  # no line for every kernel that is loaded
 

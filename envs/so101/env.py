@@ -1,6 +1,5 @@
 """The batched SO-101 environment: episodes, control steps, observations, saved states."""
 
-
 import numpy as np
 import torch
 
@@ -38,28 +37,57 @@ class SO101Env:
     action_dim, state_dim, max_episode_steps, control_hz = 6, 12, HORIZON, CONTROL_HZ
 
     def __init__(
-        self, env_id: str, num_envs: int, device: str | torch.device = "cpu", *, seed: int = 0, render_size: int = 16,
-        samples_per_pixel: int = 4, cameras: tuple[str, ...] = ("wrist",), domain_randomization: bool = True,
-        randomization: Randomization | None = None, asymmetric: bool = False, stagger: bool = False,
-        engine: str = "auto", asset_dir: str | None = None, threads: int | None = None, images: bool = True,
+        self,
+        env_id: str,
+        num_envs: int,
+        device: str | torch.device = "cpu",
+        *,
+        seed: int = 0,
+        render_size: int = 16,
+        samples_per_pixel: int = 4,
+        cameras: tuple[str, ...] = ("wrist",),
+        domain_randomization: bool = True,
+        randomization: Randomization | None = None,
+        asymmetric: bool = False,
+        stagger: bool = False,
+        engine: str = "auto",
+        asset_dir: str | None = None,
+        threads: int | None = None,
+        images: bool = True,
         end_on_success: bool = False,
-    ):  # fmt: skip
+    ):
         if env_id not in TASKS:
             raise ValueError(f"unknown SO-101 task {env_id!r}; known: {', '.join(TASKS)}")
         if num_envs < 1 or render_size < 4:
-            raise ValueError(f"num_envs must be at least 1, render_size at least 4; got {num_envs} and {render_size}")
+            raise ValueError(
+                f"num_envs must be at least 1, render_size at least 4; got {num_envs} and {render_size}"
+            )
         if not cameras or set(cameras) - {"wrist", "third"}:
             raise ValueError(f"cameras must be one or more of 'wrist', 'third', not {cameras!r}")
-        self.env_id, self.task, self.num_envs, self.device = env_id, TASKS[env_id], num_envs, torch.device(device)
+        self.env_id, self.task, self.num_envs, self.device = (
+            env_id,
+            TASKS[env_id],
+            num_envs,
+            torch.device(device),
+        )
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
         if engine == "auto":
             engine = "warp" if self.device.type == "cuda" else "mujoco"
         if engine not in ("warp", "mujoco") or (engine == "mujoco" and self.device.type != "cpu"):
-            raise ValueError(f"engine {engine!r} cannot run on {self.device}: 'mujoco' is for the CPU, 'warp' for both")
-        self.engine, self.cameras, self.asymmetric, self.stagger = engine, tuple(cameras), asymmetric, stagger
+            raise ValueError(
+                f"engine {engine!r} cannot run on {self.device}: 'mujoco' is for the CPU, 'warp' for both"
+            )
+        self.engine, self.cameras, self.asymmetric, self.stagger = (
+            engine,
+            tuple(cameras),
+            asymmetric,
+            stagger,
+        )
         self.images = images  # False: no rgb key; for tests, scripted controllers and policies of the true state
-        self.end_on_success = end_on_success  # True: success terminates an episode, as sparse rewards want it
+        self.end_on_success = (
+            end_on_success  # True: success terminates an episode, as sparse rewards want it
+        )
         dr = randomization or Randomization()
         self.dr = dr if domain_randomization else dr.off()
         self.render_size, self.samples_per_pixel = render_size, samples_per_pixel
@@ -68,8 +96,12 @@ class SO101Env:
 
         self.mjm = build_model(self.task, asset_dir)
         warp_device = str(self.device)
-        self.scene = Scene(self.mjm, num_envs, warp_device, self.cameras, render_size, samples_per_pixel)
-        m0 = torch.tensor(self.mjm.dof_M0, dtype=torch.float32, device=self.device).repeat(num_envs, 1)
+        self.scene = Scene(
+            self.mjm, num_envs, warp_device, self.cameras, render_size, samples_per_pixel
+        )
+        m0 = torch.tensor(self.mjm.dof_M0, dtype=torch.float32, device=self.device).repeat(
+            num_envs, 1
+        )
         self.fields = {**self.scene.fields, "dof_M0": m0}
         self.nominal = {name: field[0].clone() for name, field in self.fields.items()}
         if engine == "warp":
@@ -81,7 +113,12 @@ class SO101Env:
         self.small = None
         if stagger and images and 2 * self.resets_at_once <= num_envs:
             self.small = Scene(
-                self.mjm, self.resets_at_once, warp_device, self.cameras, render_size, samples_per_pixel
+                self.mjm,
+                self.resets_at_once,
+                warp_device,
+                self.cameras,
+                render_size,
+                samples_per_pixel,
             )
         self._human = {}
 
@@ -95,11 +132,18 @@ class SO101Env:
         self.joint_high = torch.tensor(m.jnt_range[:6, 1], dtype=torch.float32, device=dev)
         self.action_scale = torch.tensor(ACTION_SCALE, device=dev)
         self.start_pose = torch.tensor(START_POSE, device=dev)
-        self.target_low, self.target_high = self.joint_low + JOINT_MARGIN, self.joint_high - JOINT_MARGIN
+        self.target_low, self.target_high = (
+            self.joint_low + JOINT_MARGIN,
+            self.joint_high - JOINT_MARGIN,
+        )
         self.tracking_error = torch.tensor(TRACKING_ERROR, device=dev)
         period = 1 / CONTROL_HZ
-        self.most_move = torch.tensor([v * period for v in VELOCITY_LIMIT], device=dev)  # radians a control step
-        self.most_gain = torch.tensor([a * period**2 for a in ACCELERATION_LIMIT], device=dev)  # more than the last one
+        self.most_move = torch.tensor(
+            [v * period for v in VELOCITY_LIMIT], device=dev
+        )  # radians a control step
+        self.most_gain = torch.tensor(
+            [a * period**2 for a in ACCELERATION_LIMIT], device=dev
+        )  # more than the last one
         n = num_envs
         self.generator = torch.Generator(device=dev)
         self.target, self.old_target = (torch.zeros(n, 6, device=dev) for _ in range(2))
@@ -107,15 +151,25 @@ class SO101Env:
         self.qpos, self.qvel = torch.zeros(n, m.nq, device=dev), torch.zeros(n, m.nv, device=dev)
         self.first_qpos = torch.zeros(n, m.nq, device=dev)
         self.contact = torch.zeros(n, m.nsensordata, device=dev)
-        self.item_half = torch.zeros(n, 3, device=dev)  # half extents of the item: x, y (or radius twice), z
-        self.support_half = torch.zeros(n, 3, device=dev)  # ... of the support; bin: inner x, inner y, wall height
-        self.support_z = torch.zeros(n, device=dev)  # height of the support's frame over its underside
+        self.item_half = torch.zeros(
+            n, 3, device=dev
+        )  # half extents of the item: x, y (or radius twice), z
+        self.support_half = torch.zeros(
+            n, 3, device=dev
+        )  # ... of the support; bin: inner x, inner y, wall height
+        self.support_z = torch.zeros(
+            n, device=dev
+        )  # height of the support's frame over its underside
         self.friction, self.mass = torch.zeros(n, device=dev), torch.zeros(n, device=dev)
         self.returns = torch.zeros(n, device=dev)
         self.success_once = torch.zeros(n, dtype=torch.bool, device=dev)
         self.nan_resets = torch.zeros((), dtype=torch.int64, device=dev)
-        self.clock = np.zeros(n, dtype=np.int64)  # steps taken in the running episode; on the host, so nothing waits
-        self.started = np.zeros(n, dtype=np.int64)  # the clock value at which the running episode began
+        self.clock = np.zeros(
+            n, dtype=np.int64
+        )  # steps taken in the running episode; on the host, so nothing waits
+        self.started = np.zeros(
+            n, dtype=np.int64
+        )  # the clock value at which the running episode began
         self.obs = self.reset(seed, _stagger=stagger)
 
     # ---- description -------------------------------------------------------------------------------------------------
@@ -161,7 +215,9 @@ class SO101Env:
         following = self._next_target(actions)
         self.old_target.copy_(self.target)
         self.target.copy_(following)
-        self.qpos, self.qvel, self.contact, sane = self.physics.step(self.old_target, self.target, self.delay)
+        self.qpos, self.qvel, self.contact, sane = self.physics.step(
+            self.old_target, self.target, self.delay
+        )
         bad = ~sane
         self._restart_diverged(bad)
         self._kinematics()
@@ -173,7 +229,9 @@ class SO101Env:
         if self.end_on_success:
             terminations, out = success, out | success.cpu().numpy()
         numbers = np.flatnonzero(out).tolist()
-        truncations = torch.from_numpy(self.clock == HORIZON).to(self.device, non_blocking=True) | bad
+        truncations = (
+            torch.from_numpy(self.clock == HORIZON).to(self.device, non_blocking=True) | bad
+        )
         truncations &= ~terminations
         length = torch.from_numpy(self.clock - self.started).to(self.device, non_blocking=True)
         self.returns += reward
@@ -184,7 +242,9 @@ class SO101Env:
         }  # fmt: skip
         before = self._observe(self._images())
         final_obs = before
-        if self.device.type == "cuda" or bad.any():  # what diverged has no next state: keep its last observation
+        if (
+            self.device.type == "cuda" or bad.any()
+        ):  # what diverged has no next state: keep its last observation
             final_obs = {k: torch.where(_like(bad, v), self.obs[k], v) for k, v in before.items()}
         self.returns.masked_fill_(bad, 0.0)
         self.success_once &= sane
@@ -208,7 +268,10 @@ class SO101Env:
             return
         self.nan_resets += bad.sum()
         mask = bad[:, None]
-        self.qpos, self.qvel = torch.where(mask, self.first_qpos, self.qpos), self.qvel.masked_fill(mask, 0.0)
+        self.qpos, self.qvel = (
+            torch.where(mask, self.first_qpos, self.qpos),
+            self.qvel.masked_fill(mask, 0.0),
+        )
         self.contact = self.contact.masked_fill(mask, 0.0)
         for target in (self.target, self.old_target):
             target.copy_(torch.where(mask, self.first_qpos[:, :6], target))
@@ -219,7 +282,9 @@ class SO101Env:
         idx = torch.tensor(numbers, device=self.device)
         episodes.begin(self, idx, numbers)
         self.clock[numbers] = self.started[numbers] = 0
-        scene, rows = (self.small, slice(0, len(numbers))) if self.small is not None else (self.scene, idx)
+        scene, rows = (
+            (self.small, slice(0, len(numbers))) if self.small is not None else (self.scene, idx)
+        )
         if scene is self.small and len(numbers) > scene.n:
             scene, rows = self.scene, idx
         if scene is self.small:
@@ -250,7 +315,9 @@ class SO101Env:
         if rgb is not None:
             obs["rgb"] = rgb
         if self.asymmetric:
-            obs["privileged"] = self._privileged(idx, self.scene.site_xpos if site_xpos is None else site_xpos)
+            obs["privileged"] = self._privileged(
+                idx, self.scene.site_xpos if site_xpos is None else site_xpos
+            )
         return obs
 
     def _privileged(self, idx, site_xpos) -> torch.Tensor:
@@ -261,8 +328,13 @@ class SO101Env:
         """
         qpos, qvel, contact = self.qpos[idx], self.qvel[idx], self.contact[idx]
         n, item, vel = len(qpos), self._q["item"], self._v["item"]
-        support = qpos[:, self._q["support"] :][:, :7] if self.task.support else qpos.new_zeros(n, 7)
-        forces = [rewards.force(self, name, contact).tanh() for name in ("fixed_item", "jaw_item", "robot_table")]
+        support = (
+            qpos[:, self._q["support"] :][:, :7] if self.task.support else qpos.new_zeros(n, 7)
+        )
+        forces = [
+            rewards.force(self, name, contact).tanh()
+            for name in ("fixed_item", "jaw_item", "robot_table")
+        ]
         if self.task.support:
             forces.append(rewards.force(self, "robot_support", contact).tanh())
         else:
@@ -272,6 +344,7 @@ class SO101Env:
             qvel[:, vel : vel + 6], support, self.item_half[idx], self.support_half[idx], torch.stack(forces, 1),
             self.friction[idx, None], 100 * self.mass[idx, None],
         ), 1)  # fmt: skip
+
     # ---- the present state -----------------------------------------------------------------------------------------
     @property
     def tcp(self) -> torch.Tensor:
@@ -300,7 +373,9 @@ class SO101Env:
         worlds = list(worlds)
         key = (len(worlds), size, camera)
         if key not in self._human:
-            self._human[key] = Scene(self.mjm, len(worlds), str(self.device), (camera,), size, 4, table=True)
+            self._human[key] = Scene(
+                self.mjm, len(worlds), str(self.device), (camera,), size, 4, table=True
+            )
         scene = self._human[key]
         idx = torch.tensor(worlds, device=self.device)
         for name, field in scene.fields.items():
@@ -329,7 +404,9 @@ class SO101Env:
         """Continues where `state_dict` was taken, bit for bit on a CPU. Raises ValueError on another set-up."""
         for name in ("env_id", "num_envs", "engine"):
             if saved[name] != getattr(self, name):
-                raise ValueError(f"saved environment has {name} {saved[name]!r}, this one has {getattr(self, name)!r}")
+                raise ValueError(
+                    f"saved environment has {name} {saved[name]!r}, this one has {getattr(self, name)!r}"
+                )
         for name, value in saved["fields"].items():
             self.fields[name].copy_(value)
         for name, value in saved["tensors"].items():

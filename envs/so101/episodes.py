@@ -121,14 +121,18 @@ def _draw_objects(env, fields: dict, idx: torch.Tensor, rand) -> tuple[dict, dic
     radius, height = rand(dr.can_diameter) / 2, rand(dr.can_height) / 2
     half["can"] = torch.stack((radius, radius, height), 1)
     half["large_cube"] = rand(dr.large_cube_size, 1).expand(m, 3) / 2
-    half["bin"] = torch.stack((rand(dr.bin_width) / 2, rand(dr.bin_length) / 2, rand(dr.bin_wall)), 1)
+    half["bin"] = torch.stack(
+        (rand(dr.bin_width) / 2, rand(dr.bin_length) / 2, rand(dr.bin_wall)), 1
+    )
     item = half[env.task.item]
     mass, item_z = _write_object(env, fields, "item", env.task.item, item, factor, friction)
     env.item_half[idx] = item
     heights = {"item": item_z}
     if env.task.support:
         below = half[env.task.support]
-        _, heights["support"] = _write_object(env, fields, "support", env.task.support, below, factor, friction)
+        _, heights["support"] = _write_object(
+            env, fields, "support", env.task.support, below, factor, friction
+        )
         env.support_half[idx], env.support_z[idx] = below, heights["support"]
     env.friction[idx], env.mass[idx] = friction, mass
     for name in ("fixed_finger", "moving_finger"):
@@ -175,7 +179,9 @@ def _draw_cameras(env, fields: dict, sym) -> None:
         fields["cam_pos"][:, cam] += sym(shift, 3)
         angles = sym(turn, 3)
         small = torch.cat((torch.ones_like(angles[:, :1]), angles / 2), 1)
-        fields["cam_quat"][:, cam] = quat_mul(fields["cam_quat"][:, cam], small / small.norm(dim=1, keepdim=True))
+        fields["cam_quat"][:, cam] = quat_mul(
+            fields["cam_quat"][:, cam], small / small.norm(dim=1, keepdim=True)
+        )
         fields["cam_fovy"][:, cam] += sym(fovy)
 
 
@@ -196,7 +202,9 @@ def _draw_poses(env, m: int, half: dict, heights: dict) -> torch.Tensor:
         around = other[:, 0] if env.task.support == "can" else other[:, :2].norm(dim=1)
         gap = (places - support_xy[:, None]).norm(dim=-1) - (reach + around + 0.01)[:, None]
         # The first of the tries that is clear; if none is, the farthest.
-        first = torch.where(gap >= 0, torch.arange(RANDOM_TRIES, 0, -1, device=dev), gap.clamp(-0.9, 0)).argmax(1)
+        first = torch.where(
+            gap >= 0, torch.arange(RANDOM_TRIES, 0, -1, device=dev), gap.clamp(-0.9, 0)
+        ).argmax(1)
         item_xy = places.gather(1, first[:, None, None].expand(m, 1, 2)).squeeze(1)
         _write_pose(qpos, env._q["support"], support_xy, heights["support"], yaws[:, 1])
     _write_pose(qpos, env._q["item"], item_xy, heights["item"], yaws[:, 0])
@@ -250,7 +258,9 @@ def _write_object(env, f, name, shape, half, factor, friction):
     inertia = (masses[..., None] * (own + (places**2).sum(-1, keepdim=True) - places**2)).sum(1)
     f["geom_size"][:, geoms], f["geom_pos"][:, geoms] = sizes, places
     f["geom_rbound"][:, geoms] = torch.where(
-        torch.tensor(shape == "can", device=env.device), sizes[..., :2].norm(dim=-1), sizes.norm(dim=-1)
+        torch.tensor(shape == "can", device=env.device),
+        sizes[..., :2].norm(dim=-1),
+        sizes.norm(dim=-1),
     )
     f["geom_aabb"][:, geoms] = torch.stack((torch.zeros_like(extents), extents), 2)
     f["geom_friction"][:, geoms, 0] = friction[:, None]

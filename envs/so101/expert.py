@@ -32,7 +32,10 @@ from envs.so101.rotations import quat_to_mat
 
 # The fingers, in the gripper's frame: fingers point along -z, the jaw opens towards +x.
 FIXED_FACE = -0.002  # x of the fixed finger's inner face
-FINGERTIPS, TIP_END = -0.094, -0.105  # z of the middle of the fingers' gripping ends, and of their lowest point
+FINGERTIPS, TIP_END = (
+    -0.094,
+    -0.105,
+)  # z of the middle of the fingers' gripping ends, and of their lowest point
 FINGER_HALF_WIDTH, FINGER_THICKNESS = 0.0105, 0.008
 # Beyond the item and the clearance, seen along the opening direction: the fixed finger, its root, the open jaw.
 FINGER_REACH, ROOT_REACH, JAW_REACH = 0.012, 0.020, 0.024
@@ -81,9 +84,13 @@ class Arm:
     """Forward and inverse kinematics of the five arm joints, batched, from the frames of the MuJoCo model."""
 
     def __init__(self, mjm, device: torch.device):
-        bodies = [mjm.body(name).id for name in ("shoulder", "upper_arm", "lower_arm", "wrist", "gripper")]
+        bodies = [
+            mjm.body(name).id for name in ("shoulder", "upper_arm", "lower_arm", "wrist", "gripper")
+        ]
         if (mjm.jnt_axis[:5] != (0, 0, 1)).any() or mjm.jnt_pos[:5].any():
-            raise ValueError("the arm's joints must turn about the z axes of their bodies, through the origins")
+            raise ValueError(
+                "the arm's joints must turn about the z axes of their bodies, through the origins"
+            )
         tensor = lambda array: torch.tensor(array, dtype=torch.float32, device=device)  # noqa: E731
         self.offset = tensor(mjm.body_pos[bodies])  # (5, 3), in the parent's frame
         self.turn = quat_to_mat(tensor(mjm.body_quat[bodies]))  # (5, 3, 3)
@@ -92,8 +99,13 @@ class Arm:
     def forward(self, q: torch.Tensor):
         """Joints (N, 5) -> origins (N, 5, 3) and rotations (N, 5, 3, 3) of the links; the last is the gripper."""
         cos, sin, zero, one = q.cos(), q.sin(), torch.zeros_like(q), torch.ones_like(q)
-        about_z = torch.stack((cos, -sin, zero, sin, cos, zero, zero, zero, one), -1).view(*q.shape, 3, 3)
-        origin, rotation = q.new_zeros(len(q), 3), torch.eye(3, device=q.device).expand(len(q), 3, 3)
+        about_z = torch.stack((cos, -sin, zero, sin, cos, zero, zero, zero, one), -1).view(
+            *q.shape, 3, 3
+        )
+        origin, rotation = (
+            q.new_zeros(len(q), 3),
+            torch.eye(3, device=q.device).expand(len(q), 3, 3),
+        )
         origins, rotations = [], []
         for joint in range(5):
             origin = origin + rotation @ self.offset[joint]
@@ -119,7 +131,9 @@ class Arm:
             reached = origins[:, 4] + torch.einsum("nij,nj->ni", rotations[:, 4], tool)
             arms = reached[:, None] - origins[:, :4]
             jacobian = torch.linalg.cross(rotations[:, :4, :, 2], arms, dim=-1)  # (N, 4 joints, 3)
-            lean = 0.1 * (math.pi / 2 - tilt - q[:, 1:4].sum(1))  # 0.1 m: an angle's weight against a distance
+            lean = 0.1 * (
+                math.pi / 2 - tilt - q[:, 1:4].sum(1)
+            )  # 0.1 m: an angle's weight against a distance
             rows = torch.cat((jacobian.transpose(1, 2), pitch), 1)  # (N, 4 equations, 4 joints)
             error = torch.cat((place - reached, lean[:, None]), 1)[..., None]
             normal = rows.transpose(1, 2) @ rows + damping
@@ -159,7 +173,9 @@ class Expert:
         self.phase[rows] = self.clock[rows] = 0
         self.origin = torch.where(mask[:, None], self.env.pose("item")[0], self.origin)
         self.heading = torch.where(mask, self._choose_heading(), self.heading)
-        self.held = torch.where(mask[:, None], self._grip(torch.zeros_like(self.heading)), self.held)
+        self.held = torch.where(
+            mask[:, None], self._grip(torch.zeros_like(self.heading)), self.held
+        )
         self.tilts[:, rows] = self._choose_tilts(rows)
         self.roll = self._roll(self.tilts[0])
 
@@ -175,9 +191,13 @@ class Expert:
         place, tool = self._now()
         lean = math.pi / 2 - self._tilt() - env.qpos[:, 1:4].sum(1)
         turned = torch.maximum(lean.abs(), (self.roll - env.qpos[:, 4]).abs()) < 0.15
-        near = (self.arm.place_of(env.qpos[:, :5], tool) - place).norm(dim=1) < self.tolerance[self.phase]
+        near = (self.arm.place_of(env.qpos[:, :5], tool) - place).norm(dim=1) < self.tolerance[
+            self.phase
+        ]
         there = near & turned
-        done = (self._is("until", "there") & there) | (self._is("until", "grasped") & env.facts()["grasped"])
+        done = (self._is("until", "there") & there) | (
+            self._is("until", "grasped") & env.facts()["grasped"]
+        )
         done |= self.clock >= self.steps[self.phase]
         done &= self.phase < len(self.phases) - 1
         self.phase += done
@@ -191,7 +211,9 @@ class Expert:
         arm = change / change.abs().amax(1, keepdim=True).clamp_min(1.0)
 
         # Jaw: open wide enough for the item, unless the phase says else.
-        angle = (2 * env.item_half[:, 0] + 2 * CLEARANCE + 0.002) / 0.075  # the jaw's tip moves 75 mm a radian
+        angle = (
+            2 * env.item_half[:, 0] + 2 * CLEARANCE + 0.002
+        ) / 0.075  # the jaw's tip moves 75 mm a radian
         angle = torch.where(self._is("jaw", "release"), angle - RELEASE, angle)
         angle = torch.where(self._is("jaw", "close"), env.joint_low[5], angle)
         angle = torch.where(self._is("jaw", "hold"), env.qpos[:, 5] - HOLD, angle)
@@ -205,7 +227,9 @@ class Expert:
 
     def _is(self, field: str, *values: str | bool) -> torch.Tensor:
         """Mask (N,) of the environments whose present phase has one of `values` in `field`."""
-        return torch.tensor([getattr(p, field) in values for p in self.phases], device=self.env.device)[self.phase]
+        return torch.tensor(
+            [getattr(p, field) in values for p in self.phases], device=self.env.device
+        )[self.phase]
 
     # ---- places ------------------------------------------------------------------------------------------------------
     def _grip(self, tilt: torch.Tensor | None = None) -> torch.Tensor:
@@ -224,25 +248,37 @@ class Expert:
         side = FINGER_HALF_WIDTH * (tilt.sin() * self.heading.cos()).abs()
         lower = lean.abs() * (half[:, 0] + CLEARANCE + FINGER_THICKNESS)
         z = TIP_END + (half[:, 2] - side - lower) / tilt.cos()
-        return torch.stack((x, torch.zeros_like(x), z.clamp_max(FINGERTIPS) - (half[:, 2] - 0.014).clamp_min(0.0)), 1)
+        return torch.stack(
+            (x, torch.zeros_like(x), z.clamp_max(FINGERTIPS) - (half[:, 2] - 0.014).clamp_min(0.0)),
+            1,
+        )
 
-    def _places(self, grip: torch.Tensor | None = None) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def _places(
+        self, grip: torch.Tensor | None = None
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Name -> (place (N, 3) in the world, tool (N, 3) in the gripper's frame that belongs there)."""
         env, grip = self.env, self._grip() if grip is None else grip
         item, _ = env.pose("item")
         up = item.new_tensor((0.0, 0.0, 1.0))
         half = env.item_half[:, 2:]
-        closed = item.new_tensor((0.004, 0.0, -0.096)).expand_as(item)  # middle of the tips with the jaw shut
+        closed = item.new_tensor((0.004, 0.0, -0.096)).expand_as(
+            item
+        )  # middle of the tips with the jaw shut
         places = {
             "over_item": (item + (half + 0.02) * up, closed),
-            "above_item": (item, grip - (half + 0.03) * up),  # backwards along the fingers, which needs less reach
+            "above_item": (
+                item,
+                grip - (half + 0.03) * up,
+            ),  # backwards along the fingers, which needs less reach
             "at_item": (item, grip),
             "home": (item, grip),
         }
         if env.task.support:
             support, turn = env.pose("support")
             in_bin = env.task.support == "bin"
-            floor = so101.BIN_THICKNESS - env.support_z[:, None] if in_bin else env.support_half[:, 2:]
+            floor = (
+                so101.BIN_THICKNESS - env.support_z[:, None] if in_bin else env.support_half[:, 2:]
+            )
             goal = support + (floor + half) * turn[:, :, 2]
             # Into a bin, cubes are dropped from 12 mm, which keeps the fingers off its walls and floor.
             drop = (0.012 if env.task.item == "cube" else 0.004) if in_bin else 0.002
@@ -277,7 +313,9 @@ class Expert:
         right = torch.atan2(item[:, 1], item[:, 0]) - math.pi / 2
         if env.task.item == "cube":
             face = torch.atan2(turn[:, 1, 0], turn[:, 0, 0]) - right
-            face = face - (face / (math.pi / 2)).round() * (math.pi / 2)  # the nearest side, in [-pi/4, pi/4]
+            face = face - (face / (math.pi / 2)).round() * (
+                math.pi / 2
+            )  # the nearest side, in [-pi/4, pi/4]
             heading = face[:, None] + face.new_tensor((-math.pi / 2, 0.0, math.pi / 2))
         else:
             heading = item.new_tensor((-1.1, -0.8, -0.4, 0.0, 0.4, 0.8, 1.1)).expand(len(item), -1)
@@ -288,12 +326,19 @@ class Expert:
             angle = right[:, None] + heading
             opening = torch.stack((angle.cos(), angle.sin()), -1)  # (N, candidates, 2)
             away = (env.pose("support")[0] - item)[:, None, :2]
-            along, across = (away * opening).sum(-1), away[..., 0] * opening[..., 1] - away[..., 1] * opening[..., 0]
+            along, across = (
+                (away * opening).sum(-1),
+                away[..., 0] * opening[..., 1] - away[..., 1] * opening[..., 0],
+            )
             reach = env.item_half[:, :1] + CLEARANCE
             # The fixed finger on the one side (beside a tall can its thicker root counts), the open jaw on the other.
             fixed = ROOT_REACH if env.task.support == "can" else FINGER_REACH
             beyond = torch.maximum(along - reach - JAW_REACH, -along - reach - fixed).clamp_min(0.0)
-            outer = env.support_half[:, 0] if env.task.support == "can" else env.support_half[:, :2].norm(dim=1)
+            outer = (
+                env.support_half[:, 0]
+                if env.task.support == "can"
+                else env.support_half[:, :2].norm(dim=1)
+            )
             gap = torch.hypot(beyond, (across.abs() - 0.012).clamp_min(0.0)) - outer[:, None]
             cost = cost + 600.0 * (0.004 - gap).clamp_min(0.0)
         return heading.gather(1, cost.argmin(1, keepdim=True)).squeeze(1)
@@ -309,8 +354,13 @@ class Expert:
         """Tilts (2, M) for picking and putting in the environments `rows` (M,): all in reach, the way there short."""
         env, m, k = self.env, len(rows), len(TILTS)
         start, ways = env.start_pose[:5].repeat(m, 1), []
-        for put in (False, True):  # joints (M, K, places, 5) and what it costs to go through them (M, K)
-            names = dict.fromkeys(p.place for p in self.phases if p.put == put and p.place != "home")
+        for put in (
+            False,
+            True,
+        ):  # joints (M, K, places, 5) and what it costs to go through them (M, K)
+            names = dict.fromkeys(
+                p.place for p in self.phases if p.put == put and p.place != "home"
+            )
             joints, missed = [], []
             for tilt in TILTS:
                 tilt = torch.full_like(self.heading, tilt)
@@ -323,7 +373,9 @@ class Expert:
             if names:
                 joints = torch.stack(joints, 1).view(m, k, len(names), 5)
                 missed = torch.stack(missed, 1).view(m, k, len(names)).amax(2)
-                inner = self._steps(joints[:, :, 1:], joints[:, :, :-1]).sum(2) + 1e4 * (missed - 0.002).clamp_min(0.0)
+                inner = self._steps(joints[:, :, 1:], joints[:, :, :-1]).sum(2) + 1e4 * (
+                    missed - 0.002
+                ).clamp_min(0.0)
                 ways.append((joints, inner))
         tilts = self.heading.new_tensor(TILTS)
         joints, steps = ways[0]
@@ -338,7 +390,11 @@ class Expert:
         change = (tilts[:, None] - tilts).abs()
         level, lean = (5.0, 10.0) if env.task.support == "bin" else (100.0, 0.0)
         late = 5.0 * (total - BUDGET).clamp_min(0.0)
-        best = (late + 0.2 * total + level * change + 20.0 * tilts[:, None] + lean * tilts).flatten(1).argmin(1)
+        best = (
+            (late + 0.2 * total + level * change + 20.0 * tilts[:, None] + lean * tilts)
+            .flatten(1)
+            .argmin(1)
+        )
         return torch.stack((tilts[best // k], tilts[best % k]))
 
     def _steps(self, joints: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -385,7 +441,10 @@ def main(args: Args) -> None:
         if args.video is not None:
             import imageio
 
-            env, frames = so101.make(task, 1, args.device, seed=args.seed, images=False, stagger=False), []
+            env, frames = (
+                so101.make(task, 1, args.device, seed=args.seed, images=False, stagger=False),
+                [],
+            )
             run(env, frames)
             args.video.mkdir(parents=True, exist_ok=True)
             imageio.mimsave(args.video / f"{task}.mp4", frames, fps=so101.CONTROL_HZ)
@@ -393,7 +452,13 @@ def main(args: Args) -> None:
         cells = []
         for dr in (True, False):
             env = so101.make(
-                task, args.episodes, args.device, seed=args.seed, domain_randomization=dr, images=False, stagger=False
+                task,
+                args.episodes,
+                args.device,
+                seed=args.seed,
+                domain_randomization=dr,
+                images=False,
+                stagger=False,
             )
             solved = run(env)
             cells.append(f"{int(solved.sum())} / {len(solved)}")

@@ -18,11 +18,23 @@ FIELDS = (
 class Scene:
     """`n` environments of one model in MuJoCo Warp: kinematics, camera poses and the batch renderer."""
 
-    def __init__(self, mjm, n: int, device: str, cameras, size: int, samples: int, table: bool = False, fields=FIELDS):
+    def __init__(
+        self,
+        mjm,
+        n: int,
+        device: str,
+        cameras,
+        size: int,
+        samples: int,
+        table: bool = False,
+        fields=FIELDS,
+    ):
         self.mjm, self.n, self.device, self.size, self.cameras = mjm, n, device, size, cameras
         self.per_axis = math.isqrt(samples)
         if self.per_axis**2 != samples or samples < 1:
-            raise ValueError(f"--samples-per-pixel must be a square (1, 4, 9, 16, ...), not {samples}")
+            raise ValueError(
+                f"--samples-per-pixel must be a square (1, 4, 9, 16, ...), not {samples}"
+            )
         # The renderer's own samples_per_pixel is quicker (see benchmarks/throughput.py), but it fixes the rays once for
         # all environments, which rules out a field of view per environment. So: a finer image, averaged over blocks.
         fine = size * self.per_axis
@@ -39,7 +51,9 @@ class Scene:
         self.qpos, self.site_xpos, self.xmat, self.xpos = (
             wp.to_torch(a) for a in (self.d.qpos, self.d.site_xpos, self.d.xmat, self.d.xpos)
         )
-        packed = wp.to_torch(self.rc.rgb_data).view(torch.uint8)  # (n, cameras * fine^2 * 4) bytes b, g, r, a
+        packed = wp.to_torch(self.rc.rgb_data).view(
+            torch.uint8
+        )  # (n, cameras * fine^2 * 4) bytes b, g, r, a
         self.pixels = packed.view(n, len(cameras), fine, fine, 4)
         self.graphs = {}
 
@@ -49,13 +63,19 @@ class Scene:
         The first call (None) launches plainly, which loads the kernels; the second (False) captures a graph; from then
         on the graph is replayed, on torch's current stream where the device is a GPU.
         """
-        stream = wp.stream_from_torch(torch.cuda.current_stream(self.device)) if "cuda" in self.device else None
+        stream = (
+            wp.stream_from_torch(torch.cuda.current_stream(self.device))
+            if "cuda" in self.device
+            else None
+        )
         with wp.ScopedDevice(self.device), wp.ScopedStream(stream, sync_enter=False):
             if graph is None:
                 launches()
                 return False
             if graph is False:
-                side = wp.Stream(self.device) if stream else None  # CUDA's default stream cannot be captured
+                side = (
+                    wp.Stream(self.device) if stream else None
+                )  # CUDA's default stream cannot be captured
                 with wp.ScopedStream(side), wp.ScopedCapture(self.device, stream=side) as capture:
                     launches()
                 graph = capture.graph
@@ -78,7 +98,9 @@ class Scene:
         """Images of the present poses: uint8 (n, size, size, 3 * cameras)."""
         self.graphs["r"] = self.run(self._render, self.graphs.get("r"))
         rgb, k = self.pixels[..., :3].flip(-1), self.per_axis  # stored as b, g, r
-        if k > 1:  # the mean of k x k pixels, rounded; adding slices is several times faster than a reduction
+        if (
+            k > 1
+        ):  # the mean of k x k pixels, rounded; adding slices is several times faster than a reduction
             parts = [rgb[:, :, i::k, j::k].to(torch.int32) for i in range(k) for j in range(k)]
             rgb = ((sum(parts) + k * k // 2) // (k * k)).to(torch.uint8)
         return rgb.permute(0, 2, 3, 1, 4).reshape(self.n, self.size, self.size, -1).contiguous()

@@ -40,7 +40,10 @@ def _half_height(env, turn: torch.Tensor) -> torch.Tensor:
     up = turn[:, 2].abs()  # |world z| in the item's frame
     if env.task.item == "cube":
         return (up * env.item_half).sum(1)
-    return up[:, 2] * env.item_half[:, 2] + (1 - up[:, 2] ** 2).clamp_min(0).sqrt() * env.item_half[:, 0]
+    return (
+        up[:, 2] * env.item_half[:, 2]
+        + (1 - up[:, 2] ** 2).clamp_min(0).sqrt() * env.item_half[:, 0]
+    )
 
 
 def _reach(env, f):
@@ -102,7 +105,9 @@ def _stack(env, f):
     reach = 2 * (1 - torch.tanh(5 * (f["tcp"] - f["item"]).norm(dim=1)))
     reward = torch.where(f["grasped"], 3 + progress, reach)
     reward = torch.where(on & f["touching"], 4 + progress + f["openness"], reward)
-    reward = torch.where(on & ~f["touching"], 7 + 0.5 * (still.float() + f["static"].float()), reward)
+    reward = torch.where(
+        on & ~f["touching"], 7 + 0.5 * (still.float() + f["static"].float()), reward
+    )
     success = on & still & ~f["touching"] & f["static"]
     reward = torch.where(success, 9.0, reward)
     return (reward - 6.0 * f["table"] - 1.0 * ~f["lifted"]) / 9.0, success

@@ -35,10 +35,14 @@ def _wrist_camera() -> tuple[np.ndarray, np.ndarray]:
     """
     roll, pitch, yaw = np.radians((-90.0, 91.0, -35.31))
     rx = np.array([[1, 0, 0], [0, np.cos(roll), -np.sin(roll)], [0, np.sin(roll), np.cos(roll)]])
-    ry = np.array([[np.cos(pitch), 0, np.sin(pitch)], [0, 1, 0], [-np.sin(pitch), 0, np.cos(pitch)]])
+    ry = np.array(
+        [[np.cos(pitch), 0, np.sin(pitch)], [0, 1, 0], [-np.sin(pitch), 0, np.cos(pitch)]]
+    )
     rz = np.array([[np.cos(yaw), -np.sin(yaw), 0], [np.sin(yaw), np.cos(yaw), 0], [0, 0, 1]])
     forward, left, up = (ry @ rz @ rx).T
-    return np.array((-0.0049, 0.0498, -0.0591)), _mat_to_quat(np.stack([-left, up, -forward], axis=1))
+    return np.array((-0.0049, 0.0498, -0.0591)), _mat_to_quat(
+        np.stack([-left, up, -forward], axis=1)
+    )
 
 
 def _add_upstream_meshes(spec: mujoco.MjSpec, asset_dir: str) -> None:
@@ -48,7 +52,9 @@ def _add_upstream_meshes(spec: mujoco.MjSpec, asset_dir: str) -> None:
     """
     path = Path(asset_dir).expanduser() / "so101_new_calib.xml"
     if not path.is_file():
-        raise FileNotFoundError(f"asset_dir: {path} does not exist; give SO-ARM100's folder Simulation/SO101")
+        raise FileNotFoundError(
+            f"asset_dir: {path} does not exist; give SO-ARM100's folder Simulation/SO101"
+        )
     upstream = mujoco.MjSpec.from_file(str(path))
     mesh_dir = path.parent / (upstream.meshdir or "")
     colours = {m.name: m.rgba for m in upstream.materials}
@@ -59,7 +65,11 @@ def _add_upstream_meshes(spec: mujoco.MjSpec, asset_dir: str) -> None:
     for body in upstream.bodies:
         ours = spec.body(names.get(body.name, body.name))
         for geom in body.geoms:
-            if ours is None or geom.type != mujoco.mjtGeom.mjGEOM_MESH or geom.classname.name == "collision":
+            if (
+                ours is None
+                or geom.type != mujoco.mjtGeom.mjGEOM_MESH
+                or geom.classname.name == "collision"
+            ):
                 continue
             if spec.mesh(geom.meshname) is None:
                 file = upstream.mesh(geom.meshname).file
@@ -83,7 +93,9 @@ def build_model(task: Task, asset_dir: str | None = None) -> mujoco.MjModel:
         ("person", (0.66, -0.46, 0.36), (0.2, 0.0, 0.08)),
     ):
         cameras[name].pos, cameras[name].quat = eye, _look_at(eye, target)
-    for name, values in (json.loads(CAMERA_FILE.read_text()) if CAMERA_FILE.exists() else {}).items():
+    for name, values in (
+        json.loads(CAMERA_FILE.read_text()) if CAMERA_FILE.exists() else {}
+    ).items():
         cameras[name].pos, cameras[name].quat = values["pos"], values["quat_wxyz"]
         cameras[name].fovy = values["fovy_degrees"]
     if asset_dir is not None:
@@ -101,7 +113,9 @@ def build_model(task: Task, asset_dir: str | None = None) -> mujoco.MjModel:
                 solref=(0.02, 1), solimp=(0.99, 0.9995, 0.001, 0.5, 2),
             )  # fmt: skip
 
-    found_and_force = sum(1 << int(getattr(mujoco.mjtConDataField, f"mjCONDATA_{k}")) for k in ("FOUND", "FORCE"))
+    found_and_force = sum(
+        1 << int(getattr(mujoco.mjtConDataField, f"mjCONDATA_{k}")) for k in ("FOUND", "FORCE")
+    )
 
     def add_contact_sensor(name: str, **objects) -> None:
         spec.add_sensor(
@@ -116,9 +130,13 @@ def build_model(task: Task, asset_dir: str | None = None) -> mujoco.MjModel:
     body, subtree, geom = (getattr(mujoco.mjtObj, f"mjOBJ_{k}") for k in ("BODY", "XBODY", "GEOM"))
     add_contact_sensor("fixed_item", objtype=body, objname="gripper", reftype=body, refname="item")
     add_contact_sensor("jaw_item", objtype=body, objname="jaw", reftype=body, refname="item")
-    add_contact_sensor("robot_table", objtype=subtree, objname="base", reftype=geom, refname="table")
+    add_contact_sensor(
+        "robot_table", objtype=subtree, objname="base", reftype=geom, refname="table"
+    )
     if task.support is not None:
-        add_contact_sensor("robot_support", objtype=subtree, objname="base", reftype=body, refname="support")
+        add_contact_sensor(
+            "robot_support", objtype=subtree, objname="base", reftype=body, refname="support"
+        )
     model = spec.compile()
     # The compiler notes that the bin's plates sit at their body's origin, and MuJoCo would then never read the
     # positions that each episode gives them.

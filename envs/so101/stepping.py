@@ -43,7 +43,9 @@ class CStepper:
         self.sensors = np.zeros((self.n, SUBSTEPS, mjm.nsensordata))
         self.seconds = SUBSTEPS * mjm.opt.timestep
         drawn_only = ("cam_", "light_", "geom_rgba")
-        self.fields = {name: field.numpy() for name, field in fields.items() if not name.startswith(drawn_only)}
+        self.fields = {
+            name: field.numpy() for name, field in fields.items() if not name.startswith(drawn_only)
+        }
         self.substep = np.arange(SUBSTEPS)[None, :, None]
 
     def write_models(self, numbers: list[int]) -> None:
@@ -72,7 +74,12 @@ class CStepper:
         sane = np.isfinite(self.state).all(1) & (np.abs(self.state[:, 0] - self.seconds) < 1e-6)
         qpos = torch.from_numpy(self.state[:, 1 : 1 + self.nq].astype(np.float32))
         qvel = torch.from_numpy(self.state[:, 1 + self.nq :].astype(np.float32))
-        return qpos, qvel, torch.from_numpy(self.sensors[:, -1].astype(np.float32)), torch.from_numpy(sane)
+        return (
+            qpos,
+            qvel,
+            torch.from_numpy(self.sensors[:, -1].astype(np.float32)),
+            torch.from_numpy(sane),
+        )
 
     def state_dict(self) -> dict:
         return {"state": torch.tensor(self.state)}
@@ -100,9 +107,13 @@ class WarpStepper:
         zeros = lambda dtype, *shape: wp.zeros(shape, dtype=dtype, device=scene.device)  # noqa: E731
         self.old, self.new = zeros(float, self.n, 6), zeros(float, self.n, 6)
         self.delay = zeros(int, self.n)
-        self.t_old, self.t_new, self.t_delay = (wp.to_torch(a) for a in (self.old, self.new, self.delay))
+        self.t_old, self.t_new, self.t_delay = (
+            wp.to_torch(a) for a in (self.old, self.new, self.delay)
+        )
         data = scene.d
-        self.qpos, self.qvel, self.sensordata = (wp.to_torch(a) for a in (data.qpos, data.qvel, data.sensordata))
+        self.qpos, self.qvel, self.sensordata = (
+            wp.to_torch(a) for a in (data.qpos, data.qvel, data.sensordata)
+        )
         self.warmstart = wp.to_torch(data.qacc_warmstart)
         self.graph = None
 
@@ -122,14 +133,26 @@ class WarpStepper:
         """See `CStepper.step`."""
         self.t_old.copy_(old), self.t_new.copy_(new), self.t_delay.copy_(delay)
         self.graph = self.scene.run(self._substeps, self.graph)
-        sane = torch.isfinite(self.qpos).all(1) & torch.isfinite(self.qvel).all(1) & (self.qvel.abs() < 1e3).all(1)
+        sane = (
+            torch.isfinite(self.qpos).all(1)
+            & torch.isfinite(self.qvel).all(1)
+            & (self.qvel.abs() < 1e3).all(1)
+        )
         return self.qpos.clone(), self.qvel.clone(), self.sensordata.clone(), sane
 
     def state_dict(self) -> dict:
-        return {"qpos": self.qpos.clone(), "qvel": self.qvel.clone(), "warmstart": self.warmstart.clone()}
+        return {
+            "qpos": self.qpos.clone(),
+            "qvel": self.qvel.clone(),
+            "warmstart": self.warmstart.clone(),
+        }
 
     def load_state_dict(self, saved: dict) -> None:
-        self.qpos.copy_(saved["qpos"]), self.qvel.copy_(saved["qvel"]), self.warmstart.copy_(saved["warmstart"])
+        (
+            self.qpos.copy_(saved["qpos"]),
+            self.qvel.copy_(saved["qvel"]),
+            self.warmstart.copy_(saved["warmstart"]),
+        )
 
     def close(self) -> None:
         self.graph = None

@@ -9,8 +9,22 @@ ACTION_SCALE = (0.1, 0.1, 0.1, 0.1, 0.1, 0.2)  # radians per control step at |ac
 CONTROL_HZ, SUBSTEPS, HORIZON = 10.0, 10, 50
 # What a robot keeps its targets to; `step` does the same, so that a policy sees in training what it will see there.
 VELOCITY_LIMIT = (1.0, 1.0, 1.0, 1.0, 1.0, 2.0)  # rad/s, of a target: what |action| = 1 asks for
-ACCELERATION_LIMIT = (10.0, 10.0, 10.0, 10.0, 10.0, 20.0)  # rad/s^2: full speed after one control step; stops are free
-TRACKING_ERROR = (0.35, 0.35, 0.35, 0.35, 0.35, 0.6)  # radians from target to joint: stays near a blocked arm
+ACCELERATION_LIMIT = (
+    10.0,
+    10.0,
+    10.0,
+    10.0,
+    10.0,
+    20.0,
+)  # rad/s^2: full speed after one control step; stops are free
+TRACKING_ERROR = (
+    0.35,
+    0.35,
+    0.35,
+    0.35,
+    0.35,
+    0.6,
+)  # radians from target to joint: stays near a blocked arm
 JOINT_MARGIN = 0.02  # radians that targets keep from the joint limits
 SPAWN_CENTRE, SPAWN_HALF = (0.30, 0.0), 0.10
 DENSITY = 200.0  # kg/m^3
