@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from envs import maniskill
+from envs.maniskill import processes
 from envs.maniskill.patches import patches
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,6 +133,92 @@ def test_install_script_says_what_to_do_elsewhere(tmp_path):
 def test_install_script_and_module_agree_on_the_folder(monkeypatch):
     monkeypatch.delenv("CLEANROBOT_VULKAN_DIR", raising=False)
     assert load_install_script().DEFAULT_DIR == maniskill.vulkan_cache()
+
+
+# ----- with a stand-in for ManiSkill's simulation -----
+
+
+class FakeBatch:
+    """One number that the first action moves; its first value is the seed's. NaN where an action is 1."""
+
+    def __init__(self, options, num_envs):
+        self.value = np.zeros(1)
+
+    def describe(self):
+        return dict(action_dim=2, state_dim=1, privileged_dim=0, image_shape=[4, 4, 3], max_episode_steps=5,
+                    control_hz=20.0, cameras={"base_camera": {}})  # fmt: skip
+
+    def _obs(self):
+        rgb = torch.full((1, 4, 4, 3), int(abs(self.value[0]) * 100) % 256, dtype=torch.uint8)
+        return dict(rgb=rgb, state=torch.tensor(self.value[None], dtype=torch.float32))
+
+    def reset(self, seeds):
+        self.value = np.random.RandomState(int(seeds[0])).rand(1)
+        return self._obs()
+
+    def step(self, actions, ends, seeds):
+        bad, last = np.array([bool(actions[0, 0] == 1)]), self._obs()
+        self.value = self.value + actions[0, :1].numpy()
+        obs = last if bad[0] else self._obs()
+        final_obs = obs if ends[0] or bad[0] else None
+        rewards = obs["state"][:, 0] * float(~bad[0])
+        if final_obs is not None:
+            obs = self.reset(seeds)
+        return dict(obs=obs, final_obs=final_obs, rewards=rewards, success=rewards > 0.8, bad=bad)
+
+    def set_clock(self, clock):
+        pass
+
+    def get_state(self):
+        return {"actors": {"cube": self.value.copy()}}
+
+    def set_state(self, state, seeds, clock):
+        self.value = state["actors"]["cube"].copy()
+        return self._obs()
+
+    def close(self):
+        pass
+
+
+def fake_env(monkeypatch, num_envs=3, **options):
+    monkeypatch.setattr(maniskill.env, "find_spec", lambda name: True)
+    monkeypatch.setattr(processes, "Batch", FakeBatch)
+    return maniskill.make("PickCube-v1", num_envs, "cpu", num_workers=0, **options)
+
+
+def test_a_state_from_a_file_continues_bit_for_bit(monkeypatch, tmp_path):
+    """All of our own bookkeeping; what ManiSkill itself can continue is tested below, with it."""
+    env = fake_env(monkeypatch, seed=3, stagger=True)
+    plan = torch.rand(30, 3, 2, generator=torch.Generator().manual_seed(0)) * 1.9 - 0.95
+    for actions in plan[:12]:
+        env.step(actions)
+    torch.save(env.state_dict(), tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt", weights_only=True, mmap=True)
+    other = fake_env(monkeypatch, seed=99)
+    other.load_state_dict(saved)
+    for actions in plan[12:]:
+        ours, theirs = env.step(actions), other.step(actions)
+        assert torch.equal(ours[0]["state"], theirs[0]["state"])
+        assert torch.equal(ours[1], theirs[1]) and torch.equal(ours[3], theirs[3])
+        assert all(
+            torch.equal(value, theirs[4]["episode"][k]) for k, value in ours[4]["episode"].items()
+        )
+    with pytest.raises(ValueError, match="the state is of 3 environments, here are 2"):
+        fake_env(monkeypatch, 2).load_state_dict(saved)
+
+
+def test_what_breaks_is_reset_alone(monkeypatch):
+    env = fake_env(monkeypatch, seed=3)
+    before, actions = env.reset(3), torch.zeros(3, 2)
+    actions[1, 0] = 1.0
+    obs, rewards, _, truncations, info = env.step(actions)
+    assert (
+        truncations.tolist() == [False, True, False]
+        and int(env.nan_resets) == 1
+        and rewards[1] == 0
+    )
+    assert torch.equal(info["final_obs"]["state"][1], before["state"][1])
+    assert not torch.equal(obs["state"][1], before["state"][1])
 
 
 # ----- with mani_skill -----
