@@ -228,7 +228,7 @@ def test_pauses_stand_still_and_stop_the_experts_clock():
         assert torch.equal(actions[still, 1], last[still, 1]), "a command is repeated"
         assert torch.equal(human.expert.clock, torch.where(still, clock, clock + 1))
         paused_steps += still
-    # Each time: with chance 0.3 a pause, of 5 steps on average, else one free step.
+    # Each time: with probability 0.3 a pause, of 5 steps on average, else one free step.
     assert paused_steps.mean().item() / 50 == pytest.approx(0.3 * 5 / (0.3 * 5 + 0.7), abs=0.03)
 
 

@@ -606,7 +606,7 @@ def test_shafts_and_joints():
         assert (raw > 0).all() and (raw < 4095).all()
 
 
-def test_a_simulated_frame_through_a_camera_is_the_image_of_training(scene):
+def test_a_simulated_frame_through_a_camera_is_the_picture_of_training(scene):
     """What the policy of a deployment gets equals, bit for bit, what `env.reset` gives in training."""
     from envs import so101
 

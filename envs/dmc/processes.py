@@ -41,13 +41,11 @@ def choose_renderer(wish: str = "auto", set_by_user: str | None = None, cuda: bo
         result = _works(renderer)
         if result.works:
             soft = cuda and ("llvmpipe" in result.detail or renderer == "osmesa")
-            remark = "; this is software, renderer 'warp' would draw on the GPU" if soft else ""
-            if wish == "auto" or remark:
-                print(
-                    f"renderer: {renderer} ({result.detail})"
-                    + "".join(f"; not {line}" for line in tried)
-                    + remark
-                )
+            remarks = [f"; not {line}" for line in tried]
+            if soft:
+                remarks.append("; this is software, renderer 'warp' would draw on the GPU")
+            if wish == "auto" or soft:
+                print(f"renderer: {renderer} ({result.detail}){''.join(remarks)}")
             return renderer
         tried.append(f"{renderer}: {result.detail}")
     install = f"sudo apt-get install {INSTALL.get(wish, INSTALL['egl'])}"
