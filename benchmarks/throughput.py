@@ -186,7 +186,7 @@ def cores() -> int:
 # --- Physics and pictures ---------------------------------------------------------------------------------------------
 def worlds(args: Args, device: str, **options) -> so101.SO101Env:
     """The task's environment with equal starts whatever the options; it draws only when asked to."""
-    return so101.make(args.env_id, args.num_envs, device, seed=args.seed, stagger=False, pictures=False, **options)
+    return so101.make(args.env_id, args.num_envs, device, seed=args.seed, stagger=False, images=False, **options)
 
 
 def random_targets(env: so101.SO101Env, seed: int) -> torch.Tensor:
@@ -345,7 +345,7 @@ def environment(args: Args, table: Table) -> None:
     hyper = training_args(args)
     for size, rays in dict.fromkeys(((hyper.render_size, hyper.samples_per_pixel), (LARGE, 1), (SMALL, 4))):
         env = so101.make(args.env_id, args.num_envs, args.device, seed=args.seed, render_size=size,
-                         samples_per_pixel=rays)  # fmt: skip
+                         samples_per_pixel=rays, stagger=True)  # fmt: skip
         generator = torch.Generator(env.device).manual_seed(args.seed)
 
         def work(env=env, generator=generator):

@@ -73,17 +73,19 @@ render(qpos, size=(height, width))
 """
 
 import importlib
+import os
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
+from inspect import Parameter, signature
 
-# (pattern of ids, module here, what it imports, extra of pyproject.toml that brings it); the first match counts
+# (pattern of ids, name, module here, package that it needs, how to install that); the first match counts
 SIMULATORS = (
-    ("dot_reach", "dot_reach", "torch", "so101"),
-    ("SO101*", "so101", "mujoco_warp", "so101"),
-    ("robosuite/*", "robosuite_tasks", "robosuite", "robosuite"),
-    ("*-v[0-9]*", "maniskill", "mani_skill", "maniskill"),
-    ("[a-z]*_[a-z]*", "dmc", "dm_control", "dmc"),
-    ("*", "rewarped", "warp", "rewarped"),
+    ("dot_reach", "dot-reach", "dot_reach", "torch", "pip install -e ."),
+    ("SO101*", "SO-101", "so101", "mujoco_warp", 'pip install -e ".[so101]"'),
+    ("robosuite/*", "robosuite", "robosuite", "robosuite", "make robosuite, an environment of its own"),
+    ("*-v[0-9]*", "ManiSkill", "maniskill", "mani_skill", 'pip install -e ".[maniskill]"'),
+    ("[a-z]*_[a-z]*", "DeepMind Control", "dmc", "dm_control", 'pip install -e ".[dmc]"'),
+    ("*", "differentiable simulation", "rewarped", "warp", 'pip install -e ".[rewarped]"'),
 )
 
 
@@ -93,18 +95,41 @@ def make(env_id: str, num_envs: int, device="cpu", **options):
     Raises ValueError, in one line that says what would do, for an unknown id, for an option that the simulator does not
     have, and where something is not installed.
     """
-    module, package, extra = next(row[1:] for row in SIMULATORS if fnmatchcase(env_id, row[0]))
-    if find_spec(package) is None:
-        raise ValueError(f'{env_id} needs {package}: pip install -e ".[{extra}]"')
-    given = {name: value for name, value in options.items() if value is not None}
+    name, module, package, install = next(row[1:] for row in SIMULATORS if fnmatchcase(env_id, row[0]))
+    if not installed(package):
+        raise ValueError(f"{env_id} ({name}) needs {package}: {install}")
+    given = {option: value for option, value in options.items() if value is not None}
     try:
-        return importlib.import_module(f"envs.{module}").make(env_id, num_envs, device, **given)
-    except TypeError as error:
+        simulator = importlib.import_module(f"envs.{module}")
+        known = options_of(simulator.make)
+        unknown = [option for option in given if known and option not in known]
+        if unknown:
+            raise ValueError(f"{env_id} ({name}) has no option {', '.join(unknown)}; it has {', '.join(known)}")
+        return simulator.make(env_id, num_envs, device, **given)
+    except (ImportError, RuntimeError) as error:  # the simulators' own messages, which say what to do
+        raise ValueError(str(error)) from error
+    except TypeError as error:  # of a `make` that does not list its options
         if "unexpected keyword argument" not in str(error):
             raise
-        raise ValueError(f"{env_id} (envs/{module}): {error}") from error
-    except (
-        ImportError,
-        RuntimeError,
-    ) as error:  # the simulators' own messages, which say what to do
-        raise ValueError(str(error)) from error
+        raise ValueError(f"{env_id} ({name}): {error}") from error
+
+
+def installed(package: str) -> bool:
+    """Whether the top-level `package` can be found; nothing is imported."""
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # an import hook may say so
+        return False
+
+
+def options_of(make) -> list[str]:
+    """Names that `make` takes beside env_id, num_envs and device; none where it takes any (**options)."""
+    parameters = signature(make).parameters.values()
+    if any(parameter.kind == Parameter.VAR_KEYWORD for parameter in parameters):
+        return []
+    return [parameter.name for parameter in parameters if parameter.name not in ("env_id", "num_envs", "device")]
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may run on, which in a container or under taskset are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

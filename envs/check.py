@@ -3,7 +3,7 @@
     python -m envs.check
 
 For everything that does not work, the line that installs it stands below it. Each probe really steps a simulator or
-draws a picture, in a process of its own with a time limit, so that a driver that crashes or hangs cannot take the
+draws an image, in a process of its own with a time limit, so that a driver that crashes or hangs cannot take the
 check with it. The exit status is 0 unless the embedded default, the SO-101 tasks on the CPU, cannot run; then it is 1.
 The first run on a machine compiles kernels of MuJoCo Warp, which takes longer; they are cached.
 """
@@ -24,6 +24,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from envs import usable_cpus
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 300  # of one probe; what takes long is the first compilation of kernels
@@ -58,11 +60,15 @@ def probe_devices() -> str:
     lines = []
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
-        lines.append(f"GPU     cuda:{i} is {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+        lines.append(
+            f"GPU     cuda:{i} is {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        )
     if not lines:
         lines.append("GPU     none that torch sees; everything runs on the CPU")
         if torch.version.cuda is None and shutil.which("nvidia-smi"):
-            lines.append("        a driver is here but this torch is a CPU-only build: see pytorch.org for CUDA builds")
+            lines.append(
+                "        a driver is here but this torch is a CPU-only build: see pytorch.org for CUDA builds"
+            )
     if importlib.util.find_spec("warp"):
         import warp
 
@@ -81,12 +87,14 @@ def probe_mujoco() -> str:
     for _ in range(100):
         mujoco.mj_step(model, data)
     if not data.qpos[2] < 0.5:
-        raise RuntimeError(f"the box did not fall: its height is {data.qpos[2]:.3f} m after 100 steps")
+        raise RuntimeError(
+            f"the box did not fall: its height is {data.qpos[2]:.3f} m after 100 steps"
+        )
     return f"{mujoco.__version__}, stepped"
 
 
 def _warp_scene(device: str):
-    """Put two worlds of the scene on `device`; return (host model, model, data, warp, mujoco_warp)."""
+    """Put two environments of the scene on `device`; return (host model, model, data, warp, mujoco_warp)."""
     import mujoco
     import mujoco_warp
     import warp
@@ -102,7 +110,7 @@ def _warp_scene(device: str):
 
 
 def probe_warp_physics(device: str) -> str:
-    """Drop a box in two worlds with MuJoCo Warp."""
+    """Drop a box in two environments with MuJoCo Warp."""
     _, model, data, warp, mujoco_warp = _warp_scene(device)
     with warp.ScopedDevice(device):
         for _ in range(20):
@@ -110,21 +118,23 @@ def probe_warp_physics(device: str) -> str:
         heights = data.qpos.numpy()[:, 2]
     if not (heights < 0.5).all():
         raise RuntimeError(f"the boxes did not fall: their heights are {heights} m")
-    return f"{importlib.metadata.version('mujoco-warp')}, two worlds stepped on {device}"
+    return f"{importlib.metadata.version('mujoco-warp')}, two environments stepped on {device}"
 
 
 def probe_warp_renderer(device: str) -> str:
-    """Draw a red box before a grey floor in two worlds with MuJoCo Warp's batch renderer, and look at the colours."""
+    """Draw a red box before a grey floor in two environments with MuJoCo Warp's renderer, and look at the colours."""
     host_model, model, data, warp, mujoco_warp = _warp_scene(device)
     with warp.ScopedDevice(device):
-        context = mujoco_warp.create_render_context(host_model, nworld=2, cam_res=(16, 16), render_rgb=True)
+        context = mujoco_warp.create_render_context(
+            host_model, nworld=2, cam_res=(16, 16), render_rgb=True
+        )
         mujoco_warp.refit_bvh(model, data, context)
         mujoco_warp.render(model, data, context)
         pixels = warp.zeros((2, 16, 16), dtype=warp.vec3)
         mujoco_warp.get_rgb(context, 0, pixels)
-        pictures = pixels.numpy()  # (2, 16, 16, 3), 0 to 1
-    _expect_red_box(pictures[0] * 255.0)
-    return f"two pictures of 16x16 drawn on {device}"
+        images = pixels.numpy()  # (2, 16, 16, 3), 0 to 1
+    _expect_red_box(images[0] * 255.0)
+    return f"two images of 16x16 drawn on {device}"
 
 
 def probe_opengl() -> str:
@@ -137,13 +147,13 @@ def probe_opengl() -> str:
     mujoco.mj_forward(model, data)
     renderer = mujoco.Renderer(model, 64, 64)
     renderer.update_scene(data, camera="front")
-    picture = renderer.render()
-    _expect_red_box(picture)
+    image = renderer.render()
+    _expect_red_box(image)
     from OpenGL import GL
 
     driver = GL.glGetString(GL.GL_RENDERER).decode()
     renderer.close()
-    return f"a picture of 64x64 drawn by {driver}"
+    return f"an image of 64x64 drawn by {driver}"
 
 
 def _find_opengl(backend: str) -> None:
@@ -153,15 +163,17 @@ def _find_opengl(backend: str) -> None:
         raise RuntimeError(f"the system has no lib{library}")
 
 
-def _expect_red_box(picture) -> None:
-    """Raise RuntimeError unless the middle of `picture` (H, W, 3; 0 to 255) is red and its corner is not."""
-    middle, corner = picture[picture.shape[0] // 2, picture.shape[1] // 2], picture[0, 0]
+def _expect_red_box(image) -> None:
+    """Raise RuntimeError unless the middle of `image` (H, W, 3; 0 to 255) is red and its corner is not."""
+    middle, corner = image[image.shape[0] // 2, image.shape[1] // 2], image[0, 0]
     if not (middle[0] > 100 and middle[0] > 2 * middle[1] and corner[0] < 0.5 * middle[0]):
-        raise RuntimeError(f"the picture is wrong: a red box was drawn, its middle has the colour {middle.tolist()}")
+        raise RuntimeError(
+            f"the image is wrong: a red box was drawn, its middle has the colour {middle.tolist()}"
+        )
 
 
 def _step_and_draw(make: Callable, env_id: str, num_envs: int, device: str) -> str:
-    """Make a few worlds of a task, take one step and look at the observation's shape."""
+    """Make a few environments of a task, take one step and look at the observation's shape."""
     import torch
 
     env = make(env_id, num_envs, device, seed=0)
@@ -170,26 +182,26 @@ def _step_and_draw(make: Callable, env_id: str, num_envs: int, device: str) -> s
     shape = tuple(obs["rgb"].shape)
     env.close()
     if shape != (num_envs, *env.image_shape) or not bool(torch.isfinite(rewards).all()):
-        raise RuntimeError(f"{env_id} gave pictures of shape {shape} and rewards {rewards.tolist()}")
+        raise RuntimeError(f"{env_id} gave images of shape {shape} and rewards {rewards.tolist()}")
     return f"{env_id} stepped and drawn on {device}"
 
 
 def probe_so101(device: str) -> str:
-    """Try two worlds of the embedded default."""
+    """Try two environments of the embedded default."""
     from envs import so101
 
     return _step_and_draw(so101.make, "SO101ReachCube-v1", 2, device)
 
 
 def probe_maniskill(device: str) -> str:
-    """Try one world of ManiSkill's PickCube-v1."""
+    """Try one environment of ManiSkill's PickCube-v1."""
     from envs import maniskill
 
     return _step_and_draw(maniskill.make, "PickCube-v1", 1, device)
 
 
 def probe_vulkan() -> str:
-    """Start SAPIEN's Vulkan renderer, which draws ManiSkill's pictures, the way envs/maniskill.py does."""
+    """Start SAPIEN's Vulkan renderer, which draws ManiSkill's images, the way envs/maniskill does."""
     import sapien
     import torch
 
@@ -201,35 +213,39 @@ def probe_vulkan() -> str:
 
 
 def probe_dmc() -> str:
-    """Step a task of DeepMind Control's suite and one of its manipulation tasks, without a picture."""
+    """Step a task of DeepMind Control's suite and one of its manipulation tasks, without an image."""
     for env_id in ("walker_walk", "reach_duplo"):
         task = _dmc_task(env_id, "warp")
         task.step(0 * task.low.astype("float32"))
     return "walker_walk and reach_duplo stepped"
 
 
-def probe_dmc_picture(renderer: str) -> str:
-    """Draw DeepMind Control's walker with one of the renderers of envs/dmc.py and look for its colour."""
+def probe_dmc_image(renderer: str) -> str:
+    """Draw DeepMind Control's walker with one of the renderers of envs/dmc and look for its colour."""
     if renderer != "warp":
         _find_opengl(renderer)
     task = _dmc_task("walker_walk", renderer)
-    picture = task.view()
+    image = task.view()
     if renderer == "warp":
-        from envs import dmc_warp, dmc_worker
+        from envs.dmc import warp_renderer, worker
 
-        scene = dmc_warp.Scene(task.model, dmc_worker.slots(task.model), task.camera, 1, "cpu", task.size, 1)
-        picture = scene.draw(picture[None])[0].numpy()
-    share = (picture[..., 0].astype(int) > picture[..., 2].astype(int) + 40).mean()  # orange before blue
+        scene = warp_renderer.Scene(
+            task.model, worker.slots(task.model), task.camera, 1, "cpu", task.size, 1
+        )
+        image = scene.draw(image[None])[0].numpy()
+    share = (
+        image[..., 0].astype(int) > image[..., 2].astype(int) + 40
+    ).mean()  # orange before blue
     if not 0.005 < share < 0.5:
-        raise RuntimeError(f"the picture is wrong: {share:.1%} of it has the walker's colour")
-    return f"a picture of walker_walk, {share:.0%} of it walker"
+        raise RuntimeError(f"the image is wrong: {share:.1%} of it has the walker's colour")
+    return f"an image of walker_walk, {share:.0%} of it walker"
 
 
 def _dmc_task(env_id: str, renderer: str):
-    """A task of envs/dmc_worker.py at the start of an episode."""
-    from envs import dmc_worker
+    """A task of envs/dmc/worker.py at the start of an episode."""
+    from envs.dmc import worker
 
-    task = dmc_worker.Task(env_id, image_size=64, action_repeat=2, camera=None, renderer=renderer, fast_render=False,
+    task = worker.Task(env_id, image_size=64, action_repeat=2, camera=None, renderer=renderer, fast_render=False,
                            camera_jitter=0.0, colour_jitter=0.0)  # fmt: skip
     task.begin()
     return task
@@ -272,15 +288,28 @@ PROBES: dict[str, Probe] = {
     "so101": Probe("SO-101 tasks", probe_so101, "cpu", required=True),
     "so101-cuda": Probe("SO-101 tasks, GPU", probe_so101, "cuda", install=DRIVER),
     "maniskill": Probe("ManiSkill 3", probe_maniskill, "cpu", install=f"{PIP} '.[maniskill]'"),
-    "maniskill-cuda": Probe("ManiSkill 3, GPU", probe_maniskill, "cuda", install=f"{PIP} '.[maniskill]'"),
-    "dmc": Probe("DeepMind Control", probe_dmc, install=f"{PIP} '.[dmc]'", environment=(("MUJOCO_GL", "disabled"),)),
+    "maniskill-cuda": Probe(
+        "ManiSkill 3, GPU", probe_maniskill, "cuda", install=f"{PIP} '.[maniskill]'"
+    ),
+    "dmc": Probe(
+        "DeepMind Control",
+        probe_dmc,
+        install=f"{PIP} '.[dmc]'",
+        environment=(("MUJOCO_GL", "disabled"),),
+    ),
     "warp-renderer": Probe("MuJoCo Warp", probe_warp_renderer, "cpu", required=True),
     "warp-renderer-cuda": Probe("MuJoCo Warp, GPU", probe_warp_renderer, "cuda:0", install=DRIVER),
     "egl": Probe("OpenGL by EGL", probe_opengl, install=EGL, environment=OPENGL["egl"]),
     "osmesa": Probe("OpenGL by OSMesa", probe_opengl, install=OSMESA, environment=OPENGL["osmesa"]),
-    "dmc-egl": Probe("DM Control by EGL", probe_dmc_picture, "egl", install=EGL, environment=OPENGL["egl"]),
-    "dmc-osmesa": Probe("DM Control by OSMesa", probe_dmc_picture, "osmesa", OSMESA, environment=OPENGL["osmesa"]),
-    "dmc-warp": Probe("DM Control by Warp", probe_dmc_picture, "warp", environment=(("MUJOCO_GL", "disabled"),)),
+    "dmc-egl": Probe(
+        "DM Control by EGL", probe_dmc_image, "egl", install=EGL, environment=OPENGL["egl"]
+    ),
+    "dmc-osmesa": Probe(
+        "DM Control by OSMesa", probe_dmc_image, "osmesa", OSMESA, environment=OPENGL["osmesa"]
+    ),
+    "dmc-warp": Probe(
+        "DM Control by Warp", probe_dmc_image, "warp", environment=(("MUJOCO_GL", "disabled"),)
+    ),
     "vulkan": Probe(
         "Vulkan by SAPIEN",
         probe_vulkan,
@@ -290,7 +319,16 @@ PROBES: dict[str, Probe] = {
 SIMULATORS = [
     "mujoco", "warp-physics", "warp-physics-cuda", "so101", "so101-cuda", "maniskill", "maniskill-cuda", "dmc",
 ]  # fmt: skip
-RENDERERS = ["warp-renderer", "warp-renderer-cuda", "egl", "osmesa", "dmc-egl", "dmc-osmesa", "dmc-warp", "vulkan"]
+RENDERERS = [
+    "warp-renderer",
+    "warp-renderer-cuda",
+    "egl",
+    "osmesa",
+    "dmc-egl",
+    "dmc-osmesa",
+    "dmc-warp",
+    "vulkan",
+]
 
 # Not needed by any script so far; shown where they happen to be installed.
 GUESTS = {
@@ -322,7 +360,10 @@ def _one_line(error: BaseException) -> str:
 def answer(key: str) -> int:
     """Run one probe in this process and print its result as the last line. Returns the exit status."""
     if key not in PROBES and key not in GUESTS:
-        print(f"envs.check: no probe is called {key!r}; there are {', '.join([*PROBES, *GUESTS])}", file=sys.stderr)
+        print(
+            f"envs.check: no probe is called {key!r}; there are {', '.join([*PROBES, *GUESTS])}",
+            file=sys.stderr,
+        )
         return 2
     probe = PROBES.get(key) or Probe(GUESTS[key], probe_import, key)
     try:
@@ -366,7 +407,9 @@ def pins() -> dict[str, list[tuple[str, str]]]:
     """
     found: dict[str, list[tuple[str, str]]] = {}
     for requirement in importlib.metadata.requires("cleanrobot") or []:
-        match = re.match(r"([\w.-]+)\s*==\s*([\w.+!-]+)\s*(?:;.*extra\s*==\s*['\"]([\w-]+)['\"])?", requirement)
+        match = re.match(
+            r"([\w.-]+)\s*==\s*([\w.+!-]+)\s*(?:;.*extra\s*==\s*['\"]([\w-]+)['\"])?", requirement
+        )
         if match and (match[3] or "") != "all":
             found.setdefault(match[3] or "", []).append((match[1], match[2]))
     return found
@@ -380,7 +423,10 @@ def version_lines() -> list[str]:
         return [f"cleanrobot is not installed for {sys.executable}", "      make setup"]
     lines = []
     if Path(sys.prefix) != ROOT / ".venv" and (ROOT / ".venv").exists():
-        lines += [f"These are of {sys.prefix}; for the environment that make has built:", "      make check"]
+        lines += [
+            f"These are of {sys.prefix}; for the environment that make has built:",
+            "      make check",
+        ]
     for extra, packages in groups.items():
         target = f"'.[{extra}]'" if extra else "."
         present, wrong = [], []
@@ -391,7 +437,9 @@ def version_lines() -> list[str]:
                 continue
             present.append(f"{package} {installed}")
             if installed.split("+")[0] != pinned:
-                wrong.append(f"      {package} {installed} is not the tested {pinned}:  {PIP} {target}")
+                wrong.append(
+                    f"      {package} {installed} is not the tested {pinned}:  {PIP} {target}"
+                )
         label = f"[{extra}]" if extra else "core"
         if len(present) == len(packages):
             lines.append(f"{label:<12} {', '.join(present)}")
@@ -404,16 +452,21 @@ def version_lines() -> list[str]:
 
 def machine_lines() -> list[str]:
     """Return what the standard library knows: cores, memory, compiler."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cpus()
     memory = ""
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
         memory = f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB of memory"
-    compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
+    compiler = next(
+        (found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None
+    )
     lines = [f"CPU     {cores} cores{memory}"]
     if compiler:
         lines.append(f"C++     {compiler} (torch.compile on the CPU can use it)")
     else:
-        lines += ["C++     none, so no torch.compile on the CPU (nothing needs it)", "      sudo apt-get install g++"]
+        lines += [
+            "C++     none, so no torch.compile on the CPU (nothing needs it)",
+            "      sudo apt-get install g++",
+        ]
     return lines
 
 
@@ -422,8 +475,12 @@ def machine_lines() -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 def main() -> int:
     """Print the report. Returns the exit status: 1 where the embedded default cannot run, else 0."""
-    parser = argparse.ArgumentParser(prog="python -m envs.check", description=__doc__.splitlines()[0])
-    parser.add_argument("--probe", metavar="NAME", help="run one probe in this process and print its result")
+    parser = argparse.ArgumentParser(
+        prog="python -m envs.check", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--probe", metavar="NAME", help="run one probe in this process and print its result"
+    )
     arguments = parser.parse_args()
     if arguments.probe:
         return answer(arguments.probe)
@@ -438,9 +495,18 @@ def main() -> int:
     broken = [] if devices.works else ["torch"]
     # Two at a time: most of a probe is waiting for imports, and more would slow each other's compilers down.
     with ThreadPoolExecutor(max_workers=2) as pool:
-        guests = [module for module in GUESTS if importlib.util.find_spec(module.split(".")[0]) and _importable(module)]
+        guests = [
+            module
+            for module in GUESTS
+            if importlib.util.find_spec(module.split(".")[0]) and _importable(module)
+        ]
         sections = {"Simulators": SIMULATORS + guests, "Renderers": RENDERERS}
-        keys = [key for section in sections.values() for key in section if gpu or not key.endswith("-cuda")]
+        keys = [
+            key
+            for section in sections.values()
+            for key in section
+            if gpu or not key.endswith("-cuda")
+        ]
         answers = {key: pool.submit(ask, key) for key in keys}
         for title, section in sections.items():
             print(f"\n{title}")
@@ -450,11 +516,15 @@ def main() -> int:
                 name = probe.name if probe else GUESTS[key]
                 print(f"  {'works' if result.works else 'no':<6} {name:<20} {result.detail}")
                 if not result.works and probe:
-                    print(f"      {MISSING.get(result.detail.removesuffix(' is not installed'), probe.install)}")
+                    print(
+                        f"      {MISSING.get(result.detail.removesuffix(' is not installed'), probe.install)}"
+                    )
                     broken += [probe.name] if probe.required else []
                 sys.stdout.flush()
     if broken:
-        print(f"\nThe embedded default cannot run here: {', '.join(broken)} failed; the lines above say what to do.")
+        print(
+            f"\nThe embedded default cannot run here: {', '.join(broken)} failed; the lines above say what to do."
+        )
         return 1
     print("\nThe embedded default runs here: make train")
     return 0

@@ -1,9 +1,9 @@
 """A whole SO-101 that is not there: emulated servos in front of the driver, a rendered camera, a scene that answers.
 
-`EmulatedArm` puts the servos of `hardware/emulator.py` into an episode of `envs/so101.py`, under one virtual clock: the
+`EmulatedArm` puts the servos of `hardware/emulator.py` into an episode of `envs/so101`, under one virtual clock: the
 arm of the scene stands where the servos' shafts stand, objects obey MuJoCo, the camera draws the scene as a frame of
 640 x 480, and the environment's own rule says whether the task was solved. Bytes go through `hardware/feetech.py` and
-pictures through `hardware/camera.py`, exactly as with the real arm.
+images through `hardware/camera.py`, exactly as with the real arm.
 
     python -m hardware.emulate --checkpoint runs/NAME/best.pt --latency-periods 0 1 2 --out NAME.csv
 
@@ -26,12 +26,14 @@ from pathlib import Path
 import numpy as np
 
 from hardware.camera import Camera, CameraError, RenderSource, aligned_cameras, frame_around
+from hardware.deployment import Refused, check_policy, emulated_episode
 from hardware.emulator import EmulatedBus, EmulatedTransport, VirtualClock
 from hardware.feetech import STEPS
+from hardware.so101 import Calibration
 
 EVAL_SEED = 10_000  # of the episodes that algos/ evaluate on
-WORLD_STEP = 0.01  # s, the simulation's
-STALL_TORQUE = 3.0  # N m, of the servos in envs/so101.xml
+SCENE_STEP = 0.01  # s, the simulation's
+STALL_TORQUE = 3.0  # N m, of the servos in envs/so101/so101.xml
 
 
 class EmulationError(Exception):
@@ -48,10 +50,12 @@ def _so101():
 
 # ------------------------------------------------------------------------------------------------------------ scene ---
 def episodes(env_id: str, count: int, seed: int = EVAL_SEED, randomize: bool = True) -> list[dict]:
-    """The saved states of `count` single worlds at their start: those that training's evaluation begins with."""
+    """The saved states of `count` single environments at their start: those that training's evaluation begins with."""
     so101 = _so101()
     try:
-        env = so101.make(env_id, count, seed=seed, stagger=False, pictures=False, domain_randomization=randomize)
+        env = so101.make(
+            env_id, count, seed=seed, stagger=False, images=False, domain_randomization=randomize
+        )
     except ValueError as error:
         raise EmulationError(str(error)) from None
     env.reset(seed=seed)
@@ -61,17 +65,19 @@ def episodes(env_id: str, count: int, seed: int = EVAL_SEED, randomize: bool = T
     def one(value, i):
         if isinstance(value, dict):
             return {key: one(part, i) for key, part in value.items()}
-        return value[i:i + 1] if getattr(value, "ndim", 0) and len(value) == count else value
+        return value[i : i + 1] if getattr(value, "ndim", 0) and len(value) == count else value
 
     states = [{key: value if key == "generator" else one(value, i) for key, value in saved.items()}
               for i in range(count)]  # fmt: skip
     return [state | {"num_envs": 1} for state in states]
 
 
-class World:
-    """One world of `envs/so101.py` whose arm is led by hand; everything else obeys the simulation."""
+class Scene:
+    """One environment of `envs/so101` whose arm is led by hand; everything else obeys the simulation."""
 
-    def __init__(self, env_id: str, cameras: tuple[str, ...] = ("wrist",), size: int = 240, samples: int = 1):
+    def __init__(
+        self, env_id: str, cameras: tuple[str, ...] = ("wrist",), size: int = 240, samples: int = 1
+    ):
         import mujoco
 
         self.mujoco = mujoco
@@ -88,7 +94,7 @@ class World:
         self.env.load_state_dict(state)
         self.model = self.env.physics.models[0]
         self.data = self.mujoco.MjData(self.model)
-        self.data.qpos[:] = self.env.physics.state[0, 1:1 + self.model.nq]
+        self.data.qpos[:] = self.env.physics.state[0, 1 : 1 + self.model.nq]
         self.mujoco.mj_forward(self.model, self.data)
         self.past.clear()
         self.past.append((now, self.data.qpos.copy()))
@@ -96,7 +102,7 @@ class World:
     def follow(self, joints: np.ndarray, now: float) -> None:
         """One step of the simulation, at whose end the arm's joints are at `joints`, radians."""
         before = self.data.qpos[:6].copy()
-        self.data.qvel[:6] = speed = (joints - before) / WORLD_STEP
+        self.data.qvel[:6] = speed = (joints - before) / SCENE_STEP
         self.data.ctrl[:6] = joints
         self.mujoco.mj_step(self.model, self.data)
         self.data.qpos[:6], self.data.qvel[:6] = joints, speed
@@ -112,12 +118,14 @@ class World:
         self.env.qpos[0] = torch.from_numpy(qpos.astype(np.float32))
         self.env._kinematics()
 
-    def pictures(self, at: float) -> dict[str, np.ndarray]:
+    def images(self, at: float) -> dict[str, np.ndarray]:
         """What each camera showed at a time of the clock: {name: uint8 (size, size, 3)}."""
-        qpos = next((qpos for when, qpos in reversed(self.past) if when <= at + 1e-9), self.past[0][1])
+        qpos = next(
+            (qpos for when, qpos in reversed(self.past) if when <= at + 1e-9), self.past[0][1]
+        )
         self._place(qpos)
         rgb = self.env.scene.draw()[0].numpy()
-        return {name: rgb[..., 3 * i:3 * i + 3].copy() for i, name in enumerate(self.env.cameras)}
+        return {name: rgb[..., 3 * i : 3 * i + 3].copy() for i, name in enumerate(self.env.cameras)}
 
     def success(self, target: np.ndarray) -> bool:
         """Whether the task's own test holds now; `target`: the last command, which some tasks ask about."""
@@ -131,7 +139,7 @@ class World:
         return bool(self.env.reward()[1][0])
 
     def view(self, size: int = 480, camera: str = "person") -> np.ndarray:
-        """A picture for people, uint8 (size, size, 3)."""
+        """An image for people, uint8 (size, size, 3)."""
         self._place(self.data.qpos)
         return self.env.render((0,), size, camera)[0]
 
@@ -143,29 +151,33 @@ class StartView:
     """The start pose as one camera sees it, nothing randomised, the item 23 cm in front of the base."""
 
     def __init__(self, spec: dict, camera: str = "wrist", size: int = 240):
-        self.camera, self.world = camera, World(spec["env_id"], (camera,), size, 4)
-        self.qpos = self.world.data.qpos.copy()
-        item = self.world.env._q["item"]
+        self.camera, self.scene = camera, Scene(spec["env_id"], (camera,), size, 4)
+        self.qpos = self.scene.data.qpos.copy()
+        item = self.scene.env._q["item"]
         self.qpos[:6] = spec["start_pose"]
-        self.qpos[item:item + 2], self.qpos[item + 3:item + 7] = (0.23, 0.0), (1, 0, 0, 0)
+        self.qpos[item : item + 2], self.qpos[item + 3 : item + 7] = (0.23, 0.0), (1, 0, 0, 0)
 
     def draw(self, values: dict) -> np.ndarray:
         """uint8 (size, size, 3) by a camera with these `pos`, `quat_wxyz` and `fovy_degrees`."""
         import torch
 
-        env = self.world.env
+        env = self.scene.env
         at = env.mjm.camera(self.camera).id
-        for field, key in (("cam_pos", "pos"), ("cam_quat", "quat_wxyz"), ("cam_fovy", "fovy_degrees")):
+        for field, key in (
+            ("cam_pos", "pos"),
+            ("cam_quat", "quat_wxyz"),
+            ("cam_fovy", "fovy_degrees"),
+        ):
             env.fields[field][:, at] = torch.tensor(values[key], dtype=torch.float32)
-        self.world._place(self.qpos)
+        self.scene._place(self.qpos)
         return env.scene.draw()[0].numpy().copy()
 
 
 def task_spec(env_id: str, cameras: tuple[str, ...] = ("wrist",)) -> dict:
     """What the environment says of itself now."""
-    world = World(env_id, cameras, 16)
-    world.close()
-    return json.loads(json.dumps(world.env.spec))
+    scene = Scene(env_id, cameras, 16)
+    scene.close()
+    return json.loads(json.dumps(scene.env.spec))
 
 
 # -------------------------------------------------------------------------------------------------------------- arm ---
@@ -179,16 +191,19 @@ class ScenicClock(VirtualClock):
 
     def sleep(self, seconds: float) -> None:
         end = self.time + max(seconds, 0.0)
-        while self.each_step is not None and (self.steps + 1) * WORLD_STEP <= end + 1e-9:
+        while self.each_step is not None and (self.steps + 1) * SCENE_STEP <= end + 1e-9:
             self.steps += 1
-            self.time = max(self.time, self.steps * WORLD_STEP)
+            self.time = max(self.time, self.steps * SCENE_STEP)
             self.each_step(self.time)
         self.time = max(self.time, end)
 
 
 # Encoder of each shaft where the joint is at its simulated zero: horns are screwed on as they come.
 ZERO = (2300, 1700, 2450, 1900, 2100, 1640)
-GRIPPER_JOINT, GRIPPER_SHAFT = (-10.0, 120.0), (-62.5, 64.62)  # degrees, closed and open; the other shafts turn 1 : 1
+GRIPPER_JOINT, GRIPPER_SHAFT = (
+    (-10.0, 120.0),
+    (-62.5, 64.62),
+)  # degrees, closed and open; the other shafts turn 1 : 1
 
 
 def shafts(joints) -> np.ndarray:
@@ -215,7 +230,9 @@ def recorded_calibration(spec: dict) -> dict:
         offset = ZERO[i] - 2047  # at zero, the middle of the range, it then reads 2047
         ends = {"wrist_roll": (0, 4095), "gripper": (2047 - 735, 2047 + 735)}.get(
             name, (round(low[i]) - offset, round(high[i]) - offset))  # fmt: skip
-        entries[name] = dict(id=i + 1, drive_mode=0, homing_offset=offset, range_min=ends[0], range_max=ends[1])
+        entries[name] = dict(
+            id=i + 1, drive_mode=0, homing_offset=offset, range_min=ends[0], range_max=ends[1]
+        )
     return entries
 
 
@@ -242,7 +259,7 @@ class EmulatedArm:
     spec            of the policy: task, cameras, joint limits
     frame_size      pixels a side that the cameras draw; a frame shows them enlarged to 480, in 640 x 480
     samples         rays a pixel
-    camera_delay    seconds that pictures are old when they arrive, which nobody is told
+    camera_delay    seconds that images are old when they arrive, which nobody is told
     gravity         the arm's weight loads the servos while torque is on; an arm without torque stays where it was put
     options         of EmulatedBus
     """
@@ -253,8 +270,8 @@ class EmulatedArm:
         self.clock = ScenicClock()
         self.servos = EmulatedBus(range(1, 7), self.clock, **options)
         self.transport = EmulatedTransport(self.servos, self.clock)
-        self.world = World(spec["env_id"], tuple(spec["cameras"]), frame_size, samples)
-        self.joints_at = None  # time of the pictures below, drawn once for all cameras
+        self.scene = Scene(spec["env_id"], tuple(spec["cameras"]), frame_size, samples)
+        self.joints_at = None  # time of the images below, drawn once for all cameras
         calibrate(self.servos, self.calibration())
         place(self.servos, spec["start_pose"])
         self.clock.each_step = self._step
@@ -270,18 +287,18 @@ class EmulatedArm:
     # Time
     def begin(self, state: dict) -> np.ndarray:
         """Power off and on, a new scene (see `episodes`), the arm at its first pose, which is returned."""
-        self.world.begin(state, self.clock())
+        self.scene.begin(state, self.clock())
         self.servos.power_cycle()
         self.joints_at = None
-        first = self.world.data.qpos[:6].copy()
+        first = self.scene.data.qpos[:6].copy()
         place(self.servos, first)
         return first
 
     def _step(self, now: float) -> None:
         self.servos.advance()
-        self.world.follow(self.joints(), now)
+        self.scene.follow(self.joints(), now)
         if self.gravity:
-            for servo, weight in zip(self.servos.servos.values(), self.world.weight(), strict=True):
+            for servo, weight in zip(self.servos.servos.values(), self.scene.weight(), strict=True):
                 servo.load = float(weight) / STALL_TORQUE if servo.torque else 0.0
 
     # Cameras
@@ -289,14 +306,16 @@ class EmulatedArm:
         """A camera for each of the policy's, to be read on demand; options as of Camera."""
         cameras = {}
         for name in self.spec["cameras"]:
-            source = RenderSource(lambda at, name=name: self.frame(name, at), self.clock, self.camera_delay)
+            source = RenderSource(
+                lambda at, name=name: self.frame(name, at), self.clock, self.camera_delay
+            )
             cameras[name] = Camera(source, self.clock, threaded=False, name=name, **options)
         return cameras
 
     def frame(self, name: str, at: float) -> np.ndarray:
         """What a camera sees at a time of the clock, 480 x 640."""
         if self.joints_at != at:
-            self.squares, self.joints_at = self.world.pictures(at), at
+            self.squares, self.joints_at = self.scene.images(at), at
         return frame_around(self.squares[name])
 
 
@@ -304,8 +323,12 @@ class EmulatedArm:
 @dataclass
 class Args:
     checkpoint: str  # trained by algos/, with SO-101 as its robot
-    latency_periods: tuple[int, ...] = (0, 1, 2)  # control periods between an observation and its command
-    camera_delay: float = 0.0  # s that pictures are late, besides
+    latency_periods: tuple[int, ...] = (
+        0,
+        1,
+        2,
+    )  # control periods between an observation and its command
+    camera_delay: float = 0.0  # s that images are late, besides
     gravity: bool = True  # the arm's weight loads the servos
     frame_size: int = 240  # pixels a side that the camera draws, one ray each; the training's own size: as in training
     simulator: bool = True  # measure the simulator on the same episodes too
@@ -320,7 +343,10 @@ COLUMNS = ("policy", "where", "frame", "latency_periods", "camera_delay_ms", "gr
 def interval(successes: int, count: int) -> tuple[float, float]:
     """95 % confidence interval of a rate (Wilson 1927, eq. 1)."""
     z, p = 1.96, successes / count
-    middle, half = p + z * z / (2 * count), z * math.sqrt(p * (1 - p) / count + z * z / (4 * count**2))
+    middle, half = (
+        p + z * z / (2 * count),
+        z * math.sqrt(p * (1 - p) / count + z * z / (4 * count**2)),
+    )
     return (middle - half) / (1 + z * z / count), (middle + half) / (1 + z * z / count)
 
 
@@ -337,7 +363,10 @@ def simulator_success(policy, count: int, noise: bool) -> tuple[np.ndarray, np.n
                      samples_per_pixel=net.args.samples_per_pixel, cameras=tuple(spec["cameras"]))  # fmt: skip
     import torch
 
-    module, generator = algorithm(policy.algo), torch.Generator().manual_seed(EVAL_SEED) if noise else None
+    module, generator = (
+        algorithm(policy.algo),
+        torch.Generator().manual_seed(EVAL_SEED) if noise else None,
+    )
     obs, once = env.reset(seed=EVAL_SEED), np.zeros(count, bool)
     policy.reset()
     for _ in range(env.max_episode_steps):
@@ -350,20 +379,29 @@ def simulator_success(policy, count: int, noise: bool) -> tuple[np.ndarray, np.n
 def main(args: Args) -> None:
     import torch
 
-    from hardware.deploy_so101 import check_policy, emulated_episode
     from hardware.policy import TorchPolicy
-    from hardware.so101 import Calibration
 
     torch.set_num_threads(1)
     policy = TorchPolicy(args.checkpoint)
-    limits, steps = check_policy(policy, measured=aligned_cameras()), int(policy.spec["max_episode_steps"])
+    limits, steps = (
+        check_policy(policy, measured=aligned_cameras()),
+        int(policy.spec["max_episode_steps"]),
+    )
     size = policy.spec["render_size"]
     common = dict(policy=Path(args.checkpoint).parent.name, episodes=args.episodes)
 
     def add(success, once, **row) -> None:
         low, high = interval(int(np.sum(success)), args.episodes)
-        row = common | row | dict(success_rate=np.mean(success), ci_low=low, ci_high=high, success_once=np.mean(once))
-        row = {key: f"{row[key]:.4f}" if isinstance(row[key], float) else row[key] for key in COLUMNS}
+        row = (
+            common
+            | row
+            | dict(
+                success_rate=np.mean(success), ci_low=low, ci_high=high, success_once=np.mean(once)
+            )
+        )
+        row = {
+            key: f"{row[key]:.4f}" if isinstance(row[key], float) else row[key] for key in COLUMNS
+        }
         print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         if args.out:
             new = not Path(args.out).exists()
@@ -385,8 +423,12 @@ def main(args: Args) -> None:
     for latency in args.latency_periods:
         results, fired = [], {}
         for scene in scenes:
-            results.append(emulated_episode(rig, scene, policy, limits, calibration, steps, latency=latency))
-            fired |= {rule: fired.get(rule, 0) + count for rule, count in results[-1]["rules"].items()}
+            results.append(
+                emulated_episode(rig, scene, policy, limits, calibration, steps, latency=latency)
+            )
+            fired |= {
+                rule: fired.get(rule, 0) + count for rule, count in results[-1]["rules"].items()
+            }
         add([r["success"] for r in results], [r["success_once"] for r in results], where="emulated arm",
             frame=args.frame_size, latency_periods=latency, camera_delay_ms=round(1000 * args.camera_delay),
             gravity=args.gravity, rules_fired=" ".join(f"{rule} {count}" for rule, count in fired.items()))  # fmt: skip
@@ -395,7 +437,6 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     import tyro
 
-    from hardware.deploy_so101 import Refused
     from hardware.policy import PolicyError
 
     try:

@@ -42,9 +42,13 @@ from hardware import feetech as ft
 from hardware.feetech import REGISTERS, BusError
 
 TICK = 0.001  # s, of a servo's own loop
-NO_LOAD_SPEED = 3160.0  # steps/s without friction; with it 3097: others measured 45 to 46 turns a minute
+NO_LOAD_SPEED = (
+    3160.0  # steps/s without friction; with it 3097: others measured 45 to 46 turns a minute
+)
 RISE_TIME = 0.01  # s, of motor, gears and a light link from standstill to 63 % of the speed
-DUTY_PER_STEP = 1 / 1600  # of duty for each step of error and unit of P: full duty at 100 steps with P = 16
+DUTY_PER_STEP = (
+    1 / 1600
+)  # of duty for each step of error and unit of P: full duty at 100 steps with P = 16
 DAMPING = 0.3 / 32  # of D: share of back-EMF that D adds
 STALL_CURRENT, IDLE_CURRENT = 2.4, 0.1  # A
 FRICTION = 0.02  # of the stall torque
@@ -61,7 +65,9 @@ OBEYED = ("torque_enable", "mode", "torque_limit", "unload_mask", "protective_to
           "acceleration", "max_acceleration", "dead_zone_up", "dead_zone_down", "p", "d", "homing_offset", "phase",
           "min_position", "max_position", "min_voltage", "max_voltage", "max_temperature", "protection_current",
           "over_current_time", "overload_torque", "protection_time")  # fmt: skip
-TORQUE, GOAL, OFFSET = (REGISTERS[name][0] for name in ("torque_enable", "goal_position", "homing_offset"))
+TORQUE, GOAL, OFFSET = (
+    REGISTERS[name][0] for name in ("torque_enable", "goal_position", "homing_offset")
+)
 
 
 class VirtualClock:
@@ -133,7 +139,11 @@ class Servo:
     def power_up(self) -> None:
         """Everything that is not EEPROM is at its first value, as after the plug was pulled."""
         self.registers = bytearray(self.eeprom) + bytearray(128 - ft.EEPROM_END)
-        self.errors, self.overloaded, self.over_current = 0, 0.0, 0.0  # bits; seconds above the limits
+        self.errors, self.overloaded, self.over_current = (
+            0,
+            0.0,
+            0.0,
+        )  # bits; seconds above the limits
         self.setpoint, self.setpoint_velocity, self.held = None, 0.0, None
         self.velocity = self.duty = self.wanted = 0.0  # wanted: the duty before limits
         for name, value in dict(lock=1, torque_limit=self.get("max_torque"), max_speed=254, max_acceleration=254,
@@ -150,7 +160,9 @@ class Servo:
 
     def _set(self, name: str, value: int, into: bytearray | None = None) -> None:
         address, size = REGISTERS[name]
-        (self.registers if into is None else into)[address : address + size] = ft.encode(name, value)
+        (self.registers if into is None else into)[address : address + size] = ft.encode(
+            name, value
+        )
 
     @property
     def id(self) -> int:
@@ -230,7 +242,12 @@ class Servo:
     @property
     def at_rest(self) -> bool:
         """Nothing but cooling will happen until the next write."""
-        still = not self.velocity and not self.wanted and not callable(self.load) and abs(self.load) <= FRICTION
+        still = (
+            not self.velocity
+            and not self.wanted
+            and not callable(self.load)
+            and abs(self.load) <= FRICTION
+        )
         return still and (not self.torque or self.setpoint == self._goal and not self.error)
 
     def _settings(self) -> dict[str, int]:
@@ -268,7 +285,9 @@ class Servo:
         if not top:
             self.setpoint, self.setpoint_velocity = float(self._goal), 0.0
         else:
-            if acceleration:  # no faster than it can brake until the goal, from where it is after this tick
+            if (
+                acceleration
+            ):  # no faster than it can brake until the goal, from where it is after this tick
                 half = acceleration * dt / 2
                 top = min(top, math.sqrt(half**2 + 2 * acceleration * abs(distance)) - half)
             change = math.copysign(top, distance) - self.setpoint_velocity
@@ -280,7 +299,10 @@ class Servo:
             else:
                 self.setpoint += self.setpoint_velocity * dt
         error = self.setpoint - present
-        if abs(error) <= s["dead_zone_up" if error > 0 else "dead_zone_down"] and not self.setpoint_velocity:
+        if (
+            abs(error) <= s["dead_zone_up" if error > 0 else "dead_zone_down"]
+            and not self.setpoint_velocity
+        ):
             error = 0.0
         damping = DAMPING * s["d"] * (self.setpoint_velocity - self.velocity) / NO_LOAD_SPEED
         return error * s["p"] * DUTY_PER_STEP + damping
@@ -292,13 +314,19 @@ class Servo:
             self.velocity = 0.0
         else:
             # Implicit in the speed, so that any dt is stable. The gears brake a motor that is off, but less.
-            before, gain, brake = self.velocity, NO_LOAD_SPEED * dt / RISE_TIME, 1.0 if driven else 0.2
+            before, gain, brake = (
+                self.velocity,
+                NO_LOAD_SPEED * dt / RISE_TIME,
+                1.0 if driven else 0.2,
+            )
             free = before + gain * (push - math.copysign(FRICTION, before or push))
             self.velocity = free / (1 + gain * brake / NO_LOAD_SPEED)
             if before * self.velocity < 0 and abs(push) <= FRICTION or abs(self.velocity) < 1e-3:
                 self.velocity = 0.0  # friction stops it, but does not turn it round
             self.encoder += self.velocity * dt
-        self.current = STALL_CURRENT * (self.duty * volts - self.velocity / NO_LOAD_SPEED) if driven else 0.0
+        self.current = (
+            STALL_CURRENT * (self.duty * volts - self.velocity / NO_LOAD_SPEED) if driven else 0.0
+        )
 
     def _protect(self, s: dict[str, int], dt: float) -> None:
         """Temperature, and the four protections: bits of `errors`."""
@@ -321,7 +349,9 @@ class Servo:
             if not lasting and abs(self.wanted) <= s["protective_torque"] / 100:
                 bits &= ~OVERLOAD
         else:
-            self.overloaded = self.overloaded + dt if abs(self.duty) > s["overload_torque"] / 100 else 0.0
+            self.overloaded = (
+                self.overloaded + dt if abs(self.duty) > s["overload_torque"] / 100 else 0.0
+            )
             if self.overloaded > s["protection_time"] / 100:
                 bits, self.overloaded = bits | OVERLOAD, 0.0
         self.errors = bits
@@ -356,20 +386,28 @@ class EmulatedBus:
     ):
         """power_up_goal: what goal_position holds at first; None: the present position. position: of all shafts."""
         self.clock = clock or VirtualClock()
-        self.power_up_torque, self.power_up_goal, self.absent_blocks = power_up_torque, power_up_goal, absent_blocks
+        self.power_up_torque, self.power_up_goal, self.absent_blocks = (
+            power_up_torque,
+            power_up_goal,
+            absent_blocks,
+        )
         self.errors_latch, self.goal_reads_back_limited = errors_latch, goal_reads_back_limited
         self.signed_current, self.wire_time = signed_current, wire_time
         self.voltage = self.voltage_now = voltage
         self.nominal_voltage, self.resistance, self.ambient = nominal_voltage, resistance, ambient
         self.baud = 1_000_000  # that the host talks at
         self.servos = {id: Servo(id, position, self) for id in ids}
-        self.twins: list[tuple[Servo, float]] = []  # further servos with an id that is taken; how much later they reply
+        self.twins: list[
+            tuple[Servo, float]
+        ] = []  # further servos with an id that is taken; how much later they reply
         self.writes: list[tuple[float, int, int, bytes]] = []
         self.plugged = True
         self._ticks = round(self.clock() / TICK)
         self._input, self._input_time = b"", 0.0
         self._line_free = 0.0  # when the host's last byte is over
-        self._output: deque[tuple[float, bytes]] = deque()  # (time of the first byte's end, bytes), in order
+        self._output: deque[tuple[float, bytes]] = (
+            deque()
+        )  # (time of the first byte's end, bytes), in order
         self._held: dict[int, tuple[int, bytes]] = {}  # what reg_write left
         self._corrupt = self._lose = 0
         self._drop: Counter[int] = Counter()
@@ -451,7 +489,10 @@ class EmulatedBus:
         servos = self._all()
         while self._ticks < ticks:
             n = ticks - self._ticks if all(servo.at_rest for servo in servos) else 1
-            begin, self._ticks = self._ticks, ticks  # a load that asks for the position does not get here again
+            begin, self._ticks = (
+                self._ticks,
+                ticks,
+            )  # a load that asks for the position does not get here again
             self._step(servos, n)
             self._ticks = begin + n
 
@@ -467,7 +508,11 @@ class EmulatedBus:
     def written(self, name: str, since: float = 0.0) -> list[tuple[float, int, int, bytes]]:
         """The writes since a time that touched any byte of this register."""
         first, size = REGISTERS[name]
-        return [w for w in self.writes if w[0] >= since and w[2] < first + size and first < w[2] + len(w[3])]
+        return [
+            w
+            for w in self.writes
+            if w[0] >= since and w[2] < first + size and first < w[2] + len(w[3])
+        ]
 
     # Bytes
     @property
@@ -547,7 +592,9 @@ class EmulatedBus:
             for one in sorted({servo.id for servo, _ in self._hear(id)}):
                 self._reply(one, lambda servo: b"", read=True)
         elif instruction == ft.READ and len(parameters) == 2 and not broadcast:
-            self._reply(id, lambda servo: bytes(servo.registers[parameters[0] : sum(parameters)]), read=True)
+            self._reply(
+                id, lambda servo: bytes(servo.registers[parameters[0] : sum(parameters)]), read=True
+            )
         elif instruction in (ft.WRITE, ft.REG_WRITE) and len(parameters) >= 2:
             address, data = parameters[0], parameters[1:]
             if instruction == ft.WRITE:
@@ -558,7 +605,9 @@ class EmulatedBus:
                     servo.write(address, data)
                 else:
                     servo.held = address, data
-            if not broadcast:  # at the baud rate and with the id of before, if it is these that were written
+            if (
+                not broadcast
+            ):  # at the baud rate and with the id of before, if it is these that were written
                 self._reply(id, lambda servo: b"", read=False, heard=heard)
         elif instruction == ft.ACTION:
             for servo, _ in self._hear(id):
@@ -571,7 +620,9 @@ class EmulatedBus:
         elif instruction == ft.SYNC_READ and len(parameters) >= 2 and broadcast:
             address, size = parameters[:2]
             for one in parameters[2:]:
-                spoke = self._reply(one, lambda servo: bytes(servo.registers[address : address + size]), read=True)
+                spoke = self._reply(
+                    one, lambda servo: bytes(servo.registers[address : address + size]), read=True
+                )
                 if not spoke and self.absent_blocks:
                     break
         elif instruction == ft.SYNC_WRITE and len(parameters) >= 2 and broadcast:
@@ -584,7 +635,9 @@ class EmulatedBus:
                     for servo, _ in self._hear(one):
                         servo.write(address, data)
 
-    def _reply(self, id: int, data: Callable[[Servo], bytes], read: bool, heard: list | None = None) -> bool:
+    def _reply(
+        self, id: int, data: Callable[[Servo], bytes], read: bool, heard: list | None = None
+    ) -> bool:
         """Puts the servo's status packet on the line; False if it says nothing."""
         voices = [(servo, skew) for servo, skew in (self._hear(id) if heard is None else heard)
                   if not servo.silent and (read or servo.get("response_level"))]  # fmt: skip
@@ -725,11 +778,17 @@ def serve(bus: EmulatedBus, link: str | None = None, commands: int = 0, replies:
         if command.get("get") == "written":
             return dict(writes=[[*write[:3], write[3].hex()] for write in bus.written(*arguments)])
         if "set" in command:
-            setattr(bus.servos[command["id"]] if "id" in command else bus, command["set"], command["value"])
+            setattr(
+                bus.servos[command["id"]] if "id" in command else bus,
+                command["set"],
+                command["value"],
+            )
             return dict(ok=True)
         if command["do"] not in FAULTS:
             raise ValueError(f"faults are {', '.join(FAULTS)}")
-        getattr(bus, command["do"])(*(bytes.fromhex(a) if isinstance(a, str) else a for a in arguments))
+        getattr(bus, command["do"])(
+            *(bytes.fromhex(a) if isinstance(a, str) else a for a in arguments)
+        )
         if bus.plugged and not port:
             port = Pty(link)
         elif not bus.plugged and port:
@@ -777,7 +836,14 @@ class PtyServer:
     """
 
     def __init__(self, link: str | None = None, ids: Iterable[int] = range(1, 7), **options):
-        words = ["-m", "hardware.emulator", "--ids", *map(str, ids), "--options", json.dumps(options)]
+        words = [
+            "-m",
+            "hardware.emulator",
+            "--ids",
+            *map(str, ids),
+            "--options",
+            json.dumps(options),
+        ]
         self.process = subprocess.Popen(
             [sys.executable, *words, *(["--link", link] if link else [])], cwd=Path(__file__).resolve().parent.parent,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
@@ -787,7 +853,9 @@ class PtyServer:
     def _answer(self) -> dict:
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the emulator's process has ended with status {self.process.wait()}")
+            raise RuntimeError(
+                f"the emulator's process has ended with status {self.process.wait()}"
+            )
         answer = json.loads(line)
         if "error" in answer:
             raise ValueError(answer["error"])
@@ -800,7 +868,9 @@ class PtyServer:
 
     def do(self, fault: str, *arguments) -> None:
         """A fault of `EmulatedBus` by name."""
-        self.port = self.ask(do=fault, args=[a.hex() if isinstance(a, bytes) else a for a in arguments])["port"]
+        self.port = self.ask(
+            do=fault, args=[a.hex() if isinstance(a, bytes) else a for a in arguments]
+        )["port"]
 
     def state(self) -> dict[int, dict]:
         """What `serve` says of each servo."""
@@ -823,9 +893,15 @@ def main() -> None:
     about = ("Emulated STS3215 servos behind a pseudo-terminal. Type faults as JSON lines: "
              '{"do": "mute", "args": [3]}, {"get": "state"}; Ctrl-D ends it.')  # fmt: skip
     parser = argparse.ArgumentParser(description=about)
-    parser.add_argument("--link", help="path of a symbolic link to the port, to have a name that does not change")
-    parser.add_argument("--ids", type=int, nargs="+", default=list(range(1, 7)), help="ids of the servos")
-    parser.add_argument("--options", default="{}", help='options of EmulatedBus as JSON: {"power_up_torque": true}')
+    parser.add_argument(
+        "--link", help="path of a symbolic link to the port, to have a name that does not change"
+    )
+    parser.add_argument(
+        "--ids", type=int, nargs="+", default=list(range(1, 7)), help="ids of the servos"
+    )
+    parser.add_argument(
+        "--options", default="{}", help='options of EmulatedBus as JSON: {"power_up_torque": true}'
+    )
     args = parser.parse_args()
     try:
         bus = EmulatedBus(args.ids, RealClock(), **json.loads(args.options))

@@ -59,16 +59,33 @@ CALIBRATED = ("homing_offset", "min_position", "max_position")
 # which would let go on its own: a stalled joint stops us first, and a gripper that holds something is weakened to GRIP.
 START_TORQUE, LOW_TORQUE, GRIP_TORQUE = 0.4, 0.2, 0.24
 RUN_TORQUE = (0.7, 0.7, 0.7, 0.7, 0.7, 0.5)
-WALL_SPEED, WALL_ACCELERATION = 1.5, 4.0  # times the governor's limits: what the servo itself does not exceed
-HOT_START, WARM, HOT = 50.0, 60.0, 65.0  # degrees Celsius: no start; a warning; a fault. At 70 the servo gives up
+WALL_SPEED, WALL_ACCELERATION = (
+    1.5,
+    4.0,
+)  # times the governor's limits: what the servo itself does not exceed
+HOT_START, WARM, HOT = (
+    50.0,
+    60.0,
+    65.0,
+)  # degrees Celsius: no start; a warning; a fault. At 70 the servo gives up
 STALL_CURRENT, STALL_ERROR, STALL_TIME = 1.0, 0.1, 0.3  # A, rad and s that all have to be exceeded
 JAW_STILL = 0.2  # rad/s below which a jaw that is away from its goal is blocked
-JUMP_FACTOR, JUMP_SLACK = 4.0, 0.05  # a reading may move by so many times the speed limit, plus so many radians
-MISSES, MISS_SHARE, MISS_WINDOW = 3, 0.05, 5.0  # incomplete reads: in a row, or a share of some seconds'
+JUMP_FACTOR, JUMP_SLACK = (
+    4.0,
+    0.05,
+)  # a reading may move by so many times the speed limit, plus so many radians
+MISSES, MISS_SHARE, MISS_WINDOW = (
+    3,
+    0.05,
+    5.0,
+)  # incomplete reads: in a row, or a share of some seconds'
 STILL, MOVED = 0.05, 0.05  # rad/s and rad: what counts as not moving during the start
 OUTSIDE = 12  # raw; 1 degree: how far outside its recorded range a joint may stand at the start
 
-FIRST, COUNT = REGISTERS["present_position"][0], 15  # position, speed, load, voltage, temperature, ..., current
+FIRST, COUNT = (
+    REGISTERS["present_position"][0],
+    15,
+)  # position, speed, load, voltage, temperature, ..., current
 MEASURED = ("position", "speed", "load", "current", "temperature", "voltage")
 
 
@@ -105,17 +122,26 @@ class Calibration:
 
     def __post_init__(self):
         if tuple(self.joints) != JOINTS:
-            raise ValueError(f"calibration: the joints must be {', '.join(JOINTS)}, not {', '.join(self.joints)}")
+            raise ValueError(
+                f"calibration: the joints must be {', '.join(JOINTS)}, not {', '.join(self.joints)}"
+            )
         ids = [joint.id for joint in self.joints.values()]
         for name, joint in self.joints.items():
             values = asdict(joint)
             if any(type(value) is not int for value in values.values()):
                 raise ValueError(f"calibration: {name} must have whole numbers, not {values}")
             if not 0 <= joint.id <= 253 or ids.count(joint.id) > 1:
-                raise ValueError(f"calibration: {name} has id {joint.id}; ids are 0 to 253, each once")
+                raise ValueError(
+                    f"calibration: {name} has id {joint.id}; ids are 0 to 253, each once"
+                )
             if joint.drive_mode:
-                raise ValueError(f"calibration: {name} has drive_mode {joint.drive_mode}; an SO-101 has only 0")
-            if abs(joint.homing_offset) > 2047 or not 0 <= joint.range_min < joint.range_max < STEPS:
+                raise ValueError(
+                    f"calibration: {name} has drive_mode {joint.drive_mode}; an SO-101 has only 0"
+                )
+            if (
+                abs(joint.homing_offset) > 2047
+                or not 0 <= joint.range_min < joint.range_max < STEPS
+            ):
                 raise ValueError(f"calibration: {name} is out of range ({values}): calibrate again")
         half = np.array([joint.range_min + joint.range_max for joint in self.joints.values()]) / 2
         slope = np.full(len(JOINTS), math.radians(360 / (STEPS - 1)))  # radians a step
@@ -132,10 +158,14 @@ class Calibration:
         """From {joint: {"id": ..., "drive_mode": ..., ...}}, in any order of the joints."""
         fields = set(JointCalibration.__dataclass_fields__)
         if set(content) != set(JOINTS):
-            raise ValueError(f"calibration: the joints must be {', '.join(JOINTS)}, not {', '.join(map(str, content))}")
+            raise ValueError(
+                f"calibration: the joints must be {', '.join(JOINTS)}, not {', '.join(map(str, content))}"
+            )
         for name, joint in content.items():
             if not isinstance(joint, Mapping) or set(joint) != fields:
-                raise ValueError(f"calibration: {name} must have exactly {', '.join(sorted(fields))}")
+                raise ValueError(
+                    f"calibration: {name} must have exactly {', '.join(sorted(fields))}"
+                )
         return cls({name: JointCalibration(**content[name]) for name in JOINTS})
 
     @classmethod
@@ -143,7 +173,9 @@ class Calibration:
         """Reads lerobot's file. Raises ValueError or FileNotFoundError in one line."""
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"there is no calibration {path}: make one with hardware/calibrate.py")
+            raise FileNotFoundError(
+                f"there is no calibration {path}: make one with hardware/calibrate.py"
+            )
         try:
             content = json.loads(path.read_text())
         except (ValueError, OSError):
@@ -160,13 +192,17 @@ class Calibration:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps({name: asdict(joint) for name, joint in self.joints.items()}, indent=4))
+        temporary.write_text(
+            json.dumps({name: asdict(joint) for name, joint in self.joints.items()}, indent=4)
+        )
         os.replace(temporary, path)
 
     @property
     def hash(self) -> str:
         """Tells one calibration from another: 16 hexadecimal digits."""
-        content = json.dumps({name: asdict(joint) for name, joint in self.joints.items()}, sort_keys=True)
+        content = json.dumps(
+            {name: asdict(joint) for name, joint in self.joints.items()}, sort_keys=True
+        )
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def eeprom(self) -> dict[int, dict[str, int]]:
@@ -202,7 +238,9 @@ def read_eeprom(bus: Bus, ids: Iterable[int]) -> dict[int, dict[str, int]]:
     return {id: {name: decode(name, data, 0) for name in kept} for id, data in blocks.items()}
 
 
-def differences(have: Mapping[int, Mapping], wanted: Mapping[int, Mapping]) -> list[tuple[int, str, int, int]]:
+def differences(
+    have: Mapping[int, Mapping], wanted: Mapping[int, Mapping]
+) -> list[tuple[int, str, int, int]]:
     """(id, register, value there, value wanted) wherever they are not the same."""
     found = []
     for id, registers in wanted.items():
@@ -212,7 +250,9 @@ def differences(have: Mapping[int, Mapping], wanted: Mapping[int, Mapping]) -> l
     return found
 
 
-def write_eeprom(bus: Bus, wanted: Mapping[int, Mapping], sleep: Callable[[float], None] = time.sleep) -> list:
+def write_eeprom(
+    bus: Bus, wanted: Mapping[int, Mapping], sleep: Callable[[float], None] = time.sleep
+) -> list:
     """Writes what differs, and only that; returns the differences there were. Torque must be off.
 
     Nobody confirms these writes (a servo may be set not to), so they are read back. Raises BusError if one has failed.
@@ -229,12 +269,16 @@ def write_eeprom(bus: Bus, wanted: Mapping[int, Mapping], sleep: Callable[[float
             sleep(0.01)
     if changes and (left := differences(read_eeprom(bus, wanted), wanted)):
         id, name, have, value = left[0]
-        raise BusError(f"servo {id} does not keep {name} = {value}: it still has {have}", [id], "status")
+        raise BusError(
+            f"servo {id} does not keep {name} = {value}: it still has {have}", [id], "status"
+        )
     return changes
 
 
 # --- What needs no calibration ----------------------------------------------------------------------------------------
-def torque_off(bus: Bus, ids: Iterable[int], sleep: Callable[[float], None] = time.sleep, rounds: int = 5) -> dict:
+def torque_off(
+    bus: Bus, ids: Iterable[int], sleep: Callable[[float], None] = time.sleep, rounds: int = 5
+) -> dict:
     """Lets go of all motors and reads it back. -> {id: "off", "on" or "silent"}; see `SO101.stop`. Never raises.
 
     Whatever goes wrong with one motor, or with one way of telling it, the others are told; Ctrl-C is ignored meanwhile.
@@ -275,7 +319,11 @@ def check_motors(bus: Bus, ids: Iterable[int]) -> dict[int, dict[str, int]]:
     for id, name in names.items():
         if (model := eeprom[id]["model"]) not in ft.MODELS:
             known = ", ".join(f"{text} ({number})" for number, text in ft.MODELS.items())
-            raise ArmFault(f"{name} (id {id}) is a servo of model {model}; this driver knows {known}", "start", [name])
+            raise ArmFault(
+                f"{name} (id {id}) is a servo of model {model}; this driver knows {known}",
+                "start",
+                [name],
+            )
     return eeprom
 
 
@@ -300,12 +348,24 @@ class SO101:
     """See the docstring of the module. state: "idle", "hold" (started), or "stopped", which is final."""
 
     def __init__(
-        self, bus: Bus, calibration: Calibration, limits: Limits, clock: Callable[[], float] = time.monotonic,
+        self,
+        bus: Bus,
+        calibration: Calibration,
+        limits: Limits,
+        clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
-    ):  # fmt: skip
-        self.bus, self.calibration, self.limits, self.clock, self.sleep = bus, calibration, limits, clock, sleep
+    ):
+        self.bus, self.calibration, self.limits, self.clock, self.sleep = (
+            bus,
+            calibration,
+            limits,
+            clock,
+            sleep,
+        )
         if tuple(limits.joint_names) != JOINTS:
-            raise ValueError(f"the limits are for {', '.join(limits.joint_names)}; the arm has {', '.join(JOINTS)}")
+            raise ValueError(
+                f"the limits are for {', '.join(limits.joint_names)}; the arm has {', '.join(JOINTS)}"
+            )
         self.ids, self.state = calibration.ids, "idle"
         self.fault: ArmFault | None = None
         self.warnings: list[str] = []  # what a person should know but nothing stops for; each once
@@ -313,8 +373,12 @@ class SO101:
         self.firmware: dict[str, str] = {}
         self.last: State | None = None
         self.goal: np.ndarray | None = None  # rad, as sent
-        self.torque = dict.fromkeys(JOINTS, "unknown")  # what `stop` has found: "off", "on" or "silent"
-        self.stalled = np.full(len(JOINTS), np.inf)  # since when a joint draws current far from its goal
+        self.torque = dict.fromkeys(
+            JOINTS, "unknown"
+        )  # what `stop` has found: "off", "on" or "silent"
+        self.stalled = np.full(
+            len(JOINTS), np.inf
+        )  # since when a joint draws current far from its goal
         self.blocked = math.inf  # since when the jaw stands far from its goal
         self.gripping = False  # the jaw's torque is lowered, because it holds something
         self._reads: deque[tuple[float, bool]] = deque()  # (time, whether a joint was missing)
@@ -338,8 +402,12 @@ class SO101:
             yield
         except (BusError, ArmFault) as error:
             if isinstance(error, BusError):
-                joints = [name for name, id in zip(JOINTS, self.ids, strict=True) if id in error.ids]
-                error = ArmFault(str(error), "stopped" if error.kind == "stopped" else "bus", joints)
+                joints = [
+                    name for name, id in zip(JOINTS, self.ids, strict=True) if id in error.ids
+                ]
+                error = ArmFault(
+                    str(error), "stopped" if error.kind == "stopped" else "bus", joints
+                )
             self.fault = self.fault or error
             raise error from None
 
@@ -351,11 +419,19 @@ class SO101:
         try:
             with self._latching():
                 found = torque_off(self.bus, self.ids, self.sleep)
-                if on := [name for name, id in zip(JOINTS, self.ids, strict=True) if found[id] == "on"]:
-                    raise ArmFault(f"torque of {', '.join(on)} does not go off: switch the power off", "start", on)
+                if on := [
+                    name for name, id in zip(JOINTS, self.ids, strict=True) if found[id] == "on"
+                ]:
+                    raise ArmFault(
+                        f"torque of {', '.join(on)} does not go off: switch the power off",
+                        "start",
+                        on,
+                    )
                 self.identify()
                 gripper = self.ids[GRIPPER]
-                wanted = {id: SETTINGS | (GRIPPER_SETTINGS if id == gripper else {}) for id in self.ids}
+                wanted = {
+                    id: SETTINGS | (GRIPPER_SETTINGS if id == gripper else {}) for id in self.ids
+                }
                 self.changed = write_eeprom(self.bus, wanted, self.sleep)
                 return self._take_hold()
         except BaseException:
@@ -377,7 +453,10 @@ class SO101:
                 raise ArmFault(f"{text}: another arm's file? hardware/calibrate.py --write puts a file into the motors",
                                "start", [name])  # fmt: skip
             ends = self.calibration.angles([self.calibration.low, self.calibration.high])
-            missing = np.maximum(ends[0] - self.limits.low, self.limits.high - ends[1]) - self.limits.margin
+            missing = (
+                np.maximum(ends[0] - self.limits.low, self.limits.high - ends[1])
+                - self.limits.margin
+            )
             for at in np.flatnonzero(missing > math.radians(5)):
                 self._warn(f"{JOINTS[at]}: the policy may go {math.degrees(missing[at]):.0f} degrees farther than the "
                            "range that was recorded; such goals are cut off")  # fmt: skip
@@ -390,12 +469,16 @@ class SO101:
         for at, name in enumerate(JOINTS):
             if not low[at] - OUTSIDE <= state.raw[at] <= high[at] + OUTSIDE:
                 text = f"{name} stands at {state.raw[at]}, outside of {low[at]} to {high[at]}, where goals may be"
-                raise ArmFault(f"{text}: move it inside by hand, or calibrate again", "start", [name])
+                raise ArmFault(
+                    f"{text}: move it inside by hand, or calibrate again", "start", [name]
+                )
             if state.temperature[at] >= HOT_START:
                 text = f"{name} has {state.temperature[at]:.0f} degrees: let it cool below {HOT_START:.0f}"
                 raise ArmFault(text, "heat", [name])
             if abs(state.velocity[at]) > STILL:
-                raise ArmFault(f"{name} is moving: hold the arm still until it has taken hold", "start", [name])
+                raise ArmFault(
+                    f"{name} is moving: hold the arm still until it has taken hold", "start", [name]
+                )
         # A goal switches torque on, so from here on the arm holds, weakly, where it is.
         raw = np.clip(state.raw, low, high)
         self._send(raw)
@@ -411,7 +494,9 @@ class SO101:
         if (most := moved.max()) > MOVED:
             name = JOINTS[int(moved.argmax())]
             text = f"{name} moved by {math.degrees(most):.1f} degrees when torque came on"
-            raise ArmFault(f"{text}: support the arm, and check its load and calibration", "start", [name])
+            raise ArmFault(
+                f"{text}: support the arm, and check its load and calibration", "start", [name]
+            )
         self._torque_limits(RUN_TORQUE)
         return after
 
@@ -422,7 +507,9 @@ class SO101:
             if id not in answers:
                 raise ArmFault(f"{name} (id {id}) does not answer during the start", "bus", [name])
             if (have := decode(register, answers[id].data)) != value:
-                text = f"{name} (id {id}) has not taken {what}: {register} reads {have}, not {value}"
+                text = (
+                    f"{name} (id {id}) has not taken {what}: {register} reads {have}, not {value}"
+                )
                 raise ArmFault(text, "start", [name])
 
     def _all_answer(self, state: State) -> None:
@@ -434,11 +521,16 @@ class SO101:
         """One sync read. Raises ArmFault for what must not go on. budget: see Bus.sync_read."""
         with self._latching():
             answers = self.bus.sync_read(self.ids, FIRST, COUNT, budget)
-            before, now = self.last, min((status.time for status in answers.values()), default=self.clock())
+            before, now = (
+                self.last,
+                min((status.time for status in answers.values()), default=self.clock()),
+            )
             rows, age = np.zeros((len(MEASURED) + 1, len(JOINTS))), np.zeros(len(JOINTS))
             for at, id in enumerate(self.ids):
                 if id in answers:
-                    values = [decode(f"present_{name}", answers[id].data, FIRST) for name in MEASURED]
+                    values = [
+                        decode(f"present_{name}", answers[id].data, FIRST) for name in MEASURED
+                    ]
                     rows[:, at] = [*values, answers[id].error]
             columns = [rows[0], self.calibration.angles(rows[0]), rows[1] * self.calibration.slope, rows[2] / 1000,
                        rows[3] * ft.CURRENT_UNIT, rows[4], rows[5] / 10, rows[6]]  # fmt: skip
@@ -447,10 +539,14 @@ class SO101:
             if absent.any():
                 if before is None:
                     names = [name for name, missing in zip(JOINTS, absent, strict=True) if missing]
-                    raise ArmFault(f"no answer from {', '.join(names)}: check power and cable", "bus", names)
+                    raise ArmFault(
+                        f"no answer from {', '.join(names)}: check power and cable", "bus", names
+                    )
                 old = (before.raw, before.position, before.velocity, before.load, before.current, before.temperature,
                        before.voltage, before.errors)  # fmt: skip
-                columns = [np.where(absent, there, here) for there, here in zip(old, columns, strict=True)]
+                columns = [
+                    np.where(absent, there, here) for there, here in zip(old, columns, strict=True)
+                ]
                 age = np.where(absent, before.age + now - before.time, 0.0)
             raw, *columns, errors = columns
             state = self.last = State(*columns, errors.astype(int), now, raw.astype(int), age)
@@ -466,7 +562,9 @@ class SO101:
         with self._latching():
             target = np.asarray(target, np.float64)
             if target.shape != (len(JOINTS),) or not np.isfinite(target).all():
-                raise ArmFault(f"a goal must be six finite angles, not {target.tolist()}", "stopped")
+                raise ArmFault(
+                    f"a goal must be six finite angles, not {target.tolist()}", "stopped"
+                )
             self._send(self.calibration.goals(target))
             self._grip()
 
@@ -476,7 +574,11 @@ class SO101:
             raise ArmFault("no goal can be sent: the arm is stopped", "stopped")
         rows = zip(self.ids, self.wall_acceleration, raw, self.wall_speed, strict=True)
         wanted = set(self.ids if only is None else only)
-        values = {id: struct.pack("<BHHH", a, goal, 0, speed) for id, a, goal, speed in rows if id in wanted}
+        values = {
+            id: struct.pack("<BHHH", a, goal, 0, speed)
+            for id, a, goal, speed in rows
+            if id in wanted
+        }
         if values:
             self.bus.sync_write(REGISTERS["acceleration"][0], values)
             goal = self.calibration.angles(raw)
@@ -488,9 +590,13 @@ class SO101:
         for at, name in enumerate(JOINTS):
             if state.errors[at]:
                 text = f"{name} reports: {ft.describe_errors(int(state.errors[at]))}"
-                raise ArmFault(f"{text}; once its cause is gone, switch the power off and on", "error", [name])
+                raise ArmFault(
+                    f"{text}; once its cause is gone, switch the power off and on", "error", [name]
+                )
             if state.temperature[at] >= HOT:
-                raise ArmFault(f"{name} has {state.temperature[at]:.0f} degrees: too hot", "heat", [name])
+                raise ArmFault(
+                    f"{name} has {state.temperature[at]:.0f} degrees: too hot", "heat", [name]
+                )
             if state.temperature[at] >= WARM:
                 self._warn(f"{name} is getting hot: {WARM:.0f} degrees; it stops at {HOT:.0f}")
         if self.state != "hold":  # without torque it may be turned by hand
@@ -499,7 +605,11 @@ class SO101:
         if (at := np.flatnonzero((raw < WRAP // 2) | (raw > STEPS - 1 - WRAP // 2))).size:
             name = JOINTS[at[0]]
             text = f"{name} reads {raw[at[0]]}, next to the encoder's end, where a reading jumps by a turn"
-            raise ArmFault(f"{text}: turn it back by hand, or calibrate again with the horn moved", "wrap", [name])
+            raise ArmFault(
+                f"{text}: turn it back by hand, or calibrate again with the horn moved",
+                "wrap",
+                [name],
+            )
         if before is not None:
             dt = np.maximum(state.time - before.time + before.age, 0.0)
             most = JUMP_FACTOR * self.limits.velocity * dt + JUMP_SLACK
@@ -507,9 +617,15 @@ class SO101:
             if (jump > most).any():
                 at = int((jump / most).argmax())
                 text = f"{JOINTS[at]} jumped by {math.degrees(jump[at]):.0f} degrees within {dt[at]:.2f} s"
-                raise ArmFault(f"{text}: pushed, or a broken encoder or cable?", "jump", [JOINTS[at]])
-        busy = (np.abs(state.current) > STALL_CURRENT) & (np.abs(self.goal - state.position) > STALL_ERROR)
-        self.stalled = np.where(busy & (state.age == 0), np.minimum(self.stalled, state.time), np.inf)
+                raise ArmFault(
+                    f"{text}: pushed, or a broken encoder or cable?", "jump", [JOINTS[at]]
+                )
+        busy = (np.abs(state.current) > STALL_CURRENT) & (
+            np.abs(self.goal - state.position) > STALL_ERROR
+        )
+        self.stalled = np.where(
+            busy & (state.age == 0), np.minimum(self.stalled, state.time), np.inf
+        )
         stalled = state.time - self.stalled > STALL_TIME
         stalled[GRIPPER] = False  # it is there to meet resistance: see _grip
         if stalled.any():
@@ -523,7 +639,9 @@ class SO101:
         off = abs(self.goal[GRIPPER] - self.last.position[GRIPPER])
         blocked = off > STALL_ERROR and abs(self.last.velocity[GRIPPER]) < JAW_STILL
         self.blocked = min(self.blocked, self.last.time) if blocked else math.inf
-        grip = off > STALL_ERROR / 2 if self.gripping else self.last.time - self.blocked >= STALL_TIME
+        grip = (
+            off > STALL_ERROR / 2 if self.gripping else self.last.time - self.blocked >= STALL_TIME
+        )
         if grip != self.gripping:
             self.gripping = grip
             self._torque_limits([GRIP_TORQUE] * len(JOINTS) if grip else RUN_TORQUE, [GRIPPER])
@@ -539,7 +657,9 @@ class SO101:
         if self._misses >= MISSES or count >= MISSES and count > MISS_SHARE * len(self._reads):
             names = [name for name, missing in zip(JOINTS, absent, strict=True) if missing]
             row = self._misses >= MISSES
-            often = f"{self._misses} times in a row" if row else f"{count} times of {len(self._reads)}"
+            often = (
+                f"{self._misses} times in a row" if row else f"{count} times of {len(self._reads)}"
+            )
             text = f"no complete answer {often}, last not from {', '.join(names) or 'all'}: check power and cable"
             raise ArmFault(text, "bus", names)
 
@@ -550,14 +670,20 @@ class SO101:
             raise ArmFault(f"no goal can be sent: the arm is {self.state}", "stopped")
         with self._latching():
             answers = self.bus.sync_read(self.ids, FIRST, REGISTERS["present_position"][1])
-            raw = {id: decode("present_position", status.data) for id, status in answers.items() if not status.error}
+            raw = {
+                id: decode("present_position", status.data)
+                for id, status in answers.items()
+                if not status.error
+            }
             goals = np.array([raw.get(id, 0) for id in self.ids])
             self._send(np.clip(goals, self.calibration.low, self.calibration.high), raw)
 
     def low_torque(self) -> None:
         """Weakens all motors, so that the arm sinks before it is let go. Raises ArmFault if the port fails."""
         with self._latching():
-            self.bus.broadcast_write(REGISTERS["torque_limit"][0], encode("torque_limit", round(1000 * LOW_TORQUE)))
+            self.bus.broadcast_write(
+                REGISTERS["torque_limit"][0], encode("torque_limit", round(1000 * LOW_TORQUE))
+            )
 
     def stop(self) -> dict[str, str]:
         """Torque off, read back. -> {joint: "off", "on" or "silent"}; never raises, may be called again at any time.
@@ -570,8 +696,12 @@ class SO101:
         return self.torque
 
     # Small things
-    def _torque_limits(self, shares: Iterable[float], only: Iterable[int] = range(len(JOINTS))) -> None:
-        values = {self.ids[at]: encode("torque_limit", round(1000 * list(shares)[at])) for at in only}
+    def _torque_limits(
+        self, shares: Iterable[float], only: Iterable[int] = range(len(JOINTS))
+    ) -> None:
+        values = {
+            self.ids[at]: encode("torque_limit", round(1000 * list(shares)[at])) for at in only
+        }
         self.bus.sync_write(REGISTERS["torque_limit"][0], values)
 
     def _warn(self, text: str) -> None:

@@ -4,7 +4,7 @@ ManiSkill's renderer SAPIEN needs Vulkan with `descriptorBindingPartiallyBound`.
 lavapipe lacks it; Debian's own backports carry Mesa 25, whose lavapipe has it. This script asks apt, with package lists
 of its own, which packages that driver needs beyond the installed ones, downloads them (apt checks the signatures),
 unpacks them into `--dir`, keeps the shared libraries, and writes the driver file (ICD) that a Vulkan loader reads.
-No root is needed. `envs/maniskill.py` finds the default folder by itself.
+No root is needed. `envs/maniskill` finds the default folder by itself.
 
     python scripts/install_software_vulkan.py                 # into ~/.cache/cleanrobot/vulkan
     python scripts/install_software_vulkan.py --dir FOLDER    # elsewhere; then CLEANROBOT_VULKAN_DIR=FOLDER names it
@@ -157,7 +157,7 @@ def main() -> None:
         icd = unpack(fetch_packages(mirror, Path(work)), Path(work), target)
     alone = check_libraries(target)
     default = target == DEFAULT_DIR.resolve()
-    hint = "envs/maniskill.py finds it by itself" if default else f"export CLEANROBOT_VULKAN_DIR={target}"
+    hint = "envs/maniskill finds it by itself" if default else f"export CLEANROBOT_VULKAN_DIR={target}"
     print(f"installed in {target}; {hint}. For other Vulkan programs:")
     print(f"export VK_ICD_FILENAMES={icd}")
     if not alone:

@@ -1,11 +1,11 @@
-"""Draw the pictures of the DeepMind Control tasks that the docs show, and measure how much the renderers differ.
+"""Draw the images of the DeepMind Control tasks that the docs show, and measure how much the renderers differ.
 
     python scripts/picture_dmc.py                                    all published tasks
-    python scripts/picture_dmc.py --tasks walker_walk reach_duplo    only these, and no pictures are written
-    python scripts/picture_dmc.py --no-measure                       the pictures alone
+    python scripts/picture_dmc.py --tasks walker_walk reach_duplo    only these, and no images are written
+    python scripts/picture_dmc.py --no-measure                       the images alone
 
 Every renderer that works here draws the same states (same seed, same random actions), 84 pixels a side. The reference
-is OpenGL by EGL with its defaults, which is what the published results were learnt from. Printed for each task: mean
+is OpenGL by EGL with its defaults, which is what the published results were learned from. Printed for each task: mean
 absolute difference to it over all pixels and states, of 255, and beside it that of the reference to itself a step
 later, as a measure of what a difference means.
 
@@ -29,14 +29,21 @@ from envs import check, dmc
 ROOT = Path(__file__).resolve().parent.parent
 SIZE, GAP, LABEL = 84, 4, 14  # pixels
 STATES, APART = 8, 4  # states that are compared, and steps between them
-SHOWN = ("walker_walk", "cartpole_swingup", "cup_catch", "reacher_easy", "quadruped_walk", "reach_duplo")
+SHOWN = (
+    "walker_walk",
+    "cartpole_swingup",
+    "cup_catch",
+    "reacher_easy",
+    "quadruped_walk",
+    "reach_duplo",
+)
 LIMIT = 60_000  # bytes
 
 
 @dataclass
 class Args:
     tasks: tuple[str, ...] = dmc.EASY + dmc.MEDIUM + dmc.HARD
-    """which tasks to measure; the pictures are written when all are"""
+    """which tasks to measure; the images are written when all are"""
     measure: bool = True
     """compare the renderers for every task"""
     out: Path = ROOT / "docs/images/dmc"
@@ -77,11 +84,15 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a.astype(np.int16) - b).mean())
 
 
-def grid(rows: list[list[np.ndarray]], above: list[str], below: list[str] | None = None) -> Image.Image:
+def grid(
+    rows: list[list[np.ndarray]], above: list[str], below: list[str] | None = None
+) -> Image.Image:
     """Pictures in rows, with `above` over the columns and `below` under each row's."""
     head, foot = LABEL * bool(above), LABEL * bool(below)
     high = SIZE + GAP + foot
-    picture = Image.new("RGB", (len(rows[0]) * (SIZE + GAP) - GAP, head + len(rows) * high - GAP), "white")
+    picture = Image.new(
+        "RGB", (len(rows[0]) * (SIZE + GAP) - GAP, head + len(rows) * high - GAP), "white"
+    )
     draw, font, labels = ImageDraw.Draw(picture), ImageFont.load_default(10), iter(below or ())
     for k, text in enumerate(above):
         draw.text((k * (SIZE + GAP) + 1, 1), text, fill="black", font=font)
@@ -89,16 +100,25 @@ def grid(rows: list[list[np.ndarray]], above: list[str], below: list[str] | None
         for k, rgb in enumerate(row):
             picture.paste(Image.fromarray(rgb), (k * (SIZE + GAP), head + j * high))
             if below:
-                draw.text((k * (SIZE + GAP) + 1, head + j * high + SIZE), next(labels), fill="black", font=font)
+                draw.text(
+                    (k * (SIZE + GAP) + 1, head + j * high + SIZE),
+                    next(labels),
+                    fill="black",
+                    font=font,
+                )
     return picture
 
 
 def write(picture: Image.Image, path: Path) -> None:
     """Writes a PNG of at most 256 colours, rare ones among them. Raises RuntimeError where it is above LIMIT."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=4, dither=Image.Dither.NONE).save(path, optimize=True)
+    picture.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=4, dither=Image.Dither.NONE).save(
+        path, optimize=True
+    )
     if path.stat().st_size > LIMIT:
-        raise RuntimeError(f"{path} has {path.stat().st_size} bytes, above {LIMIT}: show less or shrink it")
+        raise RuntimeError(
+            f"{path} has {path.stat().st_size} bytes, above {LIMIT}: show less or shrink it"
+        )
     print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
 
 
@@ -106,29 +126,55 @@ def main(args: Args) -> None:
     """Measures and draws what `args` names. Raises RuntimeError or ValueError in one line."""
     options, seen = ways(), {}
     if args.measure:
-        print(f"{'task':<26}" + "".join(f"{name:>18}" for name in list(options)[1:]) + f"{'a step later':>18}")
+        print(
+            f"{'task':<26}"
+            + "".join(f"{name:>18}" for name in list(options)[1:])
+            + f"{'a step later':>18}"
+        )
     for env_id in args.tasks:
         wanted = list(options) if args.measure or env_id in SHOWN else ["egl"]
         drawn = {name: states(env_id, args.seed, **options[name]) for name in wanted}
         seen[env_id] = {name: pictures[STATES // 2] for name, (pictures, _) in drawn.items()}
         if args.measure:
             reference, later = drawn["egl"]
-            values = [difference(drawn[name][0], reference) for name in wanted[1:]] + [difference(later, reference)]
+            values = [difference(drawn[name][0], reference) for name in wanted[1:]] + [
+                difference(later, reference)
+            ]
             print(f"{env_id:<26}" + "".join(f"{value:>18.1f}" for value in values), flush=True)
     if set(args.tasks) != set(Args.tasks):
         return
-    write(grid([list(seen[name].values()) for name in SHOWN], list(options)), args.out / "renderers.png")
+    write(
+        grid([list(seen[name].values()) for name in SHOWN], list(options)),
+        args.out / "renderers.png",
+    )
     names = list(Args.tasks) + [""] * (-len(Args.tasks) % 8)
-    cells = [seen[name]["egl"] if name else np.full((SIZE, SIZE, 3), 255, np.uint8) for name in names]
+    cells = [
+        seen[name]["egl"] if name else np.full((SIZE, SIZE, 3), 255, np.uint8) for name in names
+    ]
     rows = [cells[k : k + 8] for k in range(0, len(cells), 8)]
-    short = [name.replace("cartpole", "cart").replace("_", " ").replace("swingup", "sw.") for name in names]
+    short = [
+        name.replace("cartpole", "cart").replace("_", " ").replace("swingup", "sw.")
+        for name in names
+    ]
     write(grid(rows, [], short), args.out / "tasks.png")
     rows = []
     for how in (dict(camera_jitter=0.05), dict(camera_jitter=0.05, colour_jitter=0.2)):
-        env = dmc.make("walker_walk", 6, "cpu", seed=args.seed, image_size=SIZE, renderer="egl", workers=1, **how)
+        env = dmc.make(
+            "walker_walk",
+            6,
+            "cpu",
+            seed=args.seed,
+            image_size=SIZE,
+            renderer="egl",
+            workers=1,
+            **how,
+        )
         rows.append(list(env.obs["rgb"].numpy()))
         env.close()
-    write(grid(rows, ["above: camera_jitter 0.05", "", "below: colour_jitter 0.2 too"]), args.out / "jitter.png")
+    write(
+        grid(rows, ["above: camera_jitter 0.05", "", "below: colour_jitter 0.2 too"]),
+        args.out / "jitter.png",
+    )
 
 
 if __name__ == "__main__":

@@ -412,7 +412,7 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path, content):
 def test_a_camera_that_was_moved_is_found_again_and_training_sees_by_it(tmp_path, monkeypatch):
     """A "photo" by a camera that is off by some keys; the same keys bring the simulated one there, to the pixel."""
     pytest.importorskip("mujoco_warp", reason='needs the simulator: pip install -e ".[so101]"')
-    from envs import so101
+    from envs.so101 import scene
     from hardware import emulate
 
     spec, keys = emulate.task_spec("SO101ReachCube-v1"), "dddddwwwjjjuuu---"
@@ -432,7 +432,7 @@ def test_a_camera_that_was_moved_is_found_again_and_training_sees_by_it(tmp_path
     assert (np.abs(shown()) > 40).mean() > 0.02 and not (tmp_path / "cameras.json").exists()
     assert not shown(keys=keys, write=True).any()
     assert not shown().any(), "the next time it starts from what was written"
-    monkeypatch.setattr(so101, "CAMERA_FILE", tmp_path / "cameras.json")
+    monkeypatch.setattr(scene, "CAMERA_FILE", tmp_path / "cameras.json")
     trained = emulate.task_spec("SO101ReachCube-v1")["cameras"]["wrist"]
     np.testing.assert_allclose(trained["pos"], there["pos"], atol=1e-9)
     np.testing.assert_allclose(trained["quat_wxyz"], there["quat_wxyz"], atol=1e-9)

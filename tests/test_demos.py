@@ -17,6 +17,9 @@ h5py = pytest.importorskip("h5py", reason='h5py is not installed: pip install -e
 from fake_env import FakeEnv  # noqa: E402
 
 from envs import demos  # noqa: E402
+from envs.demos import reading  # noqa: E402
+from envs.demos.__main__ import Args, main  # noqa: E402
+from envs.demos.human import SMOOTH  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,7 +58,7 @@ def recorded(path, episodes=7, **options):
 
 # --- recording --------------------------------------------------------------------------------------------------------
 def test_what_is_recorded_is_what_happened(tmp_path):
-    """The transitions of world 0's first episode against the same episode stepped by hand."""
+    """The transitions of environment 0's first episode against the same episode stepped by hand."""
     tally = recorded(tmp_path / "f.hdf5")
     assert tally["kept"] == 7 == tally["succeeded"] and tally["steps"] == 70 and tally["tried"] == 7
     env, expert = dots()
@@ -69,10 +72,16 @@ def test_what_is_recorded_is_what_happened(tmp_path):
     assert len(one["actions"]) == 10 and one["dones"][-1]
     for t, (before, actions, info) in enumerate(expected):
         assert np.array_equal(one["actions"][t], actions[0].numpy())
-        assert one["success"][t] == bool(info["success"][0]) and one["rewards"][t] == float(info["success"][0])
+        assert one["success"][t] == bool(info["success"][0]) and one["rewards"][t] == float(
+            info["success"][0]
+        )
         for key in ("rgb", "state", "privileged"):
             assert np.array_equal(one["obs"][key][t], before[key][0].numpy())
-    for key in ("rgb", "state", "privileged"):  # the true next observation, not the next episode's first
+    for key in (
+        "rgb",
+        "state",
+        "privileged",
+    ):  # the true next observation, not the next episode's first
         assert np.array_equal(one["final_obs"][key], expected[-1][2]["final_obs"][key][0].numpy())
     assert one["obs"]["rgb"].dtype == np.uint8 and one["obs"]["rgb"].shape == (10, 8, 8, 6)
 
@@ -82,16 +91,26 @@ def test_layout_is_robomimics(tmp_path):
     with h5py.File(tmp_path / "f.hdf5") as file:
         assert file["data"].attrs["total"] == 200 and len(file["data"]) == 20
         about = json.loads(file["data"].attrs["env_args"])
-        assert {"env_name", "type", "env_kwargs", "recorded"} <= set(about) and about["recorded"]["kept"] == 20
+        assert {"env_name", "type", "env_kwargs", "recorded"} <= set(about) and about["recorded"][
+            "kept"
+        ] == 20
         for i in range(20):
             demo = file[f"data/demo_{i}"]
             assert demo.attrs["num_samples"] == 10 and demo.attrs["success"]
             assert {"actions", "rewards", "dones", "obs", "next_obs"} <= set(demo)
-            assert set(demo["obs"]) == set(demo["next_obs"]) == {"w_image", "a_image", "state", "privileged"}
-            # One step's next observation is the next step's observation; pictures are stored by camera.
+            assert (
+                set(demo["obs"])
+                == set(demo["next_obs"])
+                == {"w_image", "a_image", "state", "privileged"}
+            )
+            # One step's next observation is the next step's observation; images are stored by camera.
             assert np.array_equal(demo["obs/privileged"][1:], demo["next_obs/privileged"][:-1])
-            assert demo["obs/w_image"].shape == (10, 8, 8, 3) and demo["obs/w_image"].dtype == np.uint8
-            assert np.array_equal(demo["dones"][()] > 0, (demo["success"][()] > 0) | (np.arange(10) == 9))
+            assert (
+                demo["obs/w_image"].shape == (10, 8, 8, 3) and demo["obs/w_image"].dtype == np.uint8
+            )
+            assert np.array_equal(
+                demo["dones"][()] > 0, (demo["success"][()] > 0) | (np.arange(10) == 9)
+            )
         train, valid = (set(file[f"mask/{k}"][()]) for k in ("train", "valid"))
         assert len(valid) == 2 and not train & valid and len(train | valid) == 20
 
@@ -102,7 +121,9 @@ def test_failures_are_left_out_or_kept(tmp_path):
         demos.record(env, expert, tmp_path / "f.hdf5", 5, env_args={}, tries=12, progress=False)
     assert list(tmp_path.iterdir()) == [], "a recording that failed leaves nothing behind"
     env, expert = dots(fails=True)
-    tally = demos.record(env, expert, tmp_path / "f.hdf5", 5, env_args={}, keep="all", progress=False)
+    tally = demos.record(
+        env, expert, tmp_path / "f.hdf5", 5, env_args={}, keep="all", progress=False
+    )
     assert tally["kept"] == 5 and tally["succeeded"] == 0
     assert not any(d["success"].any() for d in demos.read(tmp_path / "f.hdf5"))
 
@@ -130,15 +151,19 @@ def test_a_diverged_episode_is_left_out(tmp_path):
     def diverging(actions):
         obs, rewards, terminations, truncations, info = step(actions)
         count[0] += 1
-        if count[0] == 4:  # the world is put back alone: an early truncation without success
+        if count[0] == 4:  # the environment is put back alone: an early truncation without success
             env._begin(torch.ones(1, dtype=torch.bool))
             info["success"] = torch.zeros(1, dtype=torch.bool)
             return env._observe(), rewards, terminations, torch.ones(1, dtype=torch.bool), info
         return obs, rewards, terminations, truncations, info
 
     env.step = diverging
-    tally = demos.record(env, expert, tmp_path / "f.hdf5", 2, env_args={}, keep="all", progress=False)
-    assert tally["tried"] == 2 and {len(d["actions"]) for d in demos.read(tmp_path / "f.hdf5")} == {10}
+    tally = demos.record(
+        env, expert, tmp_path / "f.hdf5", 2, env_args={}, keep="all", progress=False
+    )
+    assert tally["tried"] == 2 and {len(d["actions"]) for d in demos.read(tmp_path / "f.hdf5")} == {
+        10
+    }
 
 
 def test_interrupted_recording_keeps_what_there_is(tmp_path):
@@ -154,7 +179,9 @@ def test_interrupted_recording_keeps_what_there_is(tmp_path):
     expert.act = interrupted
     with pytest.raises(KeyboardInterrupt):
         demos.record(env, expert, tmp_path / "f.hdf5", 5, env_args={}, progress=False)
-    assert [p.name for p in tmp_path.iterdir()] == ["f.hdf5"] and len(demos.read(tmp_path / "f.hdf5")) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["f.hdf5"] and len(
+        demos.read(tmp_path / "f.hdf5")
+    ) == 2
 
 
 # --- human-like errors ------------------------------------------------------------------------------------------------
@@ -186,7 +213,7 @@ def test_noise_is_smooth_of_the_given_strength_and_spares_commands():
     errors = torch.stack((first[:, 0] - 0.5, second[:, 0] - 0.5))
     # The strength is 0.1 times a factor uniform in [0.5, 1.5], whose mean square is 13/12.
     assert errors.std().item() == pytest.approx(0.1 * (13 / 12) ** 0.5, rel=0.05)
-    assert torch.corrcoef(errors)[0, 1].item() == pytest.approx(demos.SMOOTH, abs=0.03)
+    assert torch.corrcoef(errors)[0, 1].item() == pytest.approx(SMOOTH, abs=0.03)
     assert (human.act().abs() <= 1).all()
 
 
@@ -201,7 +228,7 @@ def test_pauses_stand_still_and_stop_the_experts_clock():
         assert torch.equal(actions[still, 1], last[still, 1]), "a command is repeated"
         assert torch.equal(human.expert.clock, torch.where(still, clock, clock + 1))
         paused_steps += still
-    # Each time: with chance 0.3 a pause, of 5 steps on average, else one free step.
+    # Each time: with probability 0.3 a pause, of 5 steps on average, else one free step.
     assert paused_steps.mean().item() / 50 == pytest.approx(0.3 * 5 / (0.3 * 5 + 0.7), abs=0.03)
 
 
@@ -209,11 +236,17 @@ def test_pace_is_an_episodes_own():
     human = humans(slow=0.5)
     first = human.act()[:, 0]
     assert torch.allclose(first, human.act()[:, 0])
-    assert 0.25 <= first.min() and first.max() <= 0.5 and first.mean().item() == pytest.approx(0.375, abs=0.01)
+    assert (
+        0.25 <= first.min()
+        and first.max() <= 0.5
+        and first.mean().item() == pytest.approx(0.375, abs=0.01)
+    )
     half = torch.arange(4000) < 2000
     human.reset(half)
     again = human.act()[:, 0]
-    assert torch.allclose(again[2000:], first[2000:]) and not torch.allclose(again[:2000], first[:2000])
+    assert torch.allclose(again[2000:], first[2000:]) and not torch.allclose(
+        again[:2000], first[:2000]
+    )
 
 
 def test_impossible_errors_are_refused():
@@ -229,7 +262,9 @@ def robomimic_file(path, next_obs=True, observations=True):
         data = file.create_group("data")
         data.attrs["total"] = 22
         kwargs = {"camera_names": ["robot0_eye_in_hand", "agentview"], "robots": ["Panda"]}
-        data.attrs["env_args"] = json.dumps({"env_name": "PickPlaceCan", "type": 1, "env_kwargs": kwargs})
+        data.attrs["env_args"] = json.dumps(
+            {"env_name": "PickPlaceCan", "type": 1, "env_kwargs": kwargs}
+        )
         for name, length in (("demo_10", 6), ("demo_2", 7), ("demo_0", 9)):
             group = data.create_group(name)
             group.attrs["num_samples"], group.attrs["model_file"] = length, "<mujoco/>"
@@ -243,16 +278,25 @@ def robomimic_file(path, next_obs=True, observations=True):
                 for key, size in shapes.items():
                     group[f"{part}/{key}"] = rng.normal(size=(length, size))
                 for k, camera in enumerate(("agentview", "robot0_eye_in_hand")):
-                    group[f"{part}/{camera}_image"] = np.full((length, 6, 6, 3), 10 * k + length, np.uint8)
-        file["mask/train"], file["mask/20_percent"] = np.array([b"demo_10", b"demo_0"]), np.array([b"demo_2"])
+                    group[f"{part}/{camera}_image"] = np.full(
+                        (length, 6, 6, 3), 10 * k + length, np.uint8
+                    )
+        file["mask/train"], file["mask/20_percent"] = (
+            np.array([b"demo_10", b"demo_0"]),
+            np.array([b"demo_2"]),
+        )
     return path
 
 
 def test_robomimics_own_file_is_read(tmp_path):
     path = robomimic_file(tmp_path / "image.hdf5")
     found = demos.read(path)
-    assert [d["name"] for d in found] == ["demo_0", "demo_2", "demo_10"], "by number, not by the alphabet"
-    assert [len(d["actions"]) for d in found] == [9, 7, 6] and found[0]["actions"].dtype == np.float32
+    assert [d["name"] for d in found] == ["demo_0", "demo_2", "demo_10"], (
+        "by number, not by the alphabet"
+    )
+    assert [len(d["actions"]) for d in found] == [9, 7, 6] and found[0][
+        "actions"
+    ].dtype == np.float32
     with h5py.File(path) as file:
         group = file["data/demo_2"]
         arm = [group[f"obs/robot0_{k}"][()] for k in ("eef_pos", "eef_quat", "gripper_qpos")]
@@ -263,7 +307,9 @@ def test_robomimics_own_file_is_read(tmp_path):
         assert np.allclose(found[1]["final_obs"]["state"][:3], group["next_obs/robot0_eef_pos"][-1])
     # Cameras in the order of env_args: the wrist's first.
     assert found[1]["obs"]["rgb"].shape == (7, 6, 6, 6)
-    assert (found[1]["obs"]["rgb"][..., :3] == 17).all() and (found[1]["obs"]["rgb"][..., 3:] == 7).all()
+    assert (found[1]["obs"]["rgb"][..., :3] == 17).all() and (
+        found[1]["obs"]["rgb"][..., 3:] == 7
+    ).all()
     assert found[1]["success"].tolist() == [False] * 5 + [True] * 2
     assert demos.env_args(path)["env_name"] == "PickPlaceCan"
     assert "3 demonstrations, 22 steps (6 to 9 each)" in demos.describe(path)
@@ -275,21 +321,33 @@ def test_keys_filters_limits(tmp_path):
     assert [d["name"] for d in demos.read(path, filter="20_percent")] == ["demo_2"]
     assert len(demos.read(path, limit=1)) == 1
     one = demos.read(path, ["state", "robot0_joint_pos"], limit=1)[0]
-    assert {k: v.shape for k, v in one["obs"].items()} == {"state": (9, 9), "robot0_joint_pos": (9, 7)}
+    assert {k: v.shape for k, v in one["obs"].items()} == {
+        "state": (9, 9),
+        "robot0_joint_pos": (9, 7),
+    }
     assert one["final_obs"] is None, "the file has no next_obs, and nothing is made up"
-    one = demos.read(path, {"state": ("robot0_gripper_qpos", "robot0_joint_pos"), "rgb": "agentview_image"}, limit=1)[0]
+    one = demos.read(
+        path,
+        {"state": ("robot0_gripper_qpos", "robot0_joint_pos"), "rgb": "agentview_image"},
+        limit=1,
+    )[0]
     assert one["obs"]["state"].shape == (9, 9) and one["obs"]["rgb"].shape == (9, 6, 6, 3)
 
 
 def test_cut_after_the_first_success(tmp_path):
     path = robomimic_file(tmp_path / "image.hdf5")
     whole, cut = demos.read(path, ["state"])[0], demos.read(path, ["state"], until_success=True)[0]
-    assert len(cut["actions"]) == 8 == len(cut["obs"]["state"]) and cut["success"].tolist() == [False] * 7 + [True]
-    assert np.array_equal(cut["final_obs"]["state"], whole["obs"]["state"][8]) and cut["dones"].tolist()[-1]
+    assert len(cut["actions"]) == 8 == len(cut["obs"]["state"]) and cut["success"].tolist() == [
+        False
+    ] * 7 + [True]
+    assert (
+        np.array_equal(cut["final_obs"]["state"], whole["obs"]["state"][8])
+        and cut["dones"].tolist()[-1]
+    )
 
 
 def test_state_and_privileged_of_two_arms():
-    keys = demos._contract_keys(
+    keys = reading._contract_keys(
         ["robot1_eef_quat", "robot0_right_eef_pos", "robot0_left_eef_pos", "robot1_eef_pos", "object",
          "robot0_left_gripper_qpos", "frontview_image", "robot0_joint_pos"], ("frontview",),
     )  # fmt: skip
@@ -329,45 +387,60 @@ def test_wrong_files_get_one_clear_line(tmp_path):
 
 # --- the command ------------------------------------------------------------------------------------------------------
 def test_command_records_the_so101_and_is_the_same_twice(tmp_path, capsys):
-    pytest.importorskip("mujoco_warp", reason='MuJoCo Warp is not installed: pip install -e ".[so101]"')
+    pytest.importorskip(
+        "mujoco_warp", reason='MuJoCo Warp is not installed: pip install -e ".[so101]"'
+    )
     files = [tmp_path / f"{k}.hdf5" for k in "ab"]
     for file in files:
-        demos.main(demos.Args(
+        main(Args(
             env_id="SO101LiftCube-v1", episodes=5, noise=0.1, obs="pixels", render_size=16, cameras=("third", "wrist"),
             out=file,
         ))  # fmt: skip
     said = capsys.readouterr()
     assert f"{files[1]}: 5 demonstrations, 250 steps" in said.out and "demo/s" in said.err
     one, two = (demos.read(file) for file in files)
-    assert one[0]["obs"]["rgb"].shape == (50, 16, 16, 6) and one[0]["obs"]["privileged"].shape == (50, 47)
+    assert one[0]["obs"]["rgb"].shape == (50, 16, 16, 6) and one[0]["obs"]["privileged"].shape == (
+        50,
+        47,
+    )
     assert all(d["success"][-1] for d in one)
     for a, b in zip(one, two, strict=True):
-        assert np.array_equal(a["actions"], b["actions"]) and np.array_equal(a["obs"]["rgb"], b["obs"]["rgb"])
+        assert np.array_equal(a["actions"], b["actions"]) and np.array_equal(
+            a["obs"]["rgb"], b["obs"]["rgb"]
+        )
     about = demos.env_args(files[0])
     assert about["env_id"] == "SO101LiftCube-v1" and about["recorded"]["noise"] == 0.1
-    assert about["env_kwargs"]["camera_names"] == ["third", "wrist"] and about["spec"]["control_hz"] == 10.0
+    assert (
+        about["env_kwargs"]["camera_names"] == ["third", "wrist"]
+        and about["spec"]["control_hz"] == 10.0
+    )
     before = files[0].read_bytes()
     with pytest.raises(ValueError, match="exists; name another file"):
-        demos.main(demos.Args(out=files[0]))
+        main(Args(out=files[0]))
     assert files[0].read_bytes() == before
-    demos.main(demos.Args(show=files[0]))
+    main(Args(show=files[0]))
     assert "SO101LiftCube-v1" in capsys.readouterr().out
 
 
 def test_command_speaks_plainly(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        demos.main(demos.Args(show=tmp_path / "none"))
+        main(Args(show=tmp_path / "none"))
     done = subprocess.run(
         [sys.executable, "-m", "envs.demos", "--episodes", "0", "--out", str(tmp_path / "f")], cwd=ROOT,
         capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1 and last == "envs.demos: the number of episodes must be at least 1, not 0"
+    assert (
+        done.returncode == 1
+        and last == "envs.demos: the number of episodes must be at least 1, not 0"
+    )
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 
 def test_request_to_end_finishes_the_file(tmp_path):
-    pytest.importorskip("mujoco_warp", reason='MuJoCo Warp is not installed: pip install -e ".[so101]"')
+    pytest.importorskip(
+        "mujoco_warp", reason='MuJoCo Warp is not installed: pip install -e ".[so101]"'
+    )
     out = tmp_path / "f.hdf5"
     process = subprocess.Popen(
         [sys.executable, "-m", "envs.demos", "--env-id", "SO101LiftCube-v1", "--episodes", "100000", "--num-envs", "2",
@@ -375,7 +448,9 @@ def test_request_to_end_finishes_the_file(tmp_path):
     )  # fmt: skip
     temporary = tmp_path / f".f.hdf5.{process.pid}.tmp"
     deadline = time.monotonic() + 150
-    while time.monotonic() < deadline and not (temporary.exists() and os.path.getsize(temporary) > 100_000):
+    while time.monotonic() < deadline and not (
+        temporary.exists() and os.path.getsize(temporary) > 100_000
+    ):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)

@@ -1,6 +1,6 @@
 """From a policy to the arm's motors: states, deadlines, faults, recordings, refusals, and every way out of a run.
 
-Most of it runs the real driver against emulated servos in virtual time. The scene is there where pictures matter.
+Most of it runs the real driver against emulated servos in virtual time. The scene is there where images matter.
 """
 
 import csv
@@ -20,9 +20,18 @@ from conftest import ROOT
 from fake_checkpoint import SPEC, write_checkpoint
 
 from hardware import deploy_so101 as deploy
-from hardware import export
+from hardware import deployment, export
 from hardware.camera import ArraySource, Camera, CameraError, frame_around
-from hardware.deploy_so101 import Args, Deployment, Fault, Interrupted, Recorder, Recording, Refused, check_policy
+from hardware.deploy_so101 import (
+    Args,
+    Deployment,
+    Fault,
+    Interrupted,
+    Recorder,
+    Recording,
+    Refused,
+    check_policy,
+)
 from hardware.emulate import calibrate, joints_of, place, recorded_calibration, shafts
 from hardware.emulator import EmulatedBus, EmulatedTransport, PtyServer, VirtualClock
 from hardware.feetech import REGISTERS, Bus, BusError, SerialTransport
@@ -49,7 +58,13 @@ class FakePolicy:
 
     def __init__(self, actions=(), clock=None, seconds=0.0, **spec):
         self.spec, self.digest, self.algo, self.path = {**SPEC, **spec}, "0" * 16, "fake", "fake.pt"
-        self.actions, self.clock, self.seconds, self.seen, self.resets = list(actions), clock, seconds, [], 0
+        self.actions, self.clock, self.seconds, self.seen, self.resets = (
+            list(actions),
+            clock,
+            seconds,
+            [],
+            0,
+        )
 
     def reset(self):
         self.resets += 1
@@ -70,7 +85,7 @@ def picture(value=100):
 
 
 class Rig:
-    """The driver, emulated servos and a camera that shows one picture, in virtual time."""
+    """The driver, emulated servos and a camera that shows one image, in virtual time."""
 
     def __init__(self, policy=None, joints=START, source=None, **options):
         self.clock = VirtualClock()
@@ -81,7 +96,12 @@ class Rig:
         self.policy.clock = self.clock
         self.bus = Bus(EmulatedTransport(self.servos, self.clock), self.clock)
         self.arm = SO101(self.bus, CALIBRATION, LIMITS, self.clock, self.clock.sleep)
-        camera = Camera(source or ArraySource([picture()], clock=self.clock), self.clock, threaded=False, name="wrist")
+        camera = Camera(
+            source or ArraySource([picture()], clock=self.clock),
+            self.clock,
+            threaded=False,
+            name="wrist",
+        )
         self.ticks = []
         options = {"each_tick": self.ticks.append} | options
         self.deployment = Deployment(self.policy, self.arm, {"wrist": camera}, LIMITS, self.clock, self.clock.sleep,
@@ -107,7 +127,9 @@ def test_from_power_up_to_torque_off():
     with d:
         assert d.state == "idle" and not any(rig.torques())
         d.start()
-        assert d.state == "hold" and all(rig.torques()) and np.abs(rig.joints() - folded).max() < 0.01
+        assert (
+            d.state == "hold" and all(rig.torques()) and np.abs(rig.joints() - folded).max() < 0.01
+        )
         began, before = rig.clock(), rig.joints()
         d.move(SPEC["start_pose"])
         assert np.abs(rig.joints() - START).max() < 0.03
@@ -130,7 +152,7 @@ def test_on_the_way_to_a_pose_no_joint_is_faster_than_it_should_be():
         d.start()
         d.move(START)
     speeds = np.abs(np.diff(targets, axis=0)) / 0.1
-    assert 0.45 < speeds.max() <= deploy.MOVE_SPEED * 1.001
+    assert 0.45 < speeds.max() <= deployment.MOVE_SPEED * 1.001
 
 
 def test_stop_is_final_and_no_goal_follows_it():
@@ -149,7 +171,7 @@ def test_stop_is_final_and_no_goal_follows_it():
 
 
 def test_what_the_policy_sees():
-    """Joint readings and targets in training's order and units; the picture as training prepares it."""
+    """Joint readings and targets in training's order and units; the image as training prepares it."""
     square = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     policy = FakePolicy([[1, 0, 0, 0, 0, -1]])
     rig = Rig(policy, source=lambda: frame_around(square))
@@ -159,7 +181,9 @@ def test_what_the_policy_sees():
     np.testing.assert_array_equal(first["rgb"][0], square)
     assert first["state"].dtype == np.float32 and first["state"].shape == (1, 12)
     np.testing.assert_allclose(first["state"][0, :6], START, atol=0.003)
-    np.testing.assert_allclose(second["state"][0, 6:] - first["state"][0, 6:], [0.1, 0, 0, 0, 0, -0.2], atol=1e-6)
+    np.testing.assert_allclose(
+        second["state"][0, 6:] - first["state"][0, 6:], [0.1, 0, 0, 0, 0, -0.2], atol=1e-6
+    )
     followed = (second["state"] - first["state"])[0, [0, 5]] / [0.1, -0.2]
     assert (followed > 0.3).all() and (followed < 1.0).all(), "the joints are on their way"
 
@@ -183,7 +207,10 @@ def test_one_late_tick_is_not_made_up_for_and_three_stop_the_arm():
     phases = (np.array([tick["time"] for tick in rig.ticks]) - rig.ticks[0]["time"]) / 0.1
     np.testing.assert_allclose(phases, [0, 1, 3.5, 4, 5], atol=0.1)
     rig = Rig(FakePolicy(seconds=0.25))
-    with pytest.raises(Fault, match="3 ticks in a row came more than a period late"), rig.deployment as d:
+    with (
+        pytest.raises(Fault, match="3 ticks in a row came more than a period late"),
+        rig.deployment as d,
+    ):
         d.start(), d.run(10)
     assert not any(rig.torques())
 
@@ -202,7 +229,9 @@ def test_scale_makes_every_step_smaller():
     rig = Rig(FakePolicy([[1] * 6] * 2), scale=0.25)
     with rig.deployment as d:
         d.start(), d.run(2)
-        np.testing.assert_allclose(d.target - rig.ticks[0]["target_before"], [0.05] * 3 + [0.05, 0.05, 0.1], atol=1e-9)
+        np.testing.assert_allclose(
+            d.target - rig.ticks[0]["target_before"], [0.05] * 3 + [0.05, 0.05, 0.1], atol=1e-9
+        )
 
 
 def test_actions_that_are_no_numbers_move_nothing():
@@ -215,7 +244,9 @@ def test_actions_that_are_no_numbers_move_nothing():
 
 def test_the_heart_beats_all_the_time():
     beats = []
-    rig = Rig(joints=START + 0.3 * np.array([1, 1, 1, -1, 1, 1]), beat=lambda: beats.append(rig.clock()))
+    rig = Rig(
+        joints=START + 0.3 * np.array([1, 1, 1, -1, 1, 1]), beat=lambda: beats.append(rig.clock())
+    )
     with rig.deployment as d:
         d.start()
         began = rig.clock()
@@ -243,14 +274,20 @@ def test_a_camera_that_fails_stops_the_arm_step_by_step():
     limits = rig.servos.written("torque_limit", failed)
     offs = rig.servos.written("torque_enable", failed)
     assert len(rig.ticks) == 5 and limits[0][0] < offs[0][0], "weak first, then off"
-    assert offs[0][0] - limits[0][0] >= 0.99 and not rig.goals_since(limits[0][0]) and not any(rig.torques())
+    assert (
+        offs[0][0] - limits[0][0] >= 0.99
+        and not rig.goals_since(limits[0][0])
+        and not any(rig.torques())
+    )
 
 
 def test_a_hot_servo_is_let_go_after_holding_and_an_overloaded_one_at_once():
     hot, overloaded = (lambda servos: servos.heat(3, 66)), (lambda servos: servos.error(3, 0x20))
     for fault, message, gentle in ((hot, "too hot", True), (overloaded, "overload", False)):
         rig = Rig()
-        rig.deployment.each_tick = lambda tick, rig=rig, fault=fault: fault(rig.servos) if tick["tick"] == 2 else None
+        rig.deployment.each_tick = lambda tick, rig=rig, fault=fault: (
+            fault(rig.servos) if tick["tick"] == 2 else None
+        )
         with pytest.raises(ArmFault, match=f"elbow_flex.*{message}"), rig.deployment as d:
             d.start()
             began = rig.clock()
@@ -271,7 +308,11 @@ def test_unplugging_in_a_run_ends_within_a_second_of_virtual_time():
     with pytest.raises((BusError, ArmFault), match="still plugged in"), rig.deployment as d:
         d.start(), d.run(50)
     assert rig.clock() - unplugged[0] < 1.0
-    assert d.state == "stop" and d.torque == dict.fromkeys(JOINTS, "silent") and "switch the power off" in d.ending()
+    assert (
+        d.state == "stop"
+        and d.torque == dict.fromkeys(JOINTS, "silent")
+        and "switch the power off" in d.ending()
+    )
 
 
 def test_any_exception_of_the_policy_lets_go():
@@ -299,11 +340,17 @@ def test_a_signal_ends_the_run_at_a_heartbeat_and_does_not_interrupt_the_stop(nu
     before = signal.getsignal(number)
     with deploy.Signals() as asked:
         rig = Rig(beat=asked.check)
-        rig.deployment.each_tick = lambda record: signal.raise_signal(number) if record["tick"] == 2 else None
+        rig.deployment.each_tick = lambda record: (
+            signal.raise_signal(number) if record["tick"] == 2 else None
+        )
         hold, rig.arm.hold = rig.arm.hold, lambda: (signal.raise_signal(number), hold())
         with pytest.raises(Interrupted, match=number.name) as error, rig.deployment as d:
             d.start(), d.run(9)
-    assert error.value.status == 128 + number and not any(rig.torques()) and signal.getsignal(number) is before
+    assert (
+        error.value.status == 128 + number
+        and not any(rig.torques())
+        and signal.getsignal(number) is before
+    )
     weak, off = (rig.servos.written(name)[-1][0] for name in ("torque_limit", "torque_enable"))
     assert off - weak > 0.9, "the whole way down"
 
@@ -329,7 +376,9 @@ def test_keys_of_the_step_by_step_mode(capsys):
 
     def answers(*keys):
         keys = [None, *keys]
-        ask = deploy.asker(lambda: keys.pop(0), lambda seconds: None, np.array(SPEC["action_scale"]))
+        ask = deploy.asker(
+            lambda: keys.pop(0), lambda seconds: None, np.array(SPEC["action_scale"])
+        )
         return [ask(record) for _ in range(2)]
 
     assert answers("\n", "y") == [True, True] and answers("x", "\n")[0] is False
@@ -343,7 +392,9 @@ def test_a_dry_run_writes_not_one_byte_to_a_register():
     with rig.deployment as d:
         d.start(), d.move(START), d.run(5)
     assert rig.servos.writes == [] and not any(rig.torques())
-    np.testing.assert_allclose(rig.ticks[-1]["target"] - START, [0.5, 0.5, 0.5, 0.0672, 0.5, 1.0], atol=1e-3)
+    np.testing.assert_allclose(
+        rig.ticks[-1]["target"] - START, [0.5, 0.5, 0.5, 0.0672, 0.5, 1.0], atol=1e-3
+    )
     assert "nothing was written" in d.ending()
 
 
@@ -352,11 +403,20 @@ def test_a_dry_run_writes_not_one_byte_to_a_register():
     ("spec", "message"),
     [
         ({"robot": "go1"}, "was trained for go1, not for an SO-101"),
-        ({"joint_names": [*SPEC["joint_names"][1:], "shoulder_pan"]}, "the policy's joints are shoulder_lift"),
-        ({"state_layout": ["joint_position"] * 6 + ["joint_velocity"] * 6}, "not six joint positions and six targets"),
+        (
+            {"joint_names": [*SPEC["joint_names"][1:], "shoulder_pan"]},
+            "the policy's joints are shoulder_lift",
+        ),
+        (
+            {"state_layout": ["joint_position"] * 6 + ["joint_velocity"] * 6},
+            "not six joint positions and six targets",
+        ),
         ({"action_semantics": "joint torques"}, "the policy's actions mean 'joint torques'"),
         ({"action_scale": [0.1] * 5}, "action_scale must be six positive numbers"),
-        ({"action_scale": [0.1, 0.1, 0.1, 0.1, 0.1, -0.2]}, "action_scale must be six positive numbers"),
+        (
+            {"action_scale": [0.1, 0.1, 0.1, 0.1, 0.1, -0.2]},
+            "action_scale must be six positive numbers",
+        ),
         ({"action_scale": [0.3] * 6}, "may ask for 3.00 rad/s, more than the 2.5"),
         ({"control_hz": 100.0}, "trained at 100 Hz"),
         ({"control_hz": 30.0}, "may ask for 6.00 rad/s"),
@@ -378,7 +438,10 @@ def test_the_cameras_must_be_those_of_the_policy():
     aligned = {"wrist": SPEC["cameras"]["wrist"] | {"quarter_turns": 2}}
     check_policy(FakePolicy(), ("wrist",), aligned)
     moved = {"wrist": aligned["wrist"] | {"fovy_degrees": 64.0}}
-    with pytest.raises(Refused, match="another wrist camera than this arm has: fovy_degrees 71.0, aligned here 64.0"):
+    with pytest.raises(
+        Refused,
+        match="another wrist camera than this arm has: fovy_degrees 71.0, aligned here 64.0",
+    ):
         check_policy(FakePolicy(), ("wrist",), moved)
 
 
@@ -448,7 +511,18 @@ def test_a_recording_gives_the_same_commands_bit_by_bit(tmp_path, policy, option
     assert len(recording.ticks) == 8 and {tick["episode"] for tick in recording.ticks} == {0, 1}
     assert deploy.replay(policy, recording) == []
     tick = recording.ticks[3]
-    assert set(tick) >= {"time", "state", "rgb", "action", "asked", "target", "rules", "frame_age", "sent", "late"}
+    assert set(tick) >= {
+        "time",
+        "state",
+        "rgb",
+        "action",
+        "asked",
+        "target",
+        "rules",
+        "frame_age",
+        "sent",
+        "late",
+    }
     assert set(tick["state"]) >= {"position", "current", "temperature", "voltage", "errors", "raw"}
     video = imageio.get_reader(folder / "video.mp4")
     assert video.count_frames() == 8 and video.get_data(0).shape == (320, 640, 3)
@@ -483,7 +557,9 @@ def test_recordings_that_are_none_or_cut_off(tmp_path, policy):
     lines = (folder / "ticks.jsonl").read_text().splitlines()
     (folder / "ticks.jsonl").write_text("\n".join(lines[:4]) + "\n" + lines[4][:100])
     cut = Recording.load(folder)
-    assert len(cut.ticks) == 4 and deploy.replay(policy, cut) == [], "a crash leaves a recording that can be used"
+    assert len(cut.ticks) == 4 and deploy.replay(policy, cut) == [], (
+        "a crash leaves a recording that can be used"
+    )
     (folder / "ticks.jsonl").write_text(lines[0][:50] + "\n" + lines[1])
     with pytest.raises(Refused, match="line 1, is damaged"):
         Recording.load(folder)
@@ -496,7 +572,11 @@ def test_what_was_seen_before_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(deploy, "SEEN", tmp_path / "runs/seen.json")
     assert not deploy.seen_before("policy arm")
     deploy.remember("policy arm"), deploy.remember("other arm")
-    assert deploy.seen_before("policy arm") and deploy.seen_before("other arm") and not deploy.seen_before("policy")
+    assert (
+        deploy.seen_before("policy arm")
+        and deploy.seen_before("other arm")
+        and not deploy.seen_before("policy")
+    )
     (tmp_path / "runs/seen.json").write_text("damaged")
     assert not deploy.seen_before("policy arm")
 
@@ -511,14 +591,17 @@ def scene():
     spec = emulate.task_spec("SO101ReachCube-v1")
     rig = emulate.EmulatedArm(spec, frame_size=16, samples=4)
     yield SimpleNamespace(spec=spec, rig=rig, states=emulate.episodes(spec["env_id"], 4, seed=5))
-    rig.world.close()
+    rig.scene.close()
 
 
 def test_shafts_and_joints():
     low, high = np.array(SPEC["joint_low"]), np.array(SPEC["joint_high"])
     for joints in (low, high, START, np.zeros(6)):
         np.testing.assert_allclose(joints_of(shafts(joints)), joints, atol=1e-12)
-        raw = np.round(shafts(joints) - [entry["homing_offset"] for entry in recorded_calibration(SPEC).values()])
+        raw = np.round(
+            shafts(joints)
+            - [entry["homing_offset"] for entry in recorded_calibration(SPEC).values()]
+        )
         np.testing.assert_allclose(CALIBRATION.angles(raw), joints, atol=0.005)
         assert (raw > 0).all() and (raw < 4095).all()
 
@@ -536,12 +619,12 @@ def test_a_simulated_frame_through_a_camera_is_the_picture_of_training(scene):
         keep = lambda record: seen.append(record["rgb"])  # noqa: E731
         deploy.emulated_episode(scene.rig, state, policy, LIMITS, CALIBRATION, 1, each_tick=keep)
     assert len({rgb.tobytes() for rgb in seen}) == 4
-    for rgb, picture_of_training, state in zip(seen, expected, scene.states, strict=True):
-        scene.rig.world.begin(state, scene.rig.clock())
-        exact = policy.preprocess(frame_around(scene.rig.world.pictures(scene.rig.clock())["wrist"]))
-        np.testing.assert_array_equal(exact[0], picture_of_training)
+    for rgb, image_of_training, state in zip(seen, expected, scene.states, strict=True):
+        scene.rig.scene.begin(state, scene.rig.clock())
+        exact = policy.preprocess(frame_around(scene.rig.scene.images(scene.rig.clock())["wrist"]))
+        np.testing.assert_array_equal(exact[0], image_of_training)
         # the driven arm stands where its encoder's steps allow, at most half a step away: a pixel's edge may move
-        assert (np.abs(rgb[0].astype(int) - picture_of_training) <= 8).mean() > 0.97
+        assert (np.abs(rgb[0].astype(int) - image_of_training) <= 8).mean() > 0.97
 
 
 def test_a_finer_simulated_frame_equals_training_at_that_size_too():
@@ -551,7 +634,9 @@ def test_a_finer_simulated_frame_equals_training_at_that_size_too():
 
     from envs import so101
 
-    env = so101.make("SO101LiftCan-v1", 2, seed=3, stagger=False, render_size=128, samples_per_pixel=1)
+    env = so101.make(
+        "SO101LiftCan-v1", 2, seed=3, stagger=False, render_size=128, samples_per_pixel=1
+    )
     rgb = env.reset(seed=3)["rgb"]
     env.close()
     args = squint_sac.Args(render_size=128, device="cpu", cudagraphs=False)
@@ -570,19 +655,22 @@ def test_the_scene_follows_the_emulated_servos(scene):
     before = rig.frame("wrist", rig.clock())
     place(rig.servos, first + 0.4)
     rig.clock.sleep(0.05)
-    np.testing.assert_allclose(rig.world.data.qpos[:6], first + 0.4, atol=1e-6)
+    np.testing.assert_allclose(rig.scene.data.qpos[:6], first + 0.4, atol=1e-6)
     now, past = rig.frame("wrist", rig.clock()), rig.frame("wrist", rig.clock() - 0.05)
     assert (now != before).mean() > 0.02 and (past == before).all()
-    assert not rig.world.success(first)
-    assert rig.world.view(64).shape == (64, 64, 3)
+    assert not rig.scene.success(first)
+    assert rig.scene.view(64).shape == (64, 64, 3)
 
 
 def test_success_is_that_of_the_environment(scene):
     """A pose that solves the task, found by the scripted controller, is a success here as well."""
-    from envs import so101, so101_experts
+    from envs import so101
+    from envs.so101.expert import Expert
 
-    env = so101.make("SO101ReachCube-v1", 1, seed=2, stagger=False, domain_randomization=False, pictures=False)
-    state, expert = env.state_dict(), so101_experts.Expert(env)
+    env = so101.make(
+        "SO101ReachCube-v1", 1, seed=2, stagger=False, domain_randomization=False, images=False
+    )
+    state, expert = env.state_dict(), Expert(env)
     for _ in range(49):
         solved = env.step(expert.act())[-1]["success"]
     joints, target = env.qpos[0, :6].double().numpy(), env.target[0].numpy()
@@ -590,10 +678,10 @@ def test_success_is_that_of_the_environment(scene):
     assert solved
     rig = scene.rig
     rig.begin(state)
-    assert not rig.world.success(target)
+    assert not rig.scene.success(target)
     place(rig.servos, joints)
     rig.clock.sleep(0.05)
-    assert rig.world.success(target)
+    assert rig.scene.success(target)
 
 
 # --- The command ------------------------------------------------------------------------------------------------------
@@ -605,14 +693,27 @@ def command(*words, cwd=ROOT):
 def test_the_emulated_command_records_and_replays(tmp_path):
     pytest.importorskip("mujoco_warp", reason='needs the simulator: pip install -e ".[so101]"')
     checkpoint, folder = write_checkpoint(tmp_path / "best.pt"), tmp_path / "film"
-    run = command("--checkpoint", checkpoint, "--emulate", "--steps", 3, "--record", folder, "--frame-size", 48)
+    run = command(
+        "--checkpoint",
+        checkpoint,
+        "--emulate",
+        "--steps",
+        3,
+        "--record",
+        folder,
+        "--frame-size",
+        48,
+    )
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout.splitlines()[-1])
     assert result == {"success_rate": 0.0, "episodes": 1, "recording": str(folder)}
     video = imageio.get_reader(folder / "video.mp4")
     assert video.count_frames() == 3 and video.get_data(0).shape == (320, 960, 3)
     video.close()
-    assert deploy.main(Args(str(checkpoint), replay=str(folder))) == {"replayed_ticks": 3, "identical": True}
+    assert deploy.main(Args(str(checkpoint), replay=str(folder))) == {
+        "replayed_ticks": 3,
+        "identical": True,
+    }
     with pytest.raises(Refused, match="choose another --record"):
         Recorder(folder, {}, 10.0)
 
@@ -621,7 +722,11 @@ def test_what_is_missing_is_named_before_anything_moves(tmp_path):
     checkpoint, calibration = write_checkpoint(tmp_path / "best.pt"), tmp_path / "arm.json"
     CALIBRATION.to_json(calibration)
     imageio.imwrite(tmp_path / "still.png", picture())
-    real = dict(port="/dev/no-such-port", calibration=str(calibration), camera=(str(tmp_path / "still.png"),))
+    real = dict(
+        port="/dev/no-such-port",
+        calibration=str(calibration),
+        camera=(str(tmp_path / "still.png"),),
+    )
     for options, message in (
         (real | {"camera": ("none.png",)}, "there is no picture or video none.png"),
         (real | {"calibration": "none.json"}, "there is no calibration none.json"),
@@ -661,8 +766,9 @@ class Live:
         absent = ["mujoco", "warp", "mujoco_warp", *([] if first else ["torch"])]
         code = (f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
                 f"import fake_absence; fake_absence.of({absent})\n"
-                "from hardware import deploy_so101 as d\n"
-                "d.BUS_TIMEOUT, d.HEARTBEAT, d.LATE_TICKS = 1.0, 20.0, 10**6; sys.exit(d.command())")  # fmt: skip
+                "from hardware import deploy_so101 as d, deployment\n"
+                "d.BUS_TIMEOUT, d.HEARTBEAT, deployment.LATE_TICKS = 1.0, 20.0, 10**6\n"
+                "sys.exit(d.command())")  # fmt: skip
         arguments = ["--checkpoint", checkpoint, "--port", server.port, "--calibration", calibration, "--camera",
                      folder / "still.png", "--record", folder / "log", *words]  # fmt: skip
         arguments += [] if first else ["--no-keyboard", "--scale", "1", "--step", "no"]
@@ -700,12 +806,19 @@ def settle(server):
 
 def last_goal_and_stop(server):
     """When the last byte went to a goal register, and when torque was first switched off after it had been on."""
-    goals, torques = (server.ask(get="written", args=[name])["writes"] for name in ("goal_position", "torque_enable"))
+    goals, torques = (
+        server.ask(get="written", args=[name])["writes"]
+        for name in ("goal_position", "torque_enable")
+    )
     on = max(write[0] for write in torques if write[3] != "00")
-    return max(goal[0] for goal in goals), min(write[0] for write in torques if write[0] > on and write[3] == "00")
+    return max(goal[0] for goal in goals), min(
+        write[0] for write in torques if write[0] > on and write[3] == "00"
+    )
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
 def test_a_signal_in_a_run_ends_with_torque_off(tmp_path, number, status):
     with PtyServer() as server:
         live = Live(tmp_path, server, "--steps", "500")
@@ -746,7 +859,13 @@ def test_a_dry_run_over_a_port_writes_nothing(tmp_path):
     with PtyServer() as server:
         code, out, err = Live(tmp_path, server, "--steps", "3", "--dry-run").end()
         assert code == 0, err
-        for register in ("torque_enable", "torque_limit", "acceleration", "goal_position", "goal_speed"):
+        for register in (
+            "torque_enable",
+            "torque_limit",
+            "acceleration",
+            "goal_position",
+            "goal_speed",
+        ):
             assert server.ask(get="written", args=[register])["writes"] == []
     assert out.count("would go to shoulder_pan ") == 3 and "tick 2: " in out
 
@@ -760,8 +879,13 @@ def test_the_first_run_asks_before_every_step_and_a_stop_key_stops_it(tmp_path):
         live.press("q")
         code, out, err = live.end()
         assert code == 1 and settle(server) == [0] * 6
-    assert "stopped by the watchdog: a stop key was pressed" in err and "torque is off on the servos 1 2 3 4 5 6" in err
-    assert "the first run of this policy on this arm: at scale 0.25 and asks before every tick" in out
+    assert (
+        "stopped by the watchdog: a stop key was pressed" in err
+        and "torque is off on the servos 1 2 3 4 5 6" in err
+    )
+    assert (
+        "the first run of this policy on this arm: at scale 0.25 and asks before every tick" in out
+    )
     assert out.count("Enter: do it") in (3, 4), "the key may come before the fourth question"
     recording = deploy.Recording.load(tmp_path / "log")
     assert len(recording.ticks) == 3 and recording.facts["scale"] == 0.25
@@ -785,7 +909,12 @@ def test_exports_run_the_arm_where_torch_cannot_be_imported(tmp_path):
         "from hardware import deploy_so101 as d; from hardware.policy import load_policy\n"
         "policy = load_policy(sys.argv[1]); limits = d.check_policy(policy, ('wrist',)); print(limits.margin)\n"
     )
-    run = subprocess.run([sys.executable, "-c", code, tmp_path / "best.npz"], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "best.npz"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
     rig = Rig(load_policy(tmp_path / "best.npz"))
     with rig.deployment as d:
@@ -807,13 +936,17 @@ def test_the_table_of_the_page_is_that_of_the_results():
         row["policy"], row["where"], row["latency_periods"], f"{row['camera_delay_ms']} ms",
         percent(row, "success_rate"), percent(row, "ci_low", "ci_high"), percent(row, "success_once"),
     )) + " |" for row in results()]  # fmt: skip
-    assert len(lines) >= 15 and "\n".join(lines) in (ROOT / "docs/hardware.md").read_text(), "\n".join(lines)
+    assert len(lines) >= 15 and "\n".join(lines) in (ROOT / "docs/hardware.md").read_text(), (
+        "\n".join(lines)
+    )
 
 
 def test_a_policy_on_the_emulated_arm_is_within_five_points_of_the_simulator():
     """Of the measurements kept in docs/results: three policies, 64 episodes each, latencies 0, 1 and 2."""
     for policy in ("reach_s1", "reach_s2", "reach_s3"):
-        rows = [row for row in results() if row["policy"] == policy and row["camera_delay_ms"] == "0"]
+        rows = [
+            row for row in results() if row["policy"] == policy and row["camera_delay_ms"] == "0"
+        ]
         rates = {(row["where"], row["latency_periods"]): float(row["success_rate"]) for row in rows}
         assert all(int(row["episodes"]) == 64 for row in rows) and ("emulated arm", "2") in rates
         for where in ("simulator", "simulator, noise and jitter"):

@@ -15,10 +15,12 @@ from envs import check, dmc  # noqa: E402
 
 os.environ.setdefault("MUJOCO_GL", "egl")  # before anything here imports dm_control
 EGL = check.ask("egl").works
-egl = pytest.mark.skipif(not EGL, reason="no OpenGL by EGL: sudo apt-get install libegl1 libgl1-mesa-dri")
+egl = pytest.mark.skipif(
+    not EGL, reason="no OpenGL by EGL: sudo apt-get install libegl1 libgl1-mesa-dri"
+)
 if not EGL:
     os.environ["MUJOCO_GL"] = "disabled"
-from envs import dmc_worker  # noqa: E402
+from envs.dmc import processes, worker  # noqa: E402
 
 OPTIONS = dict(image_size=32, action_repeat=2, camera=None, renderer="warp", fast_render=False, camera_jitter=0.0,
                colour_jitter=0.0)  # fmt: skip
@@ -26,7 +28,7 @@ OPTIONS = dict(image_size=32, action_repeat=2, camera=None, renderer="warp", fas
 
 def task(env_id="cartpole_swingup", seed=1, **options):
     """A task alone, begun; its views are what there is to draw, so it needs no renderer."""
-    one = dmc_worker.Task(env_id, **OPTIONS | options)
+    one = worker.Task(env_id, **OPTIONS | options)
     one.seed([seed, 0])
     one.begin()
     return one
@@ -42,7 +44,7 @@ def actions(n, size, seed=0):
 
 
 def end_soon(env, steps=1):
-    """The worlds' time is up after so many steps."""
+    """The environments' time is up after so many steps."""
     for group in env.groups:
         for one in group.group.tasks:
             one.clock = one.limit - steps
@@ -54,21 +56,36 @@ def test_published_tasks_load_and_step(env_id):
     one = task(env_id)
     view = one.view()
     reward, discount, terminated, truncated, sane = one.step(np.zeros(len(one.low), np.float32))
-    assert np.isfinite(reward) and 0 <= reward <= 2 and discount == 1 and sane and not terminated and not truncated
+    assert (
+        np.isfinite(reward)
+        and 0 <= reward <= 2
+        and discount == 1
+        and sane
+        and not terminated
+        and not truncated
+    )
     assert one.limit == (125 if env_id == "reach_duplo" else 500)
     camera = one.describe()["cameras"][one.camera]
     assert one.camera == (2 if env_id.startswith("quadruped") else 0)
     assert env_id != "reach_duplo" or camera == "front_close"
-    things = sum(map(len, dmc_worker.slots(one.model)))
+    things = sum(map(len, worker.slots(one.model)))
     assert view.shape == (things * 19 + 12 + 6 * one.model.nlight,) and np.isfinite(view).all()
 
 
 def test_ids():
-    known = dmc_worker.known_tasks()
+    known = worker.known_tasks()
     assert known["cup_catch"] == known["ball_in_cup_catch"] == ("ball_in_cup", "catch")
-    assert known["humanoid_CMU_run"] == ("humanoid_CMU", "run") and known["point_mass_easy"] == ("point_mass", "easy")
-    assert known["reach_duplo"] == ("manipulation", "reach_duplo_features") and "lqr_lqr_2_1" not in known
-    with pytest.raises(ValueError, match="unknown DeepMind Control task 'walker_wlak'; did you mean walker_walk"):
+    assert known["humanoid_CMU_run"] == ("humanoid_CMU", "run") and known["point_mass_easy"] == (
+        "point_mass",
+        "easy",
+    )
+    assert (
+        known["reach_duplo"] == ("manipulation", "reach_duplo_features")
+        and "lqr_lqr_2_1" not in known
+    )
+    with pytest.raises(
+        ValueError, match="unknown DeepMind Control task 'walker_wlak'; did you mean walker_walk"
+    ):
         task("walker_wlak")
 
 
@@ -79,7 +96,7 @@ def test_rewards_and_states_are_those_of_dm_control(env_id):
 
     one = task(env_id, action_repeat=4)
     random = np.random.RandomState()
-    random.set_state(one.at_start[0])
+    worker._set_random_state(random, one.at_start["physics"])
     if env_id == "reach_duplo":
         env = manipulation.load("reach_duplo_features", seed=random)
     else:
@@ -103,9 +120,11 @@ class Script:
     def step(self, _):
         frame = self.frames.pop(0)
         if frame is None:
-            raise dmc_worker.PhysicsError("diverged")
+            raise worker.PhysicsError("diverged")
         reward, discount, last = frame
-        return dm_env.TimeStep(dm_env.StepType.LAST if last else dm_env.StepType.MID, reward, discount, {})
+        return dm_env.TimeStep(
+            dm_env.StepType.LAST if last else dm_env.StepType.MID, reward, discount, {}
+        )
 
 
 @pytest.mark.parametrize(("frames", "expected"), [
@@ -148,7 +167,9 @@ def test_saved_episodes_are_lived_again_exactly():
         assert not np.array_equal(one.view(), other.view())
         other.load(one.save())
         for action in steps[6:]:
-            assert np.array_equal(one.view(), other.view()) and one.step(action) == other.step(action)
+            assert np.array_equal(one.view(), other.view()) and one.step(action) == other.step(
+                action
+            )
             assert np.array_equal(one.env.physics.get_state(), other.env.physics.get_state())
         one.begin(), other.begin()
         assert np.array_equal(one.view(), other.view())
@@ -175,27 +196,48 @@ def test_cameras_by_name_and_number():
     assert task("walker_walk", camera="back").camera == task("walker_walk", camera=1).camera == 1
     assert task("walker_walk", camera="1").camera == 1
     for wrong in ("front", 2, -1):
-        with pytest.raises(ValueError, match=f"walker_walk has no camera {wrong!r}; 0 to 1 are side, back"):
+        with pytest.raises(
+            ValueError, match=f"walker_walk has no camera {wrong!r}; 0 to 1 are side, back"
+        ):
             task("walker_walk", camera=wrong)
 
 
 def test_versions_that_do_not_work_together_are_told():
-    dmc_worker.check_versions({"dm-control": "1.0.50", "mujoco": "3.17.0"})
-    dmc_worker.check_versions({"dm-control": "1.0.51", "mujoco": "4.0.1"})  # not ours to judge
-    with pytest.raises(ImportError, match=r"works with mujoco 3\.17\.0, and mujoco 4\.0\.0 is installed: pip install"):
-        dmc_worker.check_versions({"dm-control": "1.0.50", "mujoco": "4.0.0"})
+    worker.check_versions({"dm-control": "1.0.50", "mujoco": "3.17.0"})
+    worker.check_versions({"dm-control": "1.0.51", "mujoco": "4.0.1"})  # not ours to judge
+    with pytest.raises(
+        ImportError,
+        match=r"works with mujoco 3\.17\.0, and mujoco 4\.0\.0 is installed: pip install",
+    ):
+        worker.check_versions({"dm-control": "1.0.50", "mujoco": "4.0.0"})
 
 
 # ----------------------------------------------------------------------------------------------- the environment -----
 def test_contract():
     env = make("cheetah_run", 3, frame_stack=2)
     obs, rewards, terminations, truncations, info = env.step(actions(3, 6))
-    assert env.image_shape == (24, 24, 6) and obs["rgb"].shape == (3, 24, 24, 6) and obs["rgb"].dtype == torch.uint8
-    assert obs["state"].shape == (3, env.state_dim) == (3, 0) and env.action_dim == 6 and not env.has_success
+    assert (
+        env.image_shape == (24, 24, 6)
+        and obs["rgb"].shape == (3, 24, 24, 6)
+        and obs["rgb"].dtype == torch.uint8
+    )
+    assert (
+        obs["state"].shape == (3, env.state_dim) == (3, 0)
+        and env.action_dim == 6
+        and not env.has_success
+    )
     assert rewards.dtype == torch.float32 and not terminations.any() and not truncations.any()
-    assert info["discount"].tolist() == [1, 1, 1] and not info["success"].any() and int(env.nan_resets) == 0
+    assert (
+        info["discount"].tolist() == [1, 1, 1]
+        and not info["success"].any()
+        and int(env.nan_resets) == 0
+    )
     assert torch.equal(info["final_obs"]["rgb"], obs["rgb"]) and 0 < obs["rgb"].float().mean() < 255
-    assert env.max_episode_steps == 500 and env.control_hz == pytest.approx(50) and env.action_repeat == 2
+    assert (
+        env.max_episode_steps == 500
+        and env.control_hz == pytest.approx(50)
+        and env.action_repeat == 2
+    )
     assert env.spec["renderer"] == "warp" and env.spec["camera"] == "side"
     env.close()
 
@@ -209,10 +251,14 @@ def test_episodes_end_and_begin_anew():
         obs, rewards, terminations, truncations, info = env.step(actions(2, 2, t))
         total += rewards
         assert truncations.tolist() == [t == 2] * 2 and not terminations.any()
-    assert torch.allclose(info["episode"]["return"], total) and info["episode"]["length"].tolist() == [3, 3]
+    assert torch.allclose(info["episode"]["return"], total) and info["episode"][
+        "length"
+    ].tolist() == [3, 3]
     rgb = obs["rgb"]
     assert torch.equal(rgb[..., :3], rgb[..., 3:])  # the first frame, repeated
-    assert torch.equal(info["final_obs"]["rgb"][..., :3], last[..., 3:])  # while the last observation goes on
+    assert torch.equal(
+        info["final_obs"]["rgb"][..., :3], last[..., 3:]
+    )  # while the last observation goes on
     assert not torch.equal(info["final_obs"]["rgb"], rgb)
     *_, info = env.step(actions(2, 2))
     assert info["episode"]["length"].tolist() == [1, 1]
@@ -232,7 +278,9 @@ def test_a_world_that_diverges_is_restarted_alone():
     obs, rewards, terminations, truncations, info = env.step(actions(2, 1))
     assert truncations.tolist() == [False, True] and not terminations.any() and rewards[1] == 0
     assert int(env.nan_resets) == 1 and torch.equal(info["final_obs"]["rgb"][1], before[1])
-    assert torch.equal(info["final_obs"]["rgb"][0], obs["rgb"][0]) and not torch.equal(obs["rgb"][1], before[1])
+    assert torch.equal(info["final_obs"]["rgb"][0], obs["rgb"][0]) and not torch.equal(
+        obs["rgb"][1], before[1]
+    )
     env.close()
 
 
@@ -241,10 +289,15 @@ def test_a_true_end_is_a_termination_and_hands_its_discount_on():
     for _ in range(10):
         env.step(torch.ones(3, 1))  # away from where an episode begins
     first, begun = env.obs["rgb"][0].clone(), []
-    for k, frames in ((0, [(1.0, 1.0, False), (2.0, 0.0, True)]), (1, [(1.0, 0.5, False), (2.0, 0.5, False)])):
+    for k, frames in (
+        (0, [(1.0, 1.0, False), (2.0, 0.0, True)]),
+        (1, [(1.0, 0.5, False), (2.0, 0.5, False)]),
+    ):
         one = env.groups[0].group.tasks[k]
         whole, begin = one.env, one.begin
-        one.env = SimpleNamespace(step=Script(frames).step, reset=whole.reset, physics=whole.physics)
+        one.env = SimpleNamespace(
+            step=Script(frames).step, reset=whole.reset, physics=whole.physics
+        )
         one.begin = lambda *_, k=k, begin=begin: (begun.append(k), begin())[1]
     obs, rewards, terminations, truncations, info = env.step(actions(3, 1))
     assert terminations.tolist() == [True, False, False] and not truncations.any() and begun == [0]
@@ -269,17 +322,25 @@ def test_staggered_worlds_do_not_end_together():
     env.close()
 
 
-def test_resume_is_exact():
-    env, other = make("cartpole_swingup", 2, frame_stack=3), make("cartpole_swingup", 2, frame_stack=3, seed=77)
+def test_resume_is_exact(tmp_path):
+    env, other = (
+        make("cartpole_swingup", 2, frame_stack=3),
+        make("cartpole_swingup", 2, frame_stack=3, seed=77),
+    )
     end_soon(env, 4)
     for t in range(7):  # into the second episode
         env.step(actions(2, 1, t))
-    saved = env.state_dict()
+    torch.save(env.state_dict(), tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt", weights_only=True, mmap=True)
     other.load_state_dict(saved)
     end_soon(env, 3), end_soon(other, 3)
     for t in range(5):
         a, b = env.step(actions(2, 1, t)), other.step(actions(2, 1, t))
-        assert torch.equal(a[0]["rgb"], b[0]["rgb"]) and torch.equal(a[1], b[1]) and torch.equal(a[3], b[3])
+        assert (
+            torch.equal(a[0]["rgb"], b[0]["rgb"])
+            and torch.equal(a[1], b[1])
+            and torch.equal(a[3], b[3])
+        )
         assert torch.equal(a[4]["episode"]["return"], b[4]["episode"]["return"])
     with pytest.raises(ValueError, match="saved environment has num_envs 2, this one has 1"):
         make(n=1).load_state_dict(saved)
@@ -288,7 +349,9 @@ def test_resume_is_exact():
 
 def test_processes_give_what_one_process_gives_and_a_dead_one_is_told():
     here, there = make("pendulum_swingup", 3), make("pendulum_swingup", 3, workers=2)
-    alone = make("pendulum_swingup", 1, workers=2)  # as the evaluation's one environment beside several in training
+    alone = make(
+        "pendulum_swingup", 1, workers=2
+    )  # as the evaluation's one environment beside several in training
     assert len(alone.groups) == 1
     alone.close()
     assert [len(share) for share in there.shares] == [1, 2]
@@ -299,8 +362,14 @@ def test_processes_give_what_one_process_gives_and_a_dead_one_is_told():
     other.load_state_dict(there.state_dict())
     assert torch.equal(other.step(actions(3, 1))[0]["rgb"], there.step(actions(3, 1))[0]["rgb"])
     processes = [group.process for group in there.groups]
+    for process in processes:
+        process.send_signal(signal.SIGINT)  # Ctrl-C belongs to the parent
+    assert torch.equal(other.step(actions(3, 1))[1], there.step(actions(3, 1))[1])
     os.kill(processes[1].pid, signal.SIGKILL)
-    with pytest.raises(ChildProcessError, match=r"the process of pendulum_swingup number 1, 2 has ended \(signal SIG"):
+    with pytest.raises(
+        ChildProcessError,
+        match=r"the process of pendulum_swingup number 1, 2 has ended \(signal SIG",
+    ):
         there.step(actions(3, 1))
     there.close()
     assert [process.poll() for process in processes] == [0, -signal.SIGKILL]
@@ -330,52 +399,73 @@ def test_impossible_options_are_told_in_one_line(options, line):
 # ------------------------------------------------------------------------------------------------------ renderers ----
 def test_choice_of_renderer(monkeypatch, capsys):
     working = {"osmesa", "warp"}
-    monkeypatch.setattr(dmc, "_works", lambda name: check.Result(name in working, f"about {name}"))
+    monkeypatch.setattr(
+        processes, "_works", lambda name: check.Result(name in working, f"about {name}")
+    )
     choose = dmc.choose_renderer.__wrapped__
     assert choose("auto") == "osmesa"
     assert capsys.readouterr().out == "renderer: osmesa (about osmesa); not egl: about egl\n"
-    assert choose("auto", cuda=True) == "osmesa" and "software, renderer 'warp' would" in capsys.readouterr().out
+    assert (
+        choose("auto", cuda=True) == "osmesa"
+        and "software, renderer 'warp' would" in capsys.readouterr().out
+    )
     assert choose("warp", "osmesa") == "warp" and choose("auto", "osmesa") == "osmesa"
-    with pytest.raises(RuntimeError, match=r"egl: about egl.*apt-get install libegl1 libgl1-mesa-dri, or use warp"):
+    with pytest.raises(
+        RuntimeError, match=r"egl: about egl.*apt-get install libegl1 libgl1-mesa-dri, or use warp"
+    ):
         choose("auto", "egl")  # what the user has set is taken at its word
     working.clear()
-    with pytest.raises(RuntimeError, match="no picture can be drawn here"):
+    with pytest.raises(RuntimeError, match="no image can be drawn here"):
         choose("auto")
 
 
 @egl
 def test_renderers_draw_the_same_scene():
-    """Mean difference over a picture, of 255; the pictures of another moment, and of a hidden robot, differ by more."""
-    from envs import dmc_warp
+    """Mean difference over an image, of 255; the images of another moment, and of a hidden robot, differ by more."""
+    from envs.dmc import warp_renderer
 
     limits = {"cartpole_swingup": 5, "walker_walk": 10, "cup_catch": 6, "reach_duplo": 9}
     for env_id, limit in limits.items():
         gl = task(env_id, renderer="egl", image_size=64)
-        scene = dmc_warp.Scene(gl.model, dmc_worker.slots(gl.model), gl.camera, 1, "cpu", 64)
-        picture, drawn = gl.view().astype(float), scene.draw(gl.things()[None])[0].numpy().astype(float)
+        scene = warp_renderer.Scene(gl.model, worker.slots(gl.model), gl.camera, 1, "cpu", 64)
+        picture, drawn = (
+            gl.view().astype(float),
+            scene.draw(gl.things()[None])[0].numpy().astype(float),
+        )
         assert picture.shape == drawn.shape == (64, 64, 3) and picture.std() > 5
         assert np.abs(picture - drawn).mean() < limit
-        # Shapes too, not only brightness: the pictures agree better as they stand than shifted by two pixels.
+        # Shapes too, not only brightness: the images agree better as they stand than shifted by two pixels.
         shifted = np.abs(picture[:, 2:] - drawn[:, :-2]).mean()
         assert np.abs(picture[:, 2:] - drawn[:, 2:]).mean() < shifted
 
 
 @egl
 def test_fast_render_keeps_the_scene_and_drops_the_shadows():
-    plain, fast = task("walker_walk", renderer="egl"), task("walker_walk", renderer="egl", fast_render=True)
+    plain, fast = (
+        task("walker_walk", renderer="egl"),
+        task("walker_walk", renderer="egl", fast_render=True),
+    )
     a, b = plain.view().astype(float), fast.view().astype(float)
     assert 0.5 < np.abs(a - b).mean() < 15
-    assert fast.picture(200, 0).shape == (200, 200, 3)
-    with pytest.raises(ValueError, match="a picture of 300 pixels a side is too large here: OpenGL has room for 256"):
-        fast.picture(300, 0)
-    assert task("pendulum_swingup", renderer="egl", image_size=700).view().shape == (700, 700, 3)  # above MuJoCo's 480
+    assert fast.image(200, 0).shape == (200, 200, 3)
+    with pytest.raises(
+        ValueError, match="an image of 300 pixels a side is too large here: OpenGL has room for 256"
+    ):
+        fast.image(300, 0)
+    assert task("pendulum_swingup", renderer="egl", image_size=700).view().shape == (
+        700,
+        700,
+        3,
+    )  # above MuJoCo's 480
 
 
 @egl
 def test_opengl_environments_here_and_in_a_process_agree():
     here = make("cartpole_balance", 1, renderer="egl", workers=None, fast_render=True)
     there = make("cartpole_balance", 1, renderer="egl", workers=1, fast_render=True)
-    assert isinstance(here.groups[0], dmc._Here) and isinstance(there.groups[0], dmc._Process)
+    assert isinstance(here.groups[0], processes.Here) and isinstance(
+        there.groups[0], processes.Process
+    )
     a, b = here.step(actions(1, 1)), there.step(actions(1, 1))
     assert torch.equal(a[0]["rgb"], b[0]["rgb"]) and torch.equal(a[1], b[1])
     assert np.array_equal(here.render((0,), 100), there.render((0,), 100))
@@ -383,13 +473,13 @@ def test_opengl_environments_here_and_in_a_process_agree():
 
 
 def test_a_batch_is_drawn_as_its_worlds_alone():
-    """Warp's scene has as many places as worlds: fewer and more pictures than that are drawn as well."""
-    from envs import dmc_warp
+    """Warp's scene has as many places as environments: fewer and more images than that are drawn as well."""
+    from envs.dmc import warp_renderer
 
     tasks = [task("reacher_easy", seed=seed) for seed in range(5)]
     things = np.stack([one.view() for one in tasks])
-    slots, model = dmc_worker.slots(tasks[0].model), tasks[0].model
-    two, one = (dmc_warp.Scene(model, slots, 0, n, "cpu", 24, 1) for n in (2, 1))
+    slots, model = worker.slots(tasks[0].model), tasks[0].model
+    two, one = (warp_renderer.Scene(model, slots, 0, n, "cpu", 24, 1) for n in (2, 1))
     pictures = two.draw(things)
     assert pictures.shape == (5, 24, 24, 3) and len({p.numpy().tobytes() for p in pictures}) == 5
     for k in range(5):
@@ -400,5 +490,7 @@ def test_pictures_for_people_from_any_camera():
     env = make("walker_walk", 2)
     side, back = env.render((1, 0), size=40), env.render((1, 0), size=40, camera="back")
     assert side.shape == (2, 40, 40, 3) and not np.array_equal(side, back)
-    assert np.array_equal(env.render((1,), size=40, camera="third"), side[:1])  # unknown elsewhere: the policy's own
+    assert np.array_equal(
+        env.render((1,), size=40, camera="third"), side[:1]
+    )  # unknown elsewhere: the policy's own
     env.close()

@@ -1,4 +1,4 @@
-"""Dot-reach: what the pictures show, the returns that it is measured against, episodes, exact resume."""
+"""Dot-reach: what the images show, the returns that it is measured against, episodes, exact resume."""
 
 import pytest
 import torch
@@ -18,7 +18,11 @@ def actions(n, seed=0):
 def test_contract():
     env = make(3, frame_stack=2, image_size=20)
     obs, rewards, terminations, truncations, info = env.step(actions(3))
-    assert env.image_shape == (20, 20, 6) and obs["rgb"].shape == (3, 20, 20, 6) and obs["rgb"].dtype == torch.uint8
+    assert (
+        env.image_shape == (20, 20, 6)
+        and obs["rgb"].shape == (3, 20, 20, 6)
+        and obs["rgb"].dtype == torch.uint8
+    )
     assert obs["state"].shape == (3, env.state_dim) == (3, 0) and env.has_success
     assert rewards.shape == (3,) and not terminations.any() and not truncations.any()
     assert info["discount"].tolist() == [1, 1, 1] and set(info["final_obs"]) == set(obs)
@@ -30,7 +34,10 @@ def test_the_disks_are_where_agent_and_goal_are():
     """The centre of mass of a channel is the disk's centre, its sum the disk's area, whatever the size of a pixel."""
     for size in (32, 45):
         env = make(image_size=size)
-        env.agent, env.goal = torch.tensor([[0.5, -0.3], [-0.8, 0.0]]), torch.tensor([[-0.4, 0.61], [0.1, 0.77]])
+        env.agent, env.goal = (
+            torch.tensor([[0.5, -0.3], [-0.8, 0.0]]),
+            torch.tensor([[-0.4, 0.61], [0.1, 0.77]]),
+        )
         rgb = env._draw().double() / 255
         middle = (torch.arange(size) + 0.5) * 2 / size - 1
         for channel, place in ((0, env.agent), (1, env.goal)):
@@ -46,9 +53,13 @@ def test_the_disks_are_where_agent_and_goal_are():
 def test_a_step_moves_and_pays_minus_the_distance():
     env = make(1)
     env.agent, env.goal = torch.tensor([[0.9, 0.0]]), torch.tensor([[0.5, 0.3]])
-    _, rewards, *_, info = env.step(torch.tensor([[1.0, 2.0]]))  # stopped by the wall; actions are clamped
+    _, rewards, *_, info = env.step(
+        torch.tensor([[1.0, 2.0]])
+    )  # stopped by the wall; actions are clamped
     assert torch.allclose(env.agent, torch.tensor([[1.0, SPEED]]))
-    assert rewards.item() == pytest.approx(-((0.5**2 + 0.15**2) ** 0.5)) and not info["success"].item()
+    assert (
+        rewards.item() == pytest.approx(-((0.5**2 + 0.15**2) ** 0.5)) and not info["success"].item()
+    )
     env.agent, env.goal = torch.zeros(1, 2), torch.tensor([[NEAR - 0.01, 0.0]])
     assert env.step(torch.full((1, 2), float("nan")))[4]["success"].item()  # no number is no motion
 
@@ -85,9 +96,13 @@ def test_episodes_end_by_time_and_begin_anew():
         obs, rewards, terminations, truncations, info = env.step(actions(2, t))
         total += rewards
         assert truncations.tolist() == [t == HORIZON - 1] * 2 and not terminations.any()
-    assert torch.allclose(info["episode"]["return"], total) and info["episode"]["length"].tolist() == [25, 25]
+    assert torch.allclose(info["episode"]["return"], total) and info["episode"][
+        "length"
+    ].tolist() == [25, 25]
     assert torch.equal(info["episode"]["success_at_end"], info["success"])
-    assert not torch.equal(env.goal, before) and not torch.equal(obs["rgb"], info["final_obs"]["rgb"])
+    assert not torch.equal(env.goal, before) and not torch.equal(
+        obs["rgb"], info["final_obs"]["rgb"]
+    )
     assert torch.equal(obs["rgb"], env._draw()) and env.clock.tolist() == [0, 0]
     assert torch.equal(env.reset(7)["rgb"], first) and not torch.equal(env.reset(8)["rgb"], first)
 
@@ -124,15 +139,20 @@ def test_action_repeat_is_the_same_task_in_fewer_steps():
     assert truncations.all() and info["episode"]["length"].tolist() == [13, 13]
 
 
-def test_resume_is_exact():
+def test_resume_is_exact(tmp_path):
     env, other = make(3, stagger=True, frame_stack=2), make(3, seed=99, frame_stack=2)
     for t in range(30):
         env.step(actions(3, t))
-    saved = env.state_dict()
+    torch.save(env.state_dict(), tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt", weights_only=True, mmap=True)
     other.load_state_dict(saved)
     for t in range(40):
         a, b = env.step(actions(3, t)), other.step(actions(3, t))
-        assert torch.equal(a[0]["rgb"], b[0]["rgb"]) and torch.equal(a[1], b[1]) and torch.equal(a[3], b[3])
+        assert (
+            torch.equal(a[0]["rgb"], b[0]["rgb"])
+            and torch.equal(a[1], b[1])
+            and torch.equal(a[3], b[3])
+        )
         assert torch.equal(a[4]["episode"]["return"], b[4]["episode"]["return"])
     with pytest.raises(ValueError, match="here: "):
         make(2).load_state_dict(saved)

@@ -110,13 +110,24 @@ def test_present_is_encoder_less_offset():
 def test_torque_enable_128_makes_this_the_middle(encoder):
     _, put, get, *_ = one(position=encoder)
     put(torque_enable=128)
-    assert get("present_position") == pytest.approx(2048, abs=1 if encoder == 0.0 else 0)  # -2048 has no offset
+    assert get("present_position") == pytest.approx(
+        2048, abs=1 if encoder == 0.0 else 0
+    )  # -2048 has no offset
     assert get("homing_offset") == max(-2047, encoder - 2048) and get("torque_enable") == 0
 
 
 @pytest.mark.parametrize(
     ("goal", "limited"),
-    [(2000, 2000), (500, 700), (3500, 3400), (600, 700), (0, 3400), (10, 700), (4000, 3400), (-50, 3400)],
+    [
+        (2000, 2000),
+        (500, 700),
+        (3500, 3400),
+        (600, 700),
+        (0, 3400),
+        (10, 700),
+        (4000, 3400),
+        (-50, 3400),
+    ],
 )
 def test_a_goal_is_limited_to_the_nearer_edge_over_the_turns_end_too(goal, limited):
     """With [700, 3400]: from 0 it is 700 up to the one edge and 4096 - 3400 = 696 down to the other."""
@@ -159,7 +170,9 @@ def test_writes_are_kept_as_they_were_addressed():
     assert [(id, address, data) for _, id, address, data in servos.writes] == [
         (1, 41, bytes(7)), (2, 41, b"\1\2\3\4\5\6\7"), (254, 40, b"\0"), (3, 42, b"\0\x08")]  # fmt: skip
     assert len(servos.written("goal_position")) == 3 and len(servos.written("torque_enable")) == 1
-    assert not servos.written("goal_position", since=clock()) and not servos.written("present_position")
+    assert not servos.written("goal_position", since=clock()) and not servos.written(
+        "present_position"
+    )
 
 
 # --- The line ---------------------------------------------------------------------------------------------------------
@@ -185,7 +198,11 @@ def test_replies_come_byte_by_byte():
     _, servos, clock = emulated()
     servos.servos[1].registers[7] = 0
     servos.feed(feetech.packet(1, feetech.PING))
-    assert servos.take(10) == b"" and servos.ready_at() == pytest.approx(70e-6) and servos.ready_at(7) is None
+    assert (
+        servos.take(10) == b""
+        and servos.ready_at() == pytest.approx(70e-6)
+        and servos.ready_at(7) is None
+    )
     clock.sleep(81e-6)
     assert servos.take(10) == b"\xff\xff" and servos.take(10) == b""
     clock.sleep(1.0)
@@ -193,7 +210,13 @@ def test_replies_come_byte_by_byte():
 
 
 def test_requests_are_found_again_after_rubbish():
-    for rubbish in (b"\x00", b"\xff", b"\xff\xff\xff", b"\xff\xff\x01\x02\x01\x00", b"\xff\xff\x01\x00\x01"):
+    for rubbish in (
+        b"\x00",
+        b"\xff",
+        b"\xff\xff\xff",
+        b"\xff\xff\x01\x02\x01\x00",
+        b"\xff\xff\x01\x00\x01",
+    ):
         _, servos, clock = emulated()
         servos.feed(rubbish + feetech.packet(4, feetech.PING))
         clock.sleep(0.01)
@@ -221,15 +244,27 @@ def test_who_answers_what():
     assert answers(feetech.packet(254, feetech.PING)) == [(id, b"") for id in IDS]
     assert answers(feetech.packet(9, feetech.PING)) == []
     assert answers(feetech.packet(254, feetech.READ, b"\x05\x01")) == []
-    assert answers(feetech.packet(254, feetech.SYNC_READ, b"\x05\x01\x06\x02")) == [(6, b"\x06"), (2, b"\x02")]
-    assert answers(feetech.packet(254, feetech.SYNC_WRITE, b"\x2c\x02\x01\x05")) == [], "a byte is missing: ignored"
+    assert answers(feetech.packet(254, feetech.SYNC_READ, b"\x05\x01\x06\x02")) == [
+        (6, b"\x06"),
+        (2, b"\x02"),
+    ]
+    assert answers(feetech.packet(254, feetech.SYNC_WRITE, b"\x2c\x02\x01\x05")) == [], (
+        "a byte is missing: ignored"
+    )
     assert not servos.writes
     assert answers(feetech.packet(2, 0x06)) == [], "factory reset is not obeyed"
-    assert answers(feetech.packet(2, feetech.WRITE, b"\x08\x00")) == [], "level 0: writes are not confirmed any more"
-    assert answers(feetech.packet(2, feetech.WRITE, b"\x2c\x01")) == [] and servos.servos[2].registers[44] == 1
+    assert answers(feetech.packet(2, feetech.WRITE, b"\x08\x00")) == [], (
+        "level 0: writes are not confirmed any more"
+    )
+    assert (
+        answers(feetech.packet(2, feetech.WRITE, b"\x2c\x01")) == []
+        and servos.servos[2].registers[44] == 1
+    )
     assert answers(feetech.packet(2, feetech.READ, b"\x2c\x01")) == [(2, b"\x01")]
     bus.write(3, 5, b"\x0b")
-    assert [id for id, _ in answers(feetech.packet(254, feetech.PING))] == [1, 2, 4, 5, 6, 11], "an id is a register"
+    assert [id for id, _ in answers(feetech.packet(254, feetech.PING))] == [1, 2, 4, 5, 6, 11], (
+        "an id is a register"
+    )
 
 
 @pytest.mark.parametrize("blocks", [False, True])
@@ -268,7 +303,11 @@ def test_speed_limit_is_held():
     assert get("present_speed") == pytest.approx(978, abs=2) and get("moving") == 1
     assert servo.position - first == pytest.approx(978 * (clock() - begin), abs=2)
     clock.sleep(3.0)
-    assert servo.position == pytest.approx(3500, abs=3) and get("moving") == 0 and get("present_speed") == 0
+    assert (
+        servo.position == pytest.approx(3500, abs=3)
+        and get("moving") == 0
+        and get("present_speed") == 0
+    )
 
 
 def test_acceleration_limit_gives_a_trapezoid():
@@ -280,9 +319,14 @@ def test_acceleration_limit_gives_a_trapezoid():
         seen.append((servo.position, servo.setpoint_velocity, servo.velocity))
         clock.sleep(0.01)
     positions, aims, speeds = zip(*seen, strict=True)
-    half, whole = (0.01 * next(i for i, p in enumerate(positions) if p >= at) for at in (1500, 1995))
+    half, whole = (
+        0.01 * next(i for i, p in enumerate(positions) if p >= at) for at in (1500, 1995)
+    )
     assert half == pytest.approx(1.25, abs=0.05) and whole == pytest.approx(2.5, abs=0.1)
-    assert max(aims) == 500 and max(abs(b - a) for a, b in zip(aims, aims[1:], strict=False)) <= 10 + 1e-6
+    assert (
+        max(aims) == 500
+        and max(abs(b - a) for a, b in zip(aims, aims[1:], strict=False)) <= 10 + 1e-6
+    )
     assert max(speeds) == pytest.approx(500, rel=0.05) and max(positions) < 2003
 
 
@@ -292,7 +336,9 @@ def test_top_speed_follows_voltage_and_torque_limit():
         put(torque_limit=limit, goal_position=4000)
         clock.sleep(0.5)
         expected = emulator.NO_LOAD_SPEED * (share - emulator.FRICTION)
-        assert get("present_speed") == pytest.approx(expected, abs=2) and get("present_load") == limit
+        assert (
+            get("present_speed") == pytest.approx(expected, abs=2) and get("present_load") == limit
+        )
 
 
 def test_error_under_load_is_that_of_a_proportional_controller():
@@ -305,7 +351,9 @@ def test_error_under_load_is_that_of_a_proportional_controller():
         sag, slack = load * 1600 / gain, emulator.FRICTION * 1600 / gain
         assert servo.position - 2048 == pytest.approx(sag, abs=slack + 1) and servo.velocity == 0
         assert get("present_load") == pytest.approx(-1000 * load, abs=1000 * emulator.FRICTION + 2)
-        assert get("present_current") == pytest.approx(abs(load) * 2.4 / 0.0065, abs=0.02 * 2.4 / 0.0065 + 2)
+        assert get("present_current") == pytest.approx(
+            abs(load) * 2.4 / 0.0065, abs=0.02 * 2.4 / 0.0065 + 2
+        )
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -337,7 +385,9 @@ def test_weak_motor_sags_and_an_unpowered_one_falls():
 
 def test_a_load_may_depend_on_the_angle():
     servo, put, get, _, servos, clock = one()
-    servo.load = lambda s: -0.3 * math.sin((s.position - 2048) / feetech.STEPS * 2 * math.pi)  # a pendulum, let go
+    servo.load = lambda s: (
+        -0.3 * math.sin((s.position - 2048) / feetech.STEPS * 2 * math.pi)
+    )  # a pendulum, let go
     servo.position = 2500.0
     for _ in range(60):
         clock.sleep(0.1)
@@ -360,7 +410,9 @@ def test_asking_often_changes_nothing():
         servos = EmulatedBus([1], clock)
         servo = servos.servos[1]
         servo.load = -0.2
-        servo.write(41, b"\x14" + encode("goal_position", 2600) + b"\0\0" + encode("goal_speed", 700))
+        servo.write(
+            41, b"\x14" + encode("goal_position", 2600) + b"\0\0" + encode("goal_speed", 700)
+        )
         while clock() < 1.2:
             clock.sleep(min(pause, 1.2 - clock()))
             servos.advance()
@@ -373,7 +425,11 @@ def test_asking_often_changes_nothing():
         for _ in range(5000 // ticks):
             servos._step([servos.servos[1]], ticks)
         temperatures.append(servos.servos[1].temperature)
-    assert temperatures[0] == pytest.approx(temperatures[1]) == pytest.approx(25 + 35 * math.exp(-5 / 200))
+    assert (
+        temperatures[0]
+        == pytest.approx(temperatures[1])
+        == pytest.approx(25 + 35 * math.exp(-5 / 200))
+    )
 
 
 def test_at_rest_is_left_by_whatever_moves_it():
@@ -396,7 +452,9 @@ def test_at_rest_is_left_by_whatever_moves_it():
     bus.write(1, REGISTERS["homing_offset"][0], encode("homing_offset", 100))
     clock.sleep(1.0)
     servos.advance()
-    assert servo.position == pytest.approx(2500, abs=3) and servo.encoder == pytest.approx(2600, abs=3)
+    assert servo.position == pytest.approx(2500, abs=3) and servo.encoder == pytest.approx(
+        2600, abs=3
+    )
 
 
 # --- Protections ------------------------------------------------------------------------------------------------------
@@ -429,7 +487,9 @@ def test_too_hot_lets_go_and_cools(latch):
     servos.heat(1, 71.0)
     assert bus.ping(1).error == 0x04 and get("present_temperature") == 71
     clock.sleep(0.1)
-    assert servo.duty == 0 and abs(get("present_position") - 2048) > 200, "it falls, with torque_enable still 1"
+    assert servo.duty == 0 and abs(get("present_position") - 2048) > 200, (
+        "it falls, with torque_enable still 1"
+    )
     assert get("torque_enable") == 1
     servo.load = 0.0
     clock.sleep(1.0)
@@ -477,7 +537,9 @@ def test_voltage():
     servos.block(1)
     put(p=16, goal_position=3000)
     clock.sleep(0.1)
-    drop = 0.5 * (2.4 / (1 + 0.5 * 2.4 / 7.4) + 0.1)  # I = 2.4 (7.4 - 0.5 I) / 7.4, and the idle current
+    drop = 0.5 * (
+        2.4 / (1 + 0.5 * 2.4 / 7.4) + 0.1
+    )  # I = 2.4 (7.4 - 0.5 I) / 7.4, and the idle current
     assert get("present_voltage") == pytest.approx(74 - 10 * drop, abs=1)
 
 
@@ -503,7 +565,11 @@ def test_commands_of_the_process(server):
     server.do("heat", 2, 90.0)
     assert server.state()[2]["error"] == 0x04
     server.do("noise", b"\x01\x02")
-    assert server.ask(set="load", id=1, value=0.5) == server.ask(set="voltage", value=3.0) == {"ok": True}
+    assert (
+        server.ask(set="load", id=1, value=0.5)
+        == server.ask(set="voltage", value=3.0)
+        == {"ok": True}
+    )
     assert server.ask(get="written", args=["goal_position"]) == {"writes": []}
     for command in ({"do": "explode"}, {"do": "mute", "args": [99]}, {"do": "mute"}, {"what": 1}):
         with pytest.raises(ValueError):
@@ -515,9 +581,17 @@ def test_command_line_of_the_process(tmp_path):
     pytest.importorskip("termios", reason="needs pseudo-terminals: Linux or macOS")
     link = tmp_path / "so101"
     command = [sys.executable, "-m", "hardware.emulator", "--link", str(link), "--ids", "7"]
-    result = subprocess.run(command, input='{"get": "state"}\nnonsense\n', text=True, capture_output=True, cwd=ROOT)
+    result = subprocess.run(
+        command, input='{"get": "state"}\nnonsense\n', text=True, capture_output=True, cwd=ROOT
+    )
     first, state, error = map(json.loads, result.stdout.splitlines())
-    assert first == {"port": str(link)} and state["7"]["position"] == 2048 and "JSONDecodeError" in error["error"]
+    assert (
+        first == {"port": str(link)}
+        and state["7"]["position"] == 2048
+        and "JSONDecodeError" in error["error"]
+    )
     assert result.returncode == 0 and not link.exists() and not link.is_symlink()
-    result = subprocess.run([*command, "--options", '{"speed": 9}'], text=True, capture_output=True, cwd=ROOT)
+    result = subprocess.run(
+        [*command, "--options", '{"speed": 9}'], text=True, capture_output=True, cwd=ROOT
+    )
     assert result.returncode == 1 and "speed" in result.stderr and result.stderr.count("\n") == 1

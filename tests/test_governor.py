@@ -193,7 +193,7 @@ def test_the_training_environment_keeps_to_the_same_limits():
     pytest.importorskip("mujoco_warp", reason='needs MuJoCo Warp: pip install -e ".[so101]"')
     from envs import so101
 
-    env = so101.make("SO101ReachCube-v1", 8, "cpu", seed=0, stagger=False, pictures=False, threads=1)
+    env = so101.make("SO101ReachCube-v1", 8, "cpu", seed=0, stagger=False, images=False, threads=1)
     limits = Limits.from_spec(env.spec)
     old = {key: value for key, value in env.spec.items() if not key.endswith(("limit", "error", "margin"))}
     for name in ("low", "high", "velocity", "acceleration", "tracking_error", "margin"):

@@ -12,7 +12,16 @@ from hardware import so101
 from hardware.emulator import EmulatedBus, EmulatedTransport, VirtualClock
 from hardware.feetech import REGISTERS, Bus, BusError
 from hardware.governor import Limits
-from hardware.so101 import GRIPPER, JOINTS, SO101, ArmFault, Calibration, JointCalibration, differences, write_eeprom
+from hardware.so101 import (
+    GRIPPER,
+    JOINTS,
+    SO101,
+    ArmFault,
+    Calibration,
+    JointCalibration,
+    differences,
+    write_eeprom,
+)
 
 SPEC = dict(
     joint_names=list(JOINTS), joint_low=[-1.92, -1.745, -1.69, -1.658, -2.744, -0.1745],
@@ -26,7 +35,9 @@ def calibration(**changes) -> Calibration:
     joints = {}
     for i, name in enumerate(JOINTS):
         low, high = (0, 4095) if name == "wrist_roll" else (2047 - HALF[i], 2047 + HALF[i])
-        joints[name] = dict(id=i + 1, drive_mode=0, homing_offset=150 * i - 300, range_min=low, range_max=high)
+        joints[name] = dict(
+            id=i + 1, drive_mode=0, homing_offset=150 * i - 300, range_min=low, range_max=high
+        )
         joints[name] |= changes.get(name, {})
     return Calibration.from_dict(joints)
 
@@ -46,7 +57,9 @@ class Rig:
             self[id].position = position
         self.transport = EmulatedTransport(self.servos, self.clock)
         self.bus = Bus(self.transport, self.clock, retries=retries)
-        self.arm = SO101(self.bus, self.calibration, Limits.from_spec(SPEC), self.clock, self.clock.sleep)
+        self.arm = SO101(
+            self.bus, self.calibration, Limits.from_spec(SPEC), self.clock, self.clock.sleep
+        )
         if started:
             self.arm.start()
 
@@ -60,7 +73,9 @@ class Rig:
 
     @property
     def torques(self):
-        return [servo.registers[REGISTERS["torque_enable"][0]] for servo in self.servos.servos.values()]
+        return [
+            servo.registers[REGISTERS["torque_enable"][0]] for servo in self.servos.servos.values()
+        ]
 
     def drive(self, joint, radians, seconds=1.0):
         """Sends one joint somewhere at 10 Hz, at the governor's speed; returns the last state."""
@@ -92,7 +107,9 @@ def test_angles_are_lerobots_degrees():
         low, high = np.sort(random.choice(4096, 2, replace=False)).tolist()
         one = calibration(elbow_flex=dict(range_min=low, range_max=high))
         angles = one.to_radians("elbow_flex", raw)
-        np.testing.assert_allclose(angles, np.radians(lerobots_degrees(one.joints["elbow_flex"], raw)), atol=1e-12)
+        np.testing.assert_allclose(
+            angles, np.radians(lerobots_degrees(one.joints["elbow_flex"], raw)), atol=1e-12
+        )
         assert (one.to_raw("elbow_flex", angles) == raw).all()
         for angle in random.uniform(-3, 3, 50):
             theirs = lerobots_raw(one.joints["elbow_flex"], math.degrees(angle))
@@ -146,10 +163,14 @@ def test_the_file_is_lerobots(tmp_path):
     assert one.joints["wrist_flex"] == JointCalibration(4, 0, -60, 703, 3400)
     one.to_json(tmp_path / "b" / "arm.json")
     assert (tmp_path / "b" / "arm.json").read_text() == text
-    assert [file.name for file in (tmp_path / "b").iterdir()] == ["arm.json"]  # no temporary file is left
+    assert [file.name for file in (tmp_path / "b").iterdir()] == [
+        "arm.json"
+    ]  # no temporary file is left
     # the order of joints in a file does not matter
     path.write_text(json.dumps(dict(reversed(json.loads(text).items()))))
-    assert Calibration.from_json(path).hash == one.hash != calibration().hash and len(one.hash) == 16
+    assert (
+        Calibration.from_json(path).hash == one.hash != calibration().hash and len(one.hash) == 16
+    )
 
 
 @pytest.mark.parametrize(
@@ -160,11 +181,26 @@ def test_the_file_is_lerobots(tmp_path):
         (dict(gripper=None), "the joints must be"),
         (dict(tail=dict(id=7)), "the joints must be"),
         (dict(gripper=dict(id=6)), "gripper must have exactly"),
-        (dict(gripper=dict(id=5, drive_mode=0, homing_offset=0, range_min=1, range_max=2)), "has id 5"),
-        (dict(gripper=dict(id=6, drive_mode=1, homing_offset=0, range_min=1, range_max=2)), "drive_mode 1"),
-        (dict(gripper=dict(id=6, drive_mode=0, homing_offset=2048, range_min=1, range_max=2)), "out of range"),
-        (dict(gripper=dict(id=6, drive_mode=0, homing_offset=0, range_min=9, range_max=9)), "out of range"),
-        (dict(gripper=dict(id=6, drive_mode=0, homing_offset=0, range_min=1.5, range_max=9)), "whole numbers"),
+        (
+            dict(gripper=dict(id=5, drive_mode=0, homing_offset=0, range_min=1, range_max=2)),
+            "has id 5",
+        ),
+        (
+            dict(gripper=dict(id=6, drive_mode=1, homing_offset=0, range_min=1, range_max=2)),
+            "drive_mode 1",
+        ),
+        (
+            dict(gripper=dict(id=6, drive_mode=0, homing_offset=2048, range_min=1, range_max=2)),
+            "out of range",
+        ),
+        (
+            dict(gripper=dict(id=6, drive_mode=0, homing_offset=0, range_min=9, range_max=9)),
+            "out of range",
+        ),
+        (
+            dict(gripper=dict(id=6, drive_mode=0, homing_offset=0, range_min=1.5, range_max=9)),
+            "whole numbers",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_gets_one_line(tmp_path, change, message):
@@ -189,7 +225,10 @@ def test_only_what_differs_is_written_and_the_lock_is_closed_again():
     rig = Rig(started=False)
     wanted = {1: dict(p=16, d=32, phase=lambda old: old & ~0x10), 2: dict(homing_offset=-77)}
     before = rig[2].get("homing_offset")
-    assert write_eeprom(rig.bus, wanted, rig.clock.sleep) == [(1, "p", 32, 16), (2, "homing_offset", before, -77)]
+    assert write_eeprom(rig.bus, wanted, rig.clock.sleep) == [
+        (1, "p", 32, 16),
+        (2, "homing_offset", before, -77),
+    ]
     assert dict(rig[1].eeprom_writes) == {21: 1} and dict(rig[2].eeprom_writes) == {31: 1, 32: 1}
     assert not rig[3].eeprom_writes and all(rig[id].get("lock") == 1 for id in range(1, 7))
     assert write_eeprom(rig.bus, wanted, rig.clock.sleep) == []
@@ -213,7 +252,9 @@ def test_differences_names_what_is_and_what_should_be():
 @pytest.mark.parametrize("goal_reads_back_limited", [False, True])
 @pytest.mark.parametrize("power_up_goal", [0, None, 4000])
 @pytest.mark.parametrize("power_up_torque", [False, True])
-def test_the_start_never_moves_the_arm(power_up_torque, power_up_goal, goal_reads_back_limited, absent_blocks):
+def test_the_start_never_moves_the_arm(
+    power_up_torque, power_up_goal, goal_reads_back_limited, absent_blocks
+):
     rig = Rig(started=False, power_up_torque=power_up_torque, power_up_goal=power_up_goal,
               goal_reads_back_limited=goal_reads_back_limited, absent_blocks=absent_blocks)  # fmt: skip
     assert rig.torques == [int(power_up_torque)] * 6
@@ -226,12 +267,21 @@ def test_the_start_never_moves_the_arm(power_up_torque, power_up_goal, goal_read
     # what the log of all bytes says: torque off first; the only goals are where the joints stand
     first = rig.servos.writes[0]
     assert first[1:] == (0xFE, REGISTERS["torque_enable"][0], b"\x00")
-    goals = {id: int.from_bytes(data[1:3], "little") for _, id, _, data in rig.servos.written("goal_position")}
+    goals = {
+        id: int.from_bytes(data[1:3], "little")
+        for _, id, _, data in rig.servos.written("goal_position")
+    }
     assert goals == dict(enumerate(POSE, start=1)) and len(rig.servos.written("goal_position")) == 6
     # weak before anything can pull, strong only at the end
-    limits = [data for _, id, address, data in rig.servos.written("torque_limit") if id == 1 and address == 48]
+    limits = [
+        data
+        for _, id, address, data in rig.servos.written("torque_limit")
+        if id == 1 and address == 48
+    ]
     assert [int.from_bytes(data, "little") for data in limits] == [400, 700]
-    assert rig[6].get("torque_limit") == 500 and rig.servos.written("torque_limit")[0][0] < goals_time(rig)
+    assert rig[6].get("torque_limit") == 500 and rig.servos.written("torque_limit")[0][
+        0
+    ] < goals_time(rig)
 
 
 def goals_time(rig):
@@ -242,7 +292,9 @@ def test_settings_are_written_at_the_first_start_only():
     rig = Rig(started=False)
     rig.arm.start()
     assert (1, "p", 32, 16) in rig.arm.changed and (6, "overload_torque", 80, 25) in rig.arm.changed
-    assert not [change for change in rig.arm.changed if change[0] != 6 and change[1] == "max_torque"]
+    assert not [
+        change for change in rig.arm.changed if change[0] != 6 and change[1] == "max_torque"
+    ]
     counts = [dict(rig[id].eeprom_writes) for id in range(1, 7)]
     assert all(set(count.values()) == {1} for count in counts)
     rig.arm.stop()
@@ -302,7 +354,11 @@ def test_a_start_is_refused_before_any_goal_is_sent(what):
     assert not rig.servos.written("goal_position") and rig.arm.state == "stopped"
     if what == "unplugged":
         return
-    heard = [torque for torque, servo in zip(rig.torques, rig.servos.servos.values(), strict=True) if not servo.deaf]
+    heard = [
+        torque
+        for torque, servo in zip(rig.torques, rig.servos.servos.values(), strict=True)
+        if not servo.deaf
+    ]
     assert what == "wrong baud" or heard == [0] * len(heard)
     with pytest.raises(ArmFault):
         rig.arm.write(np.zeros(6))
@@ -315,7 +371,9 @@ def test_a_start_is_refused_before_any_goal_is_sent(what):
 def test_a_goal_that_the_servo_has_not_taken_lets_go_again():
     rig = Rig(started=False)
     rig[3].limited = lambda goal: 2222
-    with pytest.raises(ArmFault, match=r"elbow_flex \(id 3\) has not taken its goal: .* reads 2222, not 2500"):
+    with pytest.raises(
+        ArmFault, match=r"elbow_flex \(id 3\) has not taken its goal: .* reads 2222, not 2500"
+    ):
         rig.arm.start()
     assert rig.torques == [0] * 6 and set(rig.arm.torque.values()) == {"off"}
 
@@ -324,7 +382,9 @@ def test_an_arm_that_sinks_when_torque_comes_on_is_let_go():
     rig = Rig(started=False)
     # too heavy for the weak torque of the start; it is held by hand until torque is on
     rig[2].load = lambda servo: -0.6 if servo.torque else 0.0
-    with pytest.raises(ArmFault, match="shoulder_lift moved by .* degrees when torque came on: support the arm"):
+    with pytest.raises(
+        ArmFault, match="shoulder_lift moved by .* degrees when torque came on: support the arm"
+    ):
         rig.arm.start()
     assert rig.torques == [0] * 6
 
@@ -352,7 +412,10 @@ def test_what_a_person_should_know_is_a_warning():
     arm.identify()
     assert not rig.servos.writes  # it only reads
     assert "differ in firmware" in arm.warnings[0]
-    assert "shoulder_pan: the policy may go 56 degrees farther than the range that was recorded" in arm.warnings[1]
+    assert (
+        "shoulder_pan: the policy may go 56 degrees farther than the range that was recorded"
+        in arm.warnings[1]
+    )
 
 
 # --- One tick ---------------------------------------------------------------------------------------------------------
@@ -364,10 +427,15 @@ def test_a_tick_is_one_read_of_15_bytes_and_one_write_of_7():
     assert len(sent) == 2
     assert sent[0] == bytes.fromhex("ff ff fe 0a 82 38 0f 01 02 03 04 05 06 19".replace(" ", ""))
     head, body = sent[1][:7], sent[1][7:-1]
-    assert head == bytes((0xFF, 0xFF, 0xFE, 4 + 6 * 8, 0x83, 41, 7)) and sent[1][-1] == ~sum(sent[1][2:-1]) & 0xFF
+    assert (
+        head == bytes((0xFF, 0xFF, 0xFE, 4 + 6 * 8, 0x83, 41, 7))
+        and sent[1][-1] == ~sum(sent[1][2:-1]) & 0xFF
+    )
     for at in range(6):
         id, acceleration, goal, seconds, speed = (
-            int.from_bytes(body[8 * at:][a:b], "little") for a, b in ((0, 1), (1, 2), (2, 4), (4, 6), (6, 8)))
+            int.from_bytes(body[8 * at :][a:b], "little")
+            for a, b in ((0, 1), (1, 2), (2, 4), (4, 6), (6, 8))
+        )
         assert (id, goal, seconds) == (at + 1, POSE[at], 0)
         # 1.5 rad/s of the arm's joints is 978 steps/s; the jaw is allowed 3 rad/s at 1.0227 rad of the joint per rad
         assert speed == (978 if at < 5 else math.ceil(3.0 * 4095 / (2 * math.pi) / (130 / 127.12)))
@@ -404,7 +472,11 @@ def test_readings_are_in_units():
     assert state.position[0] > rig.calibration.to_radians("shoulder_pan", POSE[0]) + 0.3
     assert (state.voltage > 7).all() and (abs(state.temperature - 25) <= 1).all()
     assert 0 < abs(state.current[0]) < 1.0 and 0 < abs(state.load[0]) <= 0.7
-    assert (state.errors == 0).all() and (state.age == 0).all() and abs(state.time - rig.clock()) < 0.01
+    assert (
+        (state.errors == 0).all()
+        and (state.age == 0).all()
+        and abs(state.time - rig.clock()) < 0.01
+    )
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -454,7 +526,9 @@ def test_a_blocked_joint_is_a_stall_after_a_while():
     rig = Rig()
     rig.servos.block(2)
     begin = rig.clock()
-    with pytest.raises(ArmFault, match="shoulder_lift is stalled: .* A, .* degrees from its goal") as fault:
+    with pytest.raises(
+        ArmFault, match="shoulder_lift is stalled: .* A, .* degrees from its goal"
+    ) as fault:
         rig.drive("shoulder_lift", 0.5, 3.0)
     assert 0.3 < rig.clock() - begin < 1.0 and fault.value.kind == "stall"
     assert not rig[2].error  # before the servo's own protection weakens it
@@ -524,13 +598,19 @@ def test_single_misses_are_bridged_and_three_in_a_row_are_a_fault(absent_blocks)
     assert (state.age == 0).all()
     rig.clock.sleep(10)
     rig.servos.mute(4)
-    with pytest.raises(ArmFault, match="no complete answer 3 times in a row, last not from .*wrist_flex") as fault:
+    with pytest.raises(
+        ArmFault, match="no complete answer 3 times in a row, last not from .*wrist_flex"
+    ) as fault:
         for _ in range(3):
             rig.clock.sleep(0.1)
             rig.arm.read()
     assert fault.value.kind == "bus" and rig.torques == [1] * 6
     torques = rig.arm.stop()
-    assert rig.torques == [0] * 6 and torques["wrist_flex"] == "silent" and torques["shoulder_pan"] == "off"
+    assert (
+        rig.torques == [0] * 6
+        and torques["wrist_flex"] == "silent"
+        and torques["shoulder_pan"] == "off"
+    )
 
 
 def test_too_many_single_misses_are_a_fault():
@@ -567,7 +647,9 @@ def test_a_disturbed_reply_is_asked_for_again_in_the_same_cycle(fault):
         begin = rig.clock()
         state = rig.arm.read()
         assert (state.age == 0).all() and begin <= state.time and rig.clock() - begin < 0.03
-        assert abs(state.raw[2] - rig[3].position) < 30  # it moves at 650 steps/s: not the last cycle's, 65 steps ago
+        assert (
+            abs(state.raw[2] - rig[3].position) < 30
+        )  # it moves at 650 steps/s: not the last cycle's, 65 steps ago
 
 
 def test_unplugging_is_a_fault_at_once_and_stopping_does_not_hang():
@@ -690,7 +772,10 @@ def test_a_second_interruption_does_not_keep_stop_from_letting_go():
 def test_no_simulator_and_no_torch_is_needed():
     code = ("import sys, hardware.so101, hardware.governor, hardware.feetech; "
             "print({'mujoco', 'warp', 'torch', 'envs', 'cv2'} & set(sys.modules))")  # fmt: skip
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+        == "set()"
+    )
 
 
 def test_limits_for_another_robot_are_refused():

@@ -66,7 +66,9 @@ def test_offsets_and_ranges_are_those_of_the_joints_whatever_the_motors_held(old
     assert rig.servos.writes[0][1:] == (0xFE, REGISTERS["torque_enable"][0], b"\x00")
     changes = calibrate.put(rig.bus, calibration, rig.sleep)
     assert {change[1] for change in changes} == {"homing_offset", "min_position", "max_position"}
-    assert all(set(writes.values()) == {1} for writes in rig.eeprom_writes)  # nothing more than once
+    assert all(
+        set(writes.values()) == {1} for writes in rig.eeprom_writes
+    )  # nothing more than once
     rig.person.place(MIDDLE)
     assert [round(servo.position) for servo in rig.servos.servos.values()] == [2047] * 6
     assert calibrate.put(rig.bus, calibration, rig.sleep) == []
@@ -80,7 +82,9 @@ def test_an_offset_that_does_not_fit_is_a_step_off():
 
 
 def test_a_joint_that_was_hardly_moved_is_refused():
-    with pytest.raises(ValueError, match="shoulder_pan moved by 88 degrees of 220: move it from stop to stop"):
+    with pytest.raises(
+        ValueError, match="shoulder_pan moved by 88 degrees of 220: move it from stop to stop"
+    ):
         Rig(share=0.4).calibrate()
 
 
@@ -91,7 +95,10 @@ def test_an_unusual_range_is_pointed_out():
 
 def test_a_joint_that_passes_its_encoders_end_is_refused():
     rig = Rig()
-    rig.person.ask = lambda text, ask=rig.person.ask: (ask(text), rig.person.place((3700, *MIDDLE[1:])))
+    rig.person.ask = lambda text, ask=rig.person.ask: (
+        ask(text),
+        rig.person.place((3700, *MIDDLE[1:])),
+    )
     rig.person.half[0] = 1900
     with pytest.raises(ValueError, match="shoulder_pan has passed the end of its encoder's turn"):
         rig.calibrate()
@@ -99,7 +106,11 @@ def test_a_joint_that_passes_its_encoders_end_is_refused():
 
 def test_a_range_next_to_the_encoders_end_is_refused():
     with pytest.raises(ValueError, match="wrist_flex comes within 10 degrees of its encoder's end"):
-        calibrate.judge([0] * 6, np.array([800, 900, 900, 60, 0, 1300]), np.array([3300, 3200, 3100, 2200, 4095, 2800]))
+        calibrate.judge(
+            [0] * 6,
+            np.array([800, 900, 900, 60, 0, 1300]),
+            np.array([3300, 3200, 3100, 2200, 4095, 2800]),
+        )
 
 
 def test_a_motor_that_falls_silent_meanwhile_is_named():
@@ -120,7 +131,9 @@ def test_an_arm_that_is_moved_while_it_is_written_to_gets_its_old_values_back():
         rig.clock.sleep(seconds)
         rig[6].encoder += 30
 
-    with pytest.raises(ArmFault, match="gripper reads .* with its new offset, not .*: the old values are back"):
+    with pytest.raises(
+        ArmFault, match="gripper reads .* with its new offset, not .*: the old values are back"
+    ):
         calibrate.put(rig.bus, calibration, jolt)
     assert rig[2].get("homing_offset") == 55 and rig[6].get("max_position") == 4095
 
@@ -143,13 +156,19 @@ def test_ids_are_given_one_by_one():
 
     said = []
     calibrate.assign_ids(rig.bus, Hands(), rig.sleep, said.append)
-    assert [servo.id for servo in motors] == [6, 5, 4, 3, 2, 1] and said[0] == "gripper: id 6, was 1"
+    assert [servo.id for servo in motors] == [6, 5, 4, 3, 2, 1] and said[
+        0
+    ] == "gripper: id 6, was 1"
     assert said[-1] == "shoulder_pan: id 1, as before" and not motors[-1].eeprom_writes
     rig.servos.power_cycle()
-    assert [servo.id for servo in motors] == [6, 5, 4, 3, 2, 1] and all(servo.get("lock") == 1 for servo in motors)
+    assert [servo.id for servo in motors] == [6, 5, 4, 3, 2, 1] and all(
+        servo.get("lock") == 1 for servo in motors
+    )
 
 
-@pytest.mark.parametrize(("connected", "message"), [((), "no motor answers"), ((2, 5), "motors 2, 5 answer")])
+@pytest.mark.parametrize(
+    ("connected", "message"), [((), "no motor answers"), ((2, 5), "motors 2, 5 answer")]
+)
 def test_ids_are_not_given_unless_one_motor_answers(connected, message):
     rig = Rig()
     for id in range(1, 7):
@@ -175,7 +194,9 @@ def test_the_command_calibrates_checks_and_writes(tmp_path):
     assert Calibration.from_json(file).joints["shoulder_pan"].range_max == 3299
     with pytest.raises(ValueError, match="arm.json exists: choose another name, or move it away"):
         calibrate.main(calibrate.Args(emulate=True, out=str(file)))
-    other = lines("hardware/calibrate.py", "--emulate", "--check", file)  # a new emulated arm has other values
+    other = lines(
+        "hardware/calibrate.py", "--emulate", "--check", file
+    )  # a new emulated arm has other values
     assert other.returncode == 2 and "16 values differ: --write puts" in other.stderr
     assert "gripper: max_position is 4095 in the motor, 2770 in the file" in other.stdout
 
@@ -230,7 +251,9 @@ def test_the_cameras_delay_is_found(delay):
     beats = []
     with arm:
         arm.start()
-        found = latency.measure(arm, camera, clock, sleep, repeats=1, ticks=5, beat=lambda: beats.append(clock()))
+        found = latency.measure(
+            arm, camera, clock, sleep, repeats=1, ticks=5, beat=lambda: beats.append(clock())
+        )
     rows = {row["what"]: row for row in found.table()}
     assert found.unseen == 0 and rows["encoder to frame"]["n"] == 2
     # the delay, and half a frame interval of waiting for the exposure, give or take the other half
@@ -254,14 +277,18 @@ def test_only_the_jaw_moves_and_it_comes_back():
     servo = camera.servo
     written = servo.options.written("goal_position")
     goals = {int.from_bytes(data[1:3], "little") for _, id, _, data in written if id == 6}
-    assert max(goals) - min(goals) == pytest.approx(latency.STEP / arm.calibration.slope[GRIPPER], abs=1)
+    assert max(goals) - min(goals) == pytest.approx(
+        latency.STEP / arm.calibration.slope[GRIPPER], abs=1
+    )
 
 
 def test_a_camera_that_does_not_see_the_jaw_is_told_from_one_that_is_slow():
     arm, camera, clock, sleep = latency.emulated(0.05)
     clock.sleep(1.0)
     random = np.random.default_rng(0)
-    camera._draw = lambda position: random.integers(0, 60, (480, 640, 3)).astype(np.uint8)  # noise, and no jaw
+    camera._draw = lambda position: random.integers(0, 60, (480, 640, 3)).astype(
+        np.uint8
+    )  # noise, and no jaw
     with arm:
         arm.start()
         found = latency.measure(arm, camera, clock, sleep, repeats=1, ticks=2)
@@ -310,7 +337,9 @@ def test_a_policys_time_is_measured_and_its_actions_are_not_carried_out():
 def test_the_table_is_of_milliseconds():
     found = latency.Latency.__new__(latency.Latency)
     found.samples = {"read": [0.001, 0.002, 0.004]}
-    assert found.table() == [dict(what="read", median_ms=2.0, p95_ms=pytest.approx(3.8), max_ms=4.0, n=3)]
+    assert found.table() == [
+        dict(what="read", median_ms=2.0, p95_ms=pytest.approx(3.8), max_ms=4.0, n=3)
+    ]
 
 
 def test_blocks_are_means():

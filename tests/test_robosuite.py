@@ -21,29 +21,38 @@ import numpy as np
 import pytest
 import torch
 
-from envs import robosuite_experts, robosuite_tasks
+from envs import robosuite
+from envs.robosuite import expert as scripted
 
 ROOT = Path(__file__).resolve().parents[1]
 installed = importlib.util.find_spec("robosuite") is not None
-needs_robosuite = pytest.mark.skipif(not installed, reason="robosuite is not installed: make robosuite")
-TASKS = [f"robosuite/{name}" for name in robosuite_experts.PHASES]
+needs_robosuite = pytest.mark.skipif(
+    not installed, reason="robosuite is not installed: make robosuite"
+)
+TASKS = [f"robosuite/{name}" for name in scripted.PHASES]
 
 
 def make(env_id="robosuite/Lift", num_envs=1, **options):
-    return robosuite_tasks.make(env_id, num_envs, **{"seed": 1, "pictures": False, "stagger": False, **options})
+    return robosuite.make(
+        env_id, num_envs, **{"seed": 1, "images": False, "stagger": False, **options}
+    )
 
 
 # --- the environment's pins -------------------------------------------------------------------------------------------
 def test_requirements_are_pinned_and_fit_the_project():
     lines = (ROOT / "requirements-robosuite.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
-    version = {name: tuple(int(x) for x in re.findall(r"\d+", text)[:2]) for name, text in pins.items()}
+    version = {
+        name: tuple(int(x) for x in re.findall(r"\d+", text)[:2]) for name, text in pins.items()
+    }
     assert (3, 3) <= version["mujoco"] < (3, 9) and version["numpy"] < (2, 0)
     core = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     for name, pinned in (text.split("==") for text in core):
         if name != "numpy":
             assert pins[name] == pinned, f"{name} differs from the project's own pin"
-    assert not any("mimicgen" in name for name in pins), "the index's package of this name is not the one that is meant"
+    assert not any("mimicgen" in name for name in pins), (
+        "the index's package of this name is not the one that is meant"
+    )
 
 
 @pytest.mark.skipif(installed, reason="robosuite is installed here")
@@ -51,9 +60,15 @@ def test_without_robosuite_there_is_one_clear_line():
     with pytest.raises(ImportError, match="environment of its own: make robosuite"):
         make()
     done = subprocess.run(
-        [sys.executable, "-m", "envs.robosuite_experts"], cwd=ROOT, capture_output=True, text=True, timeout=100
+        [sys.executable, "-m", "envs.robosuite.expert"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
-    assert done.returncode == 1 and "make robosuite" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1 and "make robosuite" in done.stderr and "Traceback" not in done.stderr
+    )
 
 
 # --- a stand-in for robosuite -----------------------------------------------------------------------------------------
@@ -63,10 +78,17 @@ class FakeTask:
     made = []
 
     def __init__(self, name, seed=None, robots="Panda", **options):
-        self.rng, self.robots, self.options, self.bad = np.random.default_rng(seed), robots, options, False
+        self.rng, self.robots, self.options, self.bad = (
+            np.random.default_rng(seed),
+            robots,
+            options,
+            False,
+        )
         self.action_spec = (-np.ones(7), np.ones(7))
         self._observables = {"cube_pos": types.SimpleNamespace(modality="object")}
-        data = types.SimpleNamespace(_data=types.SimpleNamespace(qpos=np.zeros(3), qvel=np.zeros(3), time=1.0))
+        data = types.SimpleNamespace(
+            _data=types.SimpleNamespace(qpos=np.zeros(3), qvel=np.zeros(3), time=1.0)
+        )
         model = types.SimpleNamespace(_model=types.SimpleNamespace(ncam=0))
         self.sim = types.SimpleNamespace(data=data, model=model)
         FakeTask.made.append(self)
@@ -106,11 +128,17 @@ def fake(monkeypatch):
 def test_contract_of_the_environment(fake):
     env = make(num_envs=2, workers=0, asymmetric=True, max_episode_steps=4)
     assert (env.action_dim, env.state_dim, env.privileged_dim, env.control_hz) == (7, 9, 12, 20.0)
-    assert env.layout["state"] == [("robot0_eef_pos", 3), ("robot0_eef_quat", 4), ("robot0_gripper_qpos", 2)]
+    assert env.layout["state"] == [
+        ("robot0_eef_pos", 3),
+        ("robot0_eef_quat", 4),
+        ("robot0_gripper_qpos", 2),
+    ]
     first = env.obs
     assert torch.equal(first["privileged"][:, :9], first["state"])
     assert torch.allclose(env.fact("cube_pos"), 2 * first["state"][:, :3])
-    assert not torch.equal(first["state"][0], first["state"][1]), "each world has episodes of its own"
+    assert not torch.equal(first["state"][0], first["state"][1]), (
+        "each environment has episodes of its own"
+    )
     push = torch.zeros(2, 7)
     push[0, 0] = 7.0  # clamped to 1
     for t in range(4):
@@ -118,8 +146,13 @@ def test_contract_of_the_environment(fake):
         obs, rewards, terminations, truncations, info = env.step(push)
         assert torch.allclose(info["final_obs"]["state"][0, 0], before["state"][0, 0] + 0.1)
         assert truncations.tolist() == [t == 3] * 2 and not terminations.any() and not rewards.any()
-    assert torch.equal(info["episode"]["length"], torch.tensor([4, 4])) and env.clock.tolist() == [0, 0]
-    assert not torch.allclose(obs["state"], info["final_obs"]["state"]) and torch.equal(obs["state"], env.obs["state"])
+    assert torch.equal(info["episode"]["length"], torch.tensor([4, 4])) and env.clock.tolist() == [
+        0,
+        0,
+    ]
+    assert not torch.allclose(obs["state"], info["final_obs"]["state"]) and torch.equal(
+        obs["state"], env.obs["state"]
+    )
     assert torch.equal(env.reset(1)["state"], first["state"])
     with pytest.raises(KeyError, match="has no Can_pos; it has robot0_eef_pos"):
         env.fact("Can_pos")
@@ -132,14 +165,18 @@ def test_success_is_rewarded_and_ends_nothing(fake):
     total = 0.0
     for t in range(20):
         _, rewards, terminations, truncations, info = env.step(push)
-        assert bool(info["success"]) == bool(rewards > 0) and not terminations.any() and truncations.item() == (t == 19)
+        assert (
+            bool(info["success"]) == bool(rewards > 0)
+            and not terminations.any()
+            and truncations.item() == (t == 19)
+        )
         total += rewards.item()
     assert total == info["episode"]["return"].item() > 5
     assert info["episode"]["success_once"].all() and info["episode"]["success_at_end"].all()
 
 
 def test_success_ends_an_episode_where_it_is_asked_to(fake):
-    """At a time-out too it is the success that counts; a world that failed there is truncated."""
+    """At a time-out too it is the success that counts; an environment that failed there is truncated."""
     env = make(num_envs=3, workers=0, max_episode_steps=13, end_on_success=True)
     push, ends = torch.zeros(3, 7), []
     push[0, 0], push[1, 0] = 1.0, 0.5
@@ -169,24 +206,31 @@ def test_a_diverged_world_is_restarted_alone(fake):
     before = env.obs["state"].clone()
     FakeTask.made[1].bad = True
     obs, rewards, _, truncations, info = env.step(torch.ones(2, 7))
-    assert truncations.tolist() == [False, True] and int(env.nan_resets) == 1 and torch.isfinite(obs["state"]).all()
+    assert (
+        truncations.tolist() == [False, True]
+        and int(env.nan_resets) == 1
+        and torch.isfinite(obs["state"]).all()
+    )
     assert torch.equal(info["final_obs"]["state"][1], before[1]) and env.clock.tolist() == [2, 0]
 
 
-def test_saved_state_continues_exactly(fake):
+def test_saved_state_continues_exactly(fake, tmp_path):
     generator = torch.Generator().manual_seed(0)
     actions = torch.rand(40, 3, 7, generator=generator) * 2 - 1
     one = make(num_envs=3, workers=0, stagger=True, max_episode_steps=12)
     for a in actions[:17]:
         one.step(a)
-    saved = one.state_dict()
+    torch.save(one.state_dict(), tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt", weights_only=True, mmap=True)
     two = make(num_envs=3, workers=0, seed=5, max_episode_steps=12)
     two.step(actions[0])
     two.load_state_dict(saved)
     assert torch.equal(one.obs["state"], two.obs["state"])
     for a in actions[17:]:
         (x, *_, i), (y, *_, j) = one.step(a), two.step(a)
-        assert torch.equal(x["state"], y["state"]) and torch.equal(i["episode"]["length"], j["episode"]["length"])
+        assert torch.equal(x["state"], y["state"]) and torch.equal(
+            i["episode"]["length"], j["episode"]["length"]
+        )
     with pytest.raises(ValueError, match="has num_envs 3, this one has 1"):
         make(workers=0).load_state_dict(saved)
 
@@ -198,7 +242,12 @@ def test_saved_state_continues_exactly(fake):
         ("robosuite/TwoArmBoxCleanup", {}, ImportError, "DexMimicGen, which is not installed"),
         ("robosuite/Lift", {"look": "pretty"}, ValueError, "look must be"),
         ("robosuite/Lift", {"num_envs": 0}, ValueError, "num_envs must be at least 1"),
-        ("robosuite/Lift", {"pictures": True, "cameras": ("top",)}, ValueError, "Lift has no camera top"),
+        (
+            "robosuite/Lift",
+            {"images": True, "cameras": ("top",)},
+            ValueError,
+            "Lift has no camera top",
+        ),
     ],
 )
 def test_impossible_wishes_get_one_clear_line(fake, env_id, options, error, line):
@@ -211,40 +260,46 @@ def test_robots_of_a_task(fake):
     assert make("robosuite/TwoArmLift").env_args["env_kwargs"]["robots"] == ["Panda", "Panda"]
     env = make("robosuite/Wipe", env_kwargs={"robots": "Sawyer"})
     assert FakeTask.made[-1].robots == "Sawyer" and env.max_episode_steps == 400
-    with pytest.raises(ValueError, match="no scripted expert for robosuite/Wipe; there are for Lift"):
-        robosuite_experts.Expert(env)
+    with pytest.raises(
+        ValueError, match="no scripted expert for robosuite/Wipe; there are for Lift"
+    ):
+        scripted.Expert(env)
 
 
 def test_seeds_of_episodes_differ():
-    seeds = {robosuite_tasks.episode_seed(s, w, e) for s in range(4) for w in range(8) for e in range(8)}
-    assert len(seeds) == 256 and robosuite_tasks.episode_seed(1, 2, 3) == robosuite_tasks.episode_seed(1, 2, 3)
+    seeds = {robosuite.episode_seed(s, w, e) for s in range(4) for w in range(8) for e in range(8)}
+    assert len(seeds) == 256 and robosuite.episode_seed(1, 2, 3) == robosuite.episode_seed(1, 2, 3)
 
 
 # --- rotations of the experts -----------------------------------------------------------------------------------------
 def test_rotations_against_the_exponential_map():
     generator = torch.Generator().manual_seed(0)
-    axis = torch.nn.functional.normalize(torch.randn(50, 3, generator=generator, dtype=torch.float64), dim=1)
+    axis = torch.nn.functional.normalize(
+        torch.randn(50, 3, generator=generator, dtype=torch.float64), dim=1
+    )
     angle = torch.rand(50, 1, generator=generator, dtype=torch.float64) * 3.0
     quat = torch.cat((axis * (angle / 2).sin(), (angle / 2).cos()), 1)
     zero = torch.zeros(50, dtype=torch.float64)
     x, y, z = (axis * angle).unbind(1)
     skew = torch.stack((zero, -z, y, z, zero, -x, -y, x, zero), 1).view(-1, 3, 3)
     expected = torch.linalg.matrix_exp(skew)
-    assert torch.allclose(robosuite_experts.matrix(quat), expected)
-    assert torch.allclose(robosuite_experts.rotation_vector(expected), axis * angle, atol=1e-7)
-    assert not robosuite_experts.rotation_vector(torch.eye(3)[None]).any()
+    assert torch.allclose(scripted.matrix(quat), expected)
+    assert torch.allclose(scripted.rotation_vector(expected), axis * angle, atol=1e-7)
+    assert not scripted.rotation_vector(torch.eye(3)[None]).any()
 
 
 def test_a_gripper_that_points_down():
     turn = torch.tensor([0.0, 0.7, -2.0])
-    down = robosuite_experts.pointing_down(turn)
+    down = scripted.pointing_down(turn)
     assert torch.allclose(down @ down.transpose(1, 2), torch.eye(3).expand(3, 3, 3), atol=1e-6)
     assert torch.allclose(torch.linalg.det(down), torch.ones(3)) and (down[:, 2, 2] == -1).all()
     # From turn 0 to `turn` is a rotation about the vertical by `turn`.
-    spin = robosuite_experts.rotation_vector(down @ down[:1].transpose(1, 2).expand(3, 3, 3))
+    spin = scripted.rotation_vector(down @ down[:1].transpose(1, 2).expand(3, 3, 3))
     assert torch.allclose(spin, torch.stack((0 * turn, 0 * turn, turn), 1), atol=1e-6)
-    wrapped = robosuite_experts.wrap(torch.tensor([3.5, -0.9, 0.9]), math.pi / 2)
-    assert torch.allclose(wrapped, torch.tensor([3.5 - math.pi, -0.9 + math.pi / 2, 0.9 - math.pi / 2]))
+    wrapped = scripted.wrap(torch.tensor([3.5, -0.9, 0.9]), math.pi / 2)
+    assert torch.allclose(
+        wrapped, torch.tensor([3.5 - math.pi, -0.9 + math.pi / 2, 0.9 - math.pi / 2])
+    )
 
 
 def test_turns_for_the_square_nut():
@@ -252,12 +307,18 @@ def test_turns_for_the_square_nut():
     item = torch.linspace(-math.pi, math.pi, 181)
     quat = torch.stack((0 * item, 0 * item, (item / 2).sin(), (item / 2).cos()), 1)
     facts = {"SquareNut_quat": quat, "SquareNut_pos": torch.zeros(181, 3)}
-    env = types.SimpleNamespace(env_id="robosuite/NutAssemblySquare", num_envs=181, fact=facts.__getitem__)
-    expert = robosuite_experts.Expert(env)
-    assert robosuite_experts.wrap(expert.grasp - item, math.pi).abs().max() < 1e-5
+    env = types.SimpleNamespace(
+        env_id="robosuite/NutAssemblySquare", num_envs=181, fact=facts.__getitem__
+    )
+    expert = scripted.Expert(env)
+    assert scripted.wrap(expert.grasp - item, math.pi).abs().max() < 1e-5
     nut = item + expert.final - expert.grasp
-    assert robosuite_experts.wrap(nut, math.pi / 2).abs().max() < 1e-5
-    assert (nut.cos() < 0.5).all() and expert.grasp.abs().max() <= 1.6 and expert.final.abs().max() <= 1.6
+    assert scripted.wrap(nut, math.pi / 2).abs().max() < 1e-5
+    assert (
+        (nut.cos() < 0.5).all()
+        and expert.grasp.abs().max() <= 1.6
+        and expert.final.abs().max() <= 1.6
+    )
 
 
 # --- with robosuite ---------------------------------------------------------------------------------------------------
@@ -265,7 +326,7 @@ def test_turns_for_the_square_nut():
 @pytest.mark.parametrize("env_id", TASKS)
 def test_expert_solves_the_task(env_id):
     env = make(env_id)
-    found = robosuite_experts.run(env, robosuite_experts.Expert(env), 3)
+    found = scripted.run(env, scripted.Expert(env), 3)
     env.close()
     assert all(found), f"steps until success (0: none): {found}"
 
@@ -298,7 +359,9 @@ def test_processes_give_the_same_worlds_and_a_dead_one_is_told():
     for a in actions:
         assert torch.equal(here.step(a)[0]["state"], there.step(a)[0]["state"])
     os.kill(there._groups[1].process.pid, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match="a process of robosuite worlds has ended with status -9"):
+    with pytest.raises(
+        RuntimeError, match="a process of robosuite environments has ended with status -9"
+    ):
         for a in actions:
             there.step(a)
     here.close(), there.close()
@@ -308,7 +371,7 @@ def test_processes_give_the_same_worlds_and_a_dead_one_is_told():
 @pytest.mark.parametrize("look", ["plain", "collision"])
 def test_pictures_show_the_scene_and_what_moves(look):
     try:
-        env = make("robosuite/Lift", pictures=True, look=look, render_size=48)
+        env = make("robosuite/Lift", images=True, look=look, render_size=48)
     except RuntimeError as error:
         pytest.skip(str(error))
     assert env.obs["rgb"].shape == (1, 48, 48, 6) and env.obs["rgb"].dtype == torch.uint8
@@ -329,7 +392,7 @@ def test_other_tasks_by_their_ids():
     env = make("robosuite/TwoArmLift", asymmetric=True)
     assert env.action_dim == 14 and env.state_dim == 18
     names = [name for name, _ in env.layout["state"]]
-    assert names == [f"robot{r}_{part}" for r in (0, 1) for part in robosuite_tasks.STATE_PARTS]
+    assert names == [f"robot{r}_{part}" for r in (0, 1) for part in robosuite.STATE_PARTS]
     env.step(torch.zeros(1, 14))
     env.close()
     with pytest.raises(ImportError, match="DexMimicGen, which is not installed"):
@@ -349,11 +412,22 @@ def test_demonstrations_have_robomimics_names(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     with h5py.File(out) as file:
-        assert set(file["data/demo_0/obs"]) == {"robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object"}
+        assert set(file["data/demo_0/obs"]) == {
+            "robot0_eef_pos",
+            "robot0_eef_quat",
+            "robot0_gripper_qpos",
+            "object",
+        }
     for demo in demos.read(out):
         first = int(demo["success"].argmax())
-        assert demo["success"][first:].all() and len(demo["actions"]) <= first + 11, "it ends soon after success"
+        assert demo["success"][first:].all() and len(demo["actions"]) <= first + 11, (
+            "it ends soon after success"
+        )
         assert demo["obs"]["state"].shape[1] == 9 and demo["obs"]["privileged"].shape[1] == 19
         assert set(np.unique(demo["actions"][:, 6])) <= {-1.0, 1.0}
     about = demos.env_args(out)
-    assert about["env_name"] == "Lift" and about["type"] == 1 and about["env_kwargs"]["robots"] == "Panda"
+    assert (
+        about["env_name"] == "Lift"
+        and about["type"] == 1
+        and about["env_kwargs"]["robots"] == "Panda"
+    )

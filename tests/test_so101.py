@@ -16,11 +16,13 @@ def actions(n, seed=0):
 
 
 def make(env_id="SO101ReachCube-v1", n=2, **options):
-    return so101.make(env_id, n, "cpu", **({"seed": 0, "stagger": False, "samples_per_pixel": 1} | options))
+    return so101.make(
+        env_id, n, "cpu", **({"seed": 0, "stagger": False, "samples_per_pixel": 1} | options)
+    )
 
 
 def put(env, name, xyz, world=0):
-    """Moves a free object of one world and updates poses."""
+    """Moves a free object of one environment and updates poses."""
     adr = env._q[name]
     env.qpos[world, adr : adr + 3] = torch.tensor(xyz)
     env.qpos[world, adr + 3 : adr + 7] = torch.tensor([1.0, 0.0, 0.0, 0.0])
@@ -28,20 +30,37 @@ def put(env, name, xyz, world=0):
 
 
 def test_eight_tasks():
-    assert set(so101.TASKS) == {f"SO101{v}{o}-v1" for v in ("Reach", "Lift", "Place", "Stack") for o in ("Cube", "Can")}
+    assert set(so101.TASKS) == {
+        f"SO101{v}{o}-v1" for v in ("Reach", "Lift", "Place", "Stack") for o in ("Cube", "Can")
+    }
 
 
 @pytest.mark.parametrize("env_id", list(so101.TASKS))
 def test_contract(env_id):
     env = make(env_id, 3, asymmetric=True, cameras=("wrist", "third"))
     obs, rewards, terminations, truncations, info = env.step(actions(3))
-    assert env.image_shape == (16, 16, 6) and obs["rgb"].shape == (3, 16, 16, 6) and obs["rgb"].dtype == torch.uint8
-    assert obs["state"].shape == (3, env.state_dim) and obs["privileged"].shape == (3, env.privileged_dim)
-    assert rewards.shape == (3,) and rewards.isfinite().all() and not terminations.any() and not truncations.any()
+    assert (
+        env.image_shape == (16, 16, 6)
+        and obs["rgb"].shape == (3, 16, 16, 6)
+        and obs["rgb"].dtype == torch.uint8
+    )
+    assert obs["state"].shape == (3, env.state_dim) and obs["privileged"].shape == (
+        3,
+        env.privileged_dim,
+    )
+    assert (
+        rewards.shape == (3,)
+        and rewards.isfinite().all()
+        and not terminations.any()
+        and not truncations.any()
+    )
     assert info["success"].dtype == torch.bool and set(info["final_obs"]) == set(obs)
     assert all(torch.equal(info["final_obs"][k], obs[k]) for k in obs)
     assert 0 < obs["rgb"].float().mean() < 255
-    assert env.spec["joint_names"] == list(so101.JOINTS) and len(env.spec["state_layout"]) == env.state_dim
+    assert (
+        env.spec["joint_names"] == list(so101.JOINTS)
+        and len(env.spec["state_layout"]) == env.state_dim
+    )
 
 
 def test_cube_lands_on_the_expected_pixels():
@@ -59,7 +78,11 @@ def test_cube_lands_on_the_expected_pixels():
         scale = -z * math.tan(math.radians(60.0) / 2)
         column, row = (1 + x / scale) * size / 2, (1 - y / scale) * size / 2
         rgb = env.scene.draw()[0].float()
-        red = (rgb[..., 0] > 60) & (rgb[..., 1] < 0.4 * rgb[..., 0]) & (rgb[..., 2] < 0.4 * rgb[..., 0])
+        red = (
+            (rgb[..., 0] > 60)
+            & (rgb[..., 1] < 0.4 * rgb[..., 0])
+            & (rgb[..., 2] < 0.4 * rgb[..., 0])
+        )
         rows, columns = torch.nonzero(red, as_tuple=True)
         assert abs((columns.float().mean() + 0.5).item() - column) < 1.0
         assert abs((rows.float().mean() + 0.5).item() - row) < 1.0
@@ -95,11 +118,13 @@ def test_servos_have_the_torque_of_real_ones():
 
 
 def test_targets_do_not_wind_up_beyond_the_limits():
-    env = make(n=2, pictures=False)
+    env = make(n=2, images=False)
     up = torch.tensor([1.0, -1.0, -1.0, -1.0, 1.0, 1.0])  # away from the table
     for _ in range(48):
         env.step(up.expand(2, 6))
-    most = torch.where(up > 0, env.joint_high - so101.JOINT_MARGIN, env.joint_low + so101.JOINT_MARGIN)
+    most = torch.where(
+        up > 0, env.joint_high - so101.JOINT_MARGIN, env.joint_low + so101.JOINT_MARGIN
+    )
     assert torch.allclose(env.target, most.expand(2, 6), atol=1e-6)
     before = env.target.clone()
     env.step(-up.expand(2, 6))
@@ -107,7 +132,7 @@ def test_targets_do_not_wind_up_beyond_the_limits():
 
 
 def test_targets_do_not_wind_up_in_front_of_an_obstacle():
-    env = make(n=4, pictures=False, domain_randomization=False)
+    env = make(n=4, images=False, domain_randomization=False)
     down = torch.zeros(4, 6)
     down[:, 1] = 1.0
     for _ in range(14):
@@ -115,7 +140,11 @@ def test_targets_do_not_wind_up_in_front_of_an_obstacle():
     assert env.facts()["table"].all()  # the arm stands on it
     ahead = env.target[:, 1] - env.qpos[:, 1]
     free = 14 * env.action_scale[1] - (env.qpos[:, 1] - env.first_qpos[:, 1])
-    assert (free > 0.5).all() and (ahead < so101.TRACKING_ERROR[1] + 0.05).all() and (ahead > 0.25).all()
+    assert (
+        (free > 0.5).all()
+        and (ahead < so101.TRACKING_ERROR[1] + 0.05).all()
+        and (ahead > 0.25).all()
+    )
 
 
 @pytest.mark.parametrize("env_id", ["SO101PlaceCan-v1", "SO101StackCube-v1"])
@@ -130,7 +159,9 @@ def test_randomised_models_agree_with_mujocos_own_constants(env_id):
         dofs = slice(6, 18)
         for name in names:
             rows = bodies if name.startswith("body") else dofs
-            np.testing.assert_allclose(mine[name][rows], np.array(getattr(model, name))[rows], rtol=2e-4, err_msg=name)
+            np.testing.assert_allclose(
+                mine[name][rows], np.array(getattr(model, name))[rows], rtol=2e-4, err_msg=name
+            )
 
 
 def test_inertia_of_the_bin_by_quadrature():
@@ -151,9 +182,11 @@ def test_inertia_of_the_bin_by_quadrature():
     np.testing.assert_allclose(m.body_inertia[body], square.sum() - square, rtol=5e-3)
 
 
-@pytest.mark.parametrize("env_id", ["SO101LiftCube-v1", "SO101PlaceCan-v1", "SO101StackCube-v1", "SO101StackCan-v1"])
+@pytest.mark.parametrize(
+    "env_id", ["SO101LiftCube-v1", "SO101PlaceCan-v1", "SO101StackCube-v1", "SO101StackCan-v1"]
+)
 def test_objects_rest_where_they_spawn(env_id):
-    env = make(env_id, 300, pictures=False)
+    env = make(env_id, 300, images=False)
     before, first_tcp = {name: env.pose(name)[0].clone() for name in env._q}, env.tcp.clone()
     away = torch.zeros(300, 6)
     away[:, 1] = -1.0  # the arm lifts off, so that it cannot touch them
@@ -165,17 +198,25 @@ def test_objects_rest_where_they_spawn(env_id):
     for name, place in before.items():
         assert (env.pose(name)[0] - place)[clear].norm(dim=1).max() < 1e-3, name
     facts = env.facts()
-    assert clear.sum() > 10 and not facts["touching"][clear].any() and not facts["lifted"][clear].any()
+    assert (
+        clear.sum() > 10 and not facts["touching"][clear].any() and not facts["lifted"][clear].any()
+    )
 
 
-@pytest.mark.parametrize("env_id", ["SO101PlaceCube-v1", "SO101PlaceCan-v1", "SO101StackCube-v1", "SO101StackCan-v1"])
+@pytest.mark.parametrize(
+    "env_id", ["SO101PlaceCube-v1", "SO101PlaceCan-v1", "SO101StackCube-v1", "SO101StackCan-v1"]
+)
 def test_spawn_region_and_distance(env_id):
-    env = make(env_id, 500, pictures=False)
+    env = make(env_id, 500, images=False)
     item, support = env.pose("item")[0], env.pose("support")[0]
     for xyz in (item, support):
-        assert (xyz[:, 0] >= 0.2).all() and (xyz[:, 0] <= 0.4).all() and (xyz[:, 1].abs() <= 0.1).all()
+        assert (
+            (xyz[:, 0] >= 0.2).all() and (xyz[:, 0] <= 0.4).all() and (xyz[:, 1].abs() <= 0.1).all()
+        )
     gap = (item - support)[:, :2].norm(dim=1)
-    around = env.support_half[:, 0] if env.task.support == "can" else env.support_half[:, :2].norm(dim=1)
+    around = (
+        env.support_half[:, 0] if env.task.support == "can" else env.support_half[:, :2].norm(dim=1)
+    )
     own = env.item_half[:, 0] if env.task.item == "can" else env.item_half[:, :2].norm(dim=1)
     assert (gap >= own + around + 0.01 - 1e-5).all()
     assert (gap <= own + around + 0.03).any() and gap.max() > 0.15  # near and far both occur
@@ -188,9 +229,13 @@ def test_same_seed_same_episode_and_reset_repeats_it():
         a = actions(4, i)
         obs_one, reward_one, *_ = one.step(a)
         obs_two, reward_two, *_ = two.step(a)
-    assert torch.equal(reward_one, reward_two) and all(torch.equal(obs_one[k], obs_two[k]) for k in obs_one)
+    assert torch.equal(reward_one, reward_two) and all(
+        torch.equal(obs_one[k], obs_two[k]) for k in obs_one
+    )
     obs = one.reset(seed=5)
-    assert all(torch.equal(a, b) for a, b in zip(first, (one.qpos, obs["rgb"], obs["state"]), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first, (one.qpos, obs["rgb"], obs["state"]), strict=True)
+    )
     assert not torch.equal(make(n=4, seed=6).qpos, first[0])
 
 
@@ -205,7 +250,9 @@ def test_clocks_are_staggered_and_the_final_observation_is_kept():
         done = truncations.nonzero().item()
         lengths.append(info["episode"]["length"][done].item())
         assert not torch.equal(info["final_obs"]["state"][done], obs["state"][done])
-        assert (obs["state"][done, 6:] - env.start_pose).abs().max() < 0.1  # the new episode's targets
+        assert (
+            obs["state"][done, 6:] - env.start_pose
+        ).abs().max() < 0.1  # the new episode's targets
         others = torch.arange(50) != done
         assert torch.equal(info["final_obs"]["rgb"][others], obs["rgb"][others])
         assert previous is not obs
@@ -223,7 +270,7 @@ def test_first_frame_is_drawn_from_the_new_episodes_camera():
 
 
 def test_return_and_success_are_those_of_the_episode():
-    env, total = make(n=2, pictures=False), torch.zeros(2)
+    env, total = make(n=2, images=False), torch.zeros(2)
     for i in range(50):
         _, rewards, _, truncations, info = env.step(actions(2, i))
         total += rewards
@@ -233,14 +280,27 @@ def test_return_and_success_are_those_of_the_episode():
 
 
 def test_randomisation_varies_and_one_switch_turns_it_off():
-    on, off = make(n=64, pictures=False), make(n=64, pictures=False, domain_randomization=False)
-    for name in ("geom_size", "geom_rgba", "geom_friction", "body_mass", "actuator_gainprm", "cam_pos", "cam_quat",
-                 "cam_fovy", "light_ambient", "light_diffuse", "light_dir"):
+    on, off = make(n=64, images=False), make(n=64, images=False, domain_randomization=False)
+    for name in (
+        "geom_size",
+        "geom_rgba",
+        "geom_friction",
+        "body_mass",
+        "actuator_gainprm",
+        "cam_pos",
+        "cam_quat",
+        "cam_fovy",
+        "light_ambient",
+        "light_diffuse",
+        "light_dir",
+    ):
         assert on.fields[name].std(0).max() > 1e-7, name
         assert off.fields[name].std(0).max() < 1e-6, name
     assert on.item_half.min() >= 0.011 and on.item_half.max() <= 0.014
     assert len(on.delay.unique()) > 1 and (off.delay == 0).all()
-    assert (on.fields["cam_fovy"] - on.nominal["cam_fovy"])[:, env_camera(on, "wrist")].abs().max() <= 1.0
+    assert (on.fields["cam_fovy"] - on.nominal["cam_fovy"])[
+        :, env_camera(on, "wrist")
+    ].abs().max() <= 1.0
     noise = on.obs["state"][:, :6] - on.qpos[:, :6]
     assert 0.06 < noise.std() < 0.12 and torch.equal(off.obs["state"][:, :6], off.qpos[:, :6])
 
@@ -251,18 +311,20 @@ def env_camera(env, name):
 
 def test_action_delay_holds_the_old_target():
     ranges = so101.Randomization(action_delay=(0.1, 0.1))
-    late = make(n=1, randomization=ranges, pictures=False)
-    none = make(n=1, randomization=so101.Randomization(action_delay=(0.0, 0.0)), pictures=False)
+    late = make(n=1, randomization=ranges, images=False)
+    none = make(n=1, randomization=so101.Randomization(action_delay=(0.0, 0.0)), images=False)
     move = torch.zeros(1, 6)
     move[:, 0] = 1.0
     starts = [env.qpos[0, 0].item() for env in (late, none)]
     for env in (late, none):
         env.step(move)
-    assert abs(late.qpos[0, 0].item() - starts[0]) < 0.01 < 0.03 < none.qpos[0, 0].item() - starts[1]
+    assert (
+        abs(late.qpos[0, 0].item() - starts[0]) < 0.01 < 0.03 < none.qpos[0, 0].item() - starts[1]
+    )
 
 
 def test_success_tests():
-    env = make("SO101PlaceCube-v1", 1, domain_randomization=False, pictures=False)
+    env = make("SO101PlaceCube-v1", 1, domain_randomization=False, images=False)
     put(env, "support", (0.3, 0.0, env.support_z[0].item()))
     inside = so101.BIN_THICKNESS + env.item_half[0, 2].item()
     yaw = env._q["support"]
@@ -279,13 +341,20 @@ def test_success_tests():
         env.qvel.zero_(), env.contact.zero_()
         reward, success = env.reward()
         assert bool(success[0]) is expected, (angle, x, y, z)
-        assert (reward.item() == 1.0) is expected  # success is worth strictly more than anything before it
+        assert (
+            reward.item() == 1.0
+        ) is expected  # success is worth strictly more than anything before it
 
 
 def test_stack_success_needs_height_and_release():
-    env = make("SO101StackCube-v1", 1, domain_randomization=False, pictures=False)
+    env = make("SO101StackCube-v1", 1, domain_randomization=False, images=False)
     put(env, "support", (0.3, 0.0, 0.015))
-    for dx, dz, touch, expected in ((0, 0, 0, True), (0.03, 0, 0, False), (0, 0.02, 0, False), (0, 0, 1.0, False)):
+    for dx, dz, touch, expected in (
+        (0, 0, 0, True),
+        (0.03, 0, 0, False),
+        (0, 0.02, 0, False),
+        (0, 0, 1.0, False),
+    ):
         put(env, "item", (0.3 + dx, 0.0, 0.03 + 0.0125 + dz))
         env.qvel.zero_(), env.contact.zero_()
         env.contact[0, env._sensor["jaw_item"] + 1] = touch
@@ -299,19 +368,22 @@ def test_a_diverged_world_restarts_alone():
     obs, rewards, _, truncations, info = env.step(actions(4))
     assert truncations.tolist() == [False, False, True, False] and int(env.nan_resets) == 1
     assert rewards[2] == 0 and rewards.isfinite().all()
-    assert torch.equal(env.qpos[2], env.first_qpos[2]) and all(v.float().isfinite().all() for v in obs.values())
+    assert torch.equal(env.qpos[2], env.first_qpos[2]) and all(
+        v.float().isfinite().all() for v in obs.values()
+    )
     for i in range(3):
         env.step(actions(4, i))
     assert int(env.nan_resets) == 1 and env.qpos.isfinite().all()
 
 
 @pytest.mark.parametrize("engine", ["mujoco", "warp"])
-def test_resume_is_exact(engine):
+def test_resume_is_exact(engine, tmp_path):
     n = 4
     one = make("SO101PlaceCan-v1", n, engine=engine, stagger=True, asymmetric=True)
     for i in range(8):
         one.step(actions(n, i))
-    saved = one.state_dict()
+    torch.save(one.state_dict(), tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt", weights_only=True, mmap=True)
     other = make("SO101PlaceCan-v1", n, engine=engine, stagger=True, asymmetric=True, seed=99)
     other.load_state_dict(saved)
     for i in range(20):
@@ -323,7 +395,7 @@ def test_resume_is_exact(engine):
 
 def test_the_two_engines_agree():
     """MuJoCo Warp computes in float32 with its own collision code: free motion agrees closely."""
-    c, w = (make("SO101LiftCube-v1", 4, engine=e, pictures=False) for e in ("mujoco", "warp"))
+    c, w = (make("SO101LiftCube-v1", 4, engine=e, images=False) for e in ("mujoco", "warp"))
     assert torch.equal(c.qpos, w.qpos)
     for i in range(10):
         a = actions(4, i) * torch.tensor([1.0, -0.2, -0.2, 1.0, 1.0, 1.0])
@@ -335,7 +407,7 @@ def test_the_two_engines_agree():
 
 def test_a_robot_on_the_table_is_felt_by_both_engines():
     for engine in ("mujoco", "warp"):
-        env = make("SO101LiftCube-v1", 8, engine=engine, pictures=False)
+        env = make("SO101LiftCube-v1", 8, engine=engine, images=False)
         down = torch.zeros(8, 6)
         down[:, 1] = 1.0
         assert not env.facts()["table"].any()
@@ -367,7 +439,9 @@ def test_upstream_meshes_replace_what_is_drawn(tmp_path):
     faces = [(0, 2, 1), (0, 1, 3), (0, 3, 2), (1, 2, 3)]
     record = np.zeros(4, np.dtype([("n", "<3f4"), ("v", "<9f4"), ("a", "<u2")]))
     record["v"] = [corners[list(f)].ravel() for f in faces]
-    (tmp_path / "assets/part.stl").write_bytes(bytes(80) + np.uint32(4).tobytes() + record.tobytes())
+    (tmp_path / "assets/part.stl").write_bytes(
+        bytes(80) + np.uint32(4).tobytes() + record.tobytes()
+    )
     (tmp_path / "so101_new_calib.xml").write_text(
         '<mujoco><compiler meshdir="assets"/><default><default class="visual"><geom type="mesh" contype="0"/></default>'
         '</default><asset><mesh file="part.stl"/></asset><worldbody><body name="base">'
@@ -376,7 +450,9 @@ def test_upstream_meshes_replace_what_is_drawn(tmp_path):
     ours, theirs = make(n=1), make(n=1, asset_dir=str(tmp_path))
     drawn = [g for g in range(theirs.mjm.ngeom) if theirs.mjm.geom_group[g] == 2]
     kinds = theirs.mjm.geom_type[drawn]
-    assert (kinds == mujoco.mjtGeom.mjGEOM_MESH).sum() == 1 and theirs.mjm.ngeom == ours.mjm.ngeom + 1
+    assert (
+        kinds == mujoco.mjtGeom.mjGEOM_MESH
+    ).sum() == 1 and theirs.mjm.ngeom == ours.mjm.ngeom + 1
     with pytest.raises(FileNotFoundError, match="so101_new_calib.xml"):
         make(n=1, asset_dir=str(tmp_path / "nowhere"))
 

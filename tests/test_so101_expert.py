@@ -7,17 +7,20 @@ import pytest
 import torch
 
 pytest.importorskip("mujoco_warp")
-from envs import so101, so101_experts  # noqa: E402
+from envs import so101  # noqa: E402
+from envs.so101.expert import Arm, Expert, run  # noqa: E402
 
 
 def make(env_id, num_envs, seed=1, **options):
-    return so101.make(env_id, num_envs, "cpu", seed=seed, **{"pictures": False, "stagger": False, **options})
+    return so101.make(
+        env_id, num_envs, "cpu", seed=seed, **{"images": False, "stagger": False, **options}
+    )
 
 
 @pytest.mark.parametrize("env_id", so101.TASKS)
 def test_solved_with_randomisation(env_id):
     env = make(env_id, 100)
-    solved = so101_experts.run(env)
+    solved = run(env)
     env.close()
     assert int(env.nan_resets) == 0
     assert int(solved.sum()) >= 95
@@ -28,7 +31,7 @@ def test_inverse_kinematics_inverts_mujoco():
     import mujoco
 
     env = make("SO101ReachCube-v1", 1)
-    arm, data = so101_experts.Arm(env.mjm, env.device), mujoco.MjData(env.mjm)
+    arm, data = Arm(env.mjm, env.device), mujoco.MjData(env.mjm)
     generator = torch.Generator().manual_seed(0)
     start = env.start_pose[:5].expand(20, 5)
     joints = start + 0.4 * (torch.rand(20, 5, generator=generator) - 0.5)
@@ -52,7 +55,7 @@ def test_actions_are_deterministic_and_in_range():
     runs = []
     for _ in range(2):
         env = make("SO101StackCube-v1", 4, seed=5)
-        expert, actions = so101_experts.Expert(env), []
+        expert, actions = Expert(env), []
         for _ in range(20):
             actions.append(expert.act())
             env.step(actions[-1])
@@ -62,9 +65,9 @@ def test_actions_are_deterministic_and_in_range():
 
 
 def test_new_episodes_of_single_worlds():
-    """With staggered clocks, worlds begin their episodes one by one and each first whole episode is solved."""
+    """With staggered clocks, environments begin their episodes one by one and each first whole episode is solved."""
     env = make("SO101LiftCube-v1", 10, stagger=True)
-    expert = so101_experts.Expert(env)
+    expert = Expert(env)
     solved = whole = 0
     for _ in range(2 * env.max_episode_steps):
         _, _, _, truncations, info = env.step(expert.act())
@@ -80,11 +83,11 @@ def test_new_episodes_of_single_worlds():
 def test_both_engines_grasp_alike():
     """MuJoCo's C library and MuJoCo Warp: lifts are solved in both, and a standing grasp is felt alike."""
     envs = {engine: make("SO101LiftCube-v1", 4, engine=engine) for engine in ("mujoco", "warp")}
-    assert all(so101_experts.run(env).all() for env in envs.values())
+    assert all(run(env).all() for env in envs.values())
     for env in envs.values():
         env.reset(seed=1)
     c, warp = envs["mujoco"], envs["warp"]
-    expert = so101_experts.Expert(c)
+    expert = Expert(c)
     for _ in range(c.max_episode_steps - 5):
         c.step(expert.act())
     warp.physics.set_state(torch.arange(4), c.qpos, c.qvel)
@@ -107,11 +110,13 @@ def test_a_held_cube_stays_where_it_is():
     import mujoco
 
     env = make("SO101LiftCube-v1", 32)
-    expert, in_hand = so101_experts.Expert(env), []
+    expert, in_hand = Expert(env), []
     for _ in range(env.max_episode_steps - 1):
         env.step(expert.act())
         origins, rotations = expert.arm.forward(env.qpos[:, :5])
-        in_hand.append(torch.einsum("nji,nj->ni", rotations[:, 4], env.pose("item")[0] - origins[:, 4]))
+        in_hand.append(
+            torch.einsum("nji,nj->ni", rotations[:, 4], env.pose("item")[0] - origins[:, 4])
+        )
     held = env.facts()["grasped"]
     assert held.sum() >= 30
     moved = (in_hand[-1] - in_hand[-11]).norm(dim=1)[held]  # over one second
@@ -122,5 +127,7 @@ def test_a_held_cube_stays_where_it_is():
         data.qpos[:] = env.qpos[world].numpy()
         mujoco.mj_fwdPosition(model, data)
         item = model.geom("item").id
-        depths.append(-min(contact.dist for contact in data.contact[: data.ncon] if item in contact.geom))
+        depths.append(
+            -min(contact.dist for contact in data.contact[: data.ncon] if item in contact.geom)
+        )
     assert max(depths) < 2.5e-3 and sum(depths) / len(depths) < 1.5e-3

@@ -1,6 +1,6 @@
-"""One DeepMind Control task, its pictures through OpenGL, and the process that runs some of them for `envs/dmc.py`.
+"""One DeepMind Control task, its images through OpenGL, and the process that runs some of them for `env.py`.
 
-Nothing here needs torch, so that a process of it starts in a second or two. `envs/dmc.py` has the environment itself.
+Nothing here needs torch, so that a process of it starts in a second or two. `env.py` has the environment itself.
 
 An episode is a function of the random state at its start and of the actions since: that is all that `Task.save` keeps,
 and `Task.load` lives it again without drawing, which is exact.
@@ -9,6 +9,7 @@ and `Task.load` lives it again without drawing, which is exact.
 import difflib
 import importlib.metadata
 import os
+import signal
 import sys
 from multiprocessing.connection import Connection
 
@@ -20,7 +21,7 @@ def check_versions(installed: dict[str, str]) -> None:
     """Raises ImportError, in one line, for a pair of versions that does not work together."""
     if installed["dm-control"] == TESTED["dm-control"] and installed["mujoco"] != TESTED["mujoco"]:
         raise ImportError(
-            f'dm-control {installed["dm-control"]} works with mujoco {TESTED["mujoco"]}, and mujoco '
+            f"dm-control {installed['dm-control']} works with mujoco {TESTED['mujoco']}, and mujoco "
             f'{installed["mujoco"]} is installed: pip install -e ".[dmc]"'
         )
 
@@ -53,9 +54,13 @@ SLOT = 3 + 9 + 3 + 4  # floats that describe a drawn thing: position, rotation, 
 # ------------------------------------------------------------------------------------------------------ the tasks ----
 def known_tasks() -> dict[str, tuple[str, str]]:
     """Env id -> (domain, task) of the control suite, or ("manipulation", name)."""
-    # lqr draws its model at random when it is loaded and knows no time limit: nothing to be learnt from pixels.
-    known = {f"{domain}_{task}": (domain, task) for domain, task in suite.ALL_TASKS if domain != "lqr"}
-    known |= {f"cup_{task}": (domain, task) for domain, task in suite.ALL_TASKS if domain == "ball_in_cup"}
+    # lqr draws its model at random when it is loaded and knows no time limit: nothing to be learned from pixels.
+    known = {
+        f"{domain}_{task}": (domain, task) for domain, task in suite.ALL_TASKS if domain != "lqr"
+    }
+    known |= {
+        f"cup_{task}": (domain, task) for domain, task in suite.ALL_TASKS if domain == "ball_in_cup"
+    }
     for name in manipulation.get_environments_by_tag("features"):
         known[name.removesuffix("_features")] = ("manipulation", name)
     return known
@@ -65,8 +70,13 @@ def _load(env_id: str, random: np.random.RandomState):
     """The task as DeepMind's packages make it. Raises ValueError for an unknown id, with the ids nearest to it."""
     known = known_tasks()
     if env_id not in known:
-        near = difflib.get_close_matches(env_id, known, n=5, cutoff=0.5) or ["walker_walk", "cartpole_swingup"]
-        raise ValueError(f"unknown DeepMind Control task {env_id!r}; did you mean {', '.join(near)}?")
+        near = difflib.get_close_matches(env_id, known, n=5, cutoff=0.5) or [
+            "walker_walk",
+            "cartpole_swingup",
+        ]
+        raise ValueError(
+            f"unknown DeepMind Control task {env_id!r}; did you mean {', '.join(near)}?"
+        )
     domain, task = known[env_id]
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)  # nobody here can heed what their models warn about
@@ -79,23 +89,39 @@ def _load(env_id: str, random: np.random.RandomState):
 
 
 class Task:
-    """One task with action repeat. A view of it is a picture, or with the renderer "warp" what there is to draw."""
+    """One task with action repeat. A view of it is an image, or with the renderer "warp" what there is to draw."""
 
     def __init__(
-        self, env_id: str, *, image_size: int, action_repeat: int, camera: int | str | None, renderer: str,
-        fast_render: bool, camera_jitter: float, colour_jitter: float,
-    ):  # fmt: skip
+        self,
+        env_id: str,
+        *,
+        image_size: int,
+        action_repeat: int,
+        camera: int | str | None,
+        renderer: str,
+        fast_render: bool,
+        camera_jitter: float,
+        colour_jitter: float,
+    ):
         self.random, self.jitter_random = np.random.RandomState(0), np.random.RandomState(0)
-        self.env, self.env_id, self.size, self.repeat = _load(env_id, self.random), env_id, image_size, action_repeat
+        self.env, self.env_id, self.size, self.repeat = (
+            _load(env_id, self.random),
+            env_id,
+            image_size,
+            action_repeat,
+        )
         self.renderer, self.fast = renderer, fast_render
         self.camera_jitter, self.colour_jitter = camera_jitter, colour_jitter
         spec = self.env.action_spec()
-        self.low, self.high = np.broadcast_to(spec.minimum, spec.shape), np.broadcast_to(spec.maximum, spec.shape)
+        self.low, self.high = (
+            np.broadcast_to(spec.minimum, spec.shape),
+            np.broadcast_to(spec.maximum, spec.shape),
+        )
         self.frames = self._frames()
         self.limit, self.clock = -(-self.frames // action_repeat), 0
         self.model, self.cameras = None, {}
         self.camera = self._camera_id(camera)
-        self.actions, self.at_start = [], None
+        self.actions, self.at_start = [], {}
 
     def _frames(self) -> int:
         """Control steps of an episode, by counting as dm-control does: its limit may be 1000.0000000001."""
@@ -117,11 +143,13 @@ class Task:
         if camera in names:
             return names.index(camera)
         if not isinstance(camera, int) or not 0 <= camera < model.ncam:
-            raise ValueError(f"{self.env_id} has no camera {camera!r}; 0 to {len(names) - 1} are {', '.join(names)}")
+            raise ValueError(
+                f"{self.env_id} has no camera {camera!r}; 0 to {len(names) - 1} are {', '.join(names)}"
+            )
         return camera
 
     def describe(self) -> dict:
-        """What `envs/dmc.py` needs to know, as plain values; with the renderer "warp" the compiled model too."""
+        """What `env.py` needs to know, as plain values; with the renderer "warp" the compiled model too."""
         model = self.env.physics.model.ptr
         return {
             "action_dim": len(self.low), "frames": self.frames, "limit": self.limit, "camera": self.camera,
@@ -133,14 +161,18 @@ class Task:
 
     # ---- episodes ----------------------------------------------------------------------------------------------------
     def seed(self, words: list[int]) -> None:
-        """From here on always the same episodes; pictures vary by a stream of their own."""
-        physics, pictures = np.random.SeedSequence(words).spawn(2)
+        """From here on always the same episodes; images vary by a stream of their own."""
+        physics, images = np.random.SeedSequence(words).spawn(2)
         self.random.seed(physics.generate_state(4))
-        self.jitter_random.seed(pictures.generate_state(4))
+        self.jitter_random.seed(images.generate_state(4))
 
     def begin(self, clock: int = 0) -> None:
         """A new episode; `clock` agent steps of its time are taken to have passed."""
-        self.at_start, self.actions, self.clock = (self.random.get_state(), self.jitter_random.get_state()), [], clock
+        self.at_start = {
+            "physics": _random_state(self.random),
+            "jitter": _random_state(self.jitter_random),
+        }
+        self.actions, self.clock = [], clock
         self._start()
 
     def _start(self) -> None:
@@ -149,8 +181,11 @@ class Task:
         if self.model is not model:  # the first episode, or a task that is compiled anew for each
             self.model, self.cameras = model, {}
             self.colours = {name: getattr(model, name).copy() for name in ("mat_rgba", "geom_rgba")}
-            room = model.vis.global_  # of the frame buffer; before the first picture
-            room.offwidth, room.offheight = max(room.offwidth, self.size), max(room.offheight, self.size)
+            room = model.vis.global_  # of the frame buffer; before the first image
+            room.offwidth, room.offheight = (
+                max(room.offwidth, self.size),
+                max(room.offheight, self.size),
+            )
             if self.fast:
                 _make_cheap(model, self.size)
         draw = self.jitter_random.uniform
@@ -160,7 +195,10 @@ class Task:
         mujoco.mju_euler2Quat(quat, angles, "xyz")
         mujoco.mju_quat2Mat(self.turn, quat)
         if self.colour_jitter:
-            for name, nominal in self.colours.items():  # alpha is left alone: tasks hide targets by it
+            for (
+                name,
+                nominal,
+            ) in self.colours.items():  # alpha is left alone: tasks hide targets by it
                 tint = draw(-1, 1, (len(nominal), 3)) * self.colour_jitter
                 if name == "geom_rgba":  # where a geom has its material's colour, it keeps it
                     tint[(nominal == [0.5, 0.5, 0.5, 1]).all(1) & (model.geom_matid >= 0)] = 0
@@ -183,7 +221,13 @@ class Task:
                     break
         except PhysicsError:
             return 0.0, 1.0, False, True, False
-        return reward, discount, terminated, not terminated and (last or self.clock >= self.limit), True
+        return (
+            reward,
+            discount,
+            terminated,
+            not terminated and (last or self.clock >= self.limit),
+            True,
+        )
 
     def save(self) -> dict:
         """The running episode: random states at its start, and the actions since."""
@@ -192,25 +236,27 @@ class Task:
 
     def load(self, saved: dict) -> None:
         """Lives the saved episode again, without drawing, to where it was saved."""
-        self.random.set_state(saved["at_start"][0])
-        self.jitter_random.set_state(saved["at_start"][1])
+        _set_random_state(self.random, saved["at_start"]["physics"])
+        _set_random_state(self.jitter_random, saved["at_start"]["jitter"])
         self.begin(saved["clock"] - len(saved["actions"]))
         for action in saved["actions"]:
             self.step(action)
 
     # ---- views -------------------------------------------------------------------------------------------------------
     def view(self) -> np.ndarray:
-        """uint8 (size, size, 3); with the renderer "warp" a float32 vector for `envs/dmc.py`'s scene."""
-        return self.things() if self.renderer == "warp" else self.picture(self.size, self.camera)
+        """uint8 (size, size, 3); with the renderer "warp" a float32 vector for `env.py`'s scene."""
+        return self.things() if self.renderer == "warp" else self.image(self.size, self.camera)
 
-    def picture(self, size: int, camera: int) -> np.ndarray:
+    def image(self, size: int, camera: int) -> np.ndarray:
         """uint8 (size, size, 3) by OpenGL. The episode's camera jitter applies to the policy's camera.
 
         Raises ValueError for a size above that of the frame buffer.
         """
         room = self.env.physics.model.ptr.vis.global_
         if size > (most := min(room.offwidth, room.offheight)):
-            raise ValueError(f"a picture of {size} pixels a side is too large here: OpenGL has room for {most}")
+            raise ValueError(
+                f"an image of {size} pixels a side is too large here: OpenGL has room for {most}"
+            )
         key = (size, camera)
         if key not in self.cameras:
             self.cameras[key] = Camera(self.env.physics, height=size, width=size, camera_id=camera)
@@ -235,12 +281,17 @@ class Task:
         grey = np.array([0.5, 0.5, 0.5, 1.0])  # stands for "the material's colour"
         parts = []
         for ids, kind in ((geoms, "geom"), (sites, "site")):
-            rgba, material = getattr(model, f"{kind}_rgba")[ids], getattr(model, f"{kind}_matid")[ids]
+            rgba, material = (
+                getattr(model, f"{kind}_rgba")[ids],
+                getattr(model, f"{kind}_matid")[ids],
+            )
             if model.nmat:
                 of_material = (material >= 0) & (rgba == grey).all(1)
                 rgba = np.where(of_material[:, None], model.mat_rgba[np.maximum(material, 0)], rgba)
             place, turn = getattr(data, f"{kind}_xpos")[ids], getattr(data, f"{kind}_xmat")[ids]
-            parts.append(np.concatenate((place, turn, getattr(model, f"{kind}_size")[ids], rgba), 1))
+            parts.append(
+                np.concatenate((place, turn, getattr(model, f"{kind}_size")[ids], rgba), 1)
+            )
         parts.append(np.array([_segment(model, data, t, k) for t, k in tendons]).reshape(-1, SLOT))
         if camera is None or camera == self.camera:
             pose = self._camera_pose()
@@ -250,9 +301,28 @@ class Task:
         return np.concatenate((np.concatenate(parts).ravel(), *rest)).astype(np.float32)
 
 
+def _random_state(random: np.random.RandomState) -> dict:
+    """The generator's state, as an array and plain values."""
+    _, key, position, has_gauss, gauss = random.get_state()
+    return {
+        "key": key.astype(np.int64),
+        "position": position,
+        "has_gauss": has_gauss,
+        "gauss": gauss,
+    }
+
+
+def _set_random_state(random: np.random.RandomState, state: dict) -> None:
+    """Continue from `_random_state`."""
+    key = state["key"].astype(np.uint32)
+    random.set_state(("MT19937", key, state["position"], state["has_gauss"], state["gauss"]))
+
+
 def slots(model: mujoco.MjModel) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
     """What is drawn, in the order of `Task.things`: numbers of geoms, of sites, and (tendon, piece) of tendons."""
-    geoms, sites = (np.flatnonzero(group < VISIBLE) for group in (model.geom_group, model.site_group))
+    geoms, sites = (
+        np.flatnonzero(group < VISIBLE) for group in (model.geom_group, model.site_group)
+    )
     at = model.tendon_adr
     spatial = [t for t in range(model.ntendon) if model.tendon_group[t] < VISIBLE
                and model.wrap_type[at[t]] != mujoco.mjtWrap.mjWRAP_JOINT]  # fmt: skip
@@ -267,7 +337,10 @@ def _segment(model, data, tendon: int, piece: int) -> np.ndarray:
         along, quat = points[1] - points[0], np.zeros(4)
         mujoco.mju_quatZ2Vec(quat, along)
         mujoco.mju_quat2Mat(slot[3:12], quat)
-        slot[:3], slot[12:14] = points.mean(0), (model.tendon_width[tendon], np.linalg.norm(along) / 2)
+        slot[:3], slot[12:14] = (
+            points.mean(0),
+            (model.tendon_width[tendon], np.linalg.norm(along) / 2),
+        )
         material = model.tendon_matid[tendon]
         plain = material < 0 or (model.tendon_rgba[tendon] != [0.5, 0.5, 0.5, 1]).any()
         slot[15:] = model.tendon_rgba[tendon] if plain else model.mat_rgba[material]
@@ -275,7 +348,7 @@ def _segment(model, data, tendon: int, piece: int) -> np.ndarray:
 
 
 def _make_cheap(model: mujoco.MjModel, size: int) -> None:
-    """No shadows, no multisampling, no mirrors, a frame buffer no larger than needed. Before the first picture."""
+    """No shadows, no multisampling, no mirrors, a frame buffer no larger than needed. Before the first image."""
     model.light_castshadow[:] = 0
     model.mat_reflectance[:] = 0
     model.vis.quality.offsamples = 0
@@ -284,7 +357,7 @@ def _make_cheap(model: mujoco.MjModel, size: int) -> None:
 
 # -------------------------------------------------------------------------------------------------- a few of them ----
 class Group:
-    """Some tasks in one place, and the requests that `envs/dmc.py` has for them; here or behind a pipe."""
+    """Some tasks in one place, and the requests that `env.py` has for them; here or behind a pipe."""
 
     def __init__(self, env_id: str, numbers: list[int], options: dict):
         self.numbers = numbers  # of these tasks among all of the environment's
@@ -327,10 +400,10 @@ class Group:
             drawn = [task.view() for task in self.tasks]
         return drawn
 
-    def picture(self, number: int, size: int, camera: int) -> np.ndarray:
-        """A picture for people of the task that has this number; with the renderer "warp" what there is to draw."""
+    def image(self, number: int, size: int, camera: int) -> np.ndarray:
+        """An image for people of the task that has this number; with the renderer "warp" what there is to draw."""
         task = self.tasks[self.numbers.index(number)]
-        return task.things(camera) if task.renderer == "warp" else task.picture(size, camera)
+        return task.things(camera) if task.renderer == "warp" else task.image(size, camera)
 
 
 def serve(pipe: Connection) -> None:
@@ -356,4 +429,7 @@ def serve(pipe: Connection) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C is the parent's, which saves, then closes the pipe
     serve(Connection(int(sys.argv[1])))

@@ -1,10 +1,10 @@
 """Scripted controllers for the eight SO-101 tasks: proof that each task can be solved, and a source of demonstrations.
 
-`Expert(env).act()` returns actions (N, 6) for all worlds of an `envs.so101` environment. It reads the true state
-(poses, sizes, contacts), never pictures, and acts through the same interface as a policy: changes of the joint
+`Expert(env).act()` returns actions (N, 6) for all environments of an `envs.so101` environment. It reads the true state
+(poses, sizes, contacts), never images, and acts through the same interface as a policy: changes of the joint
 targets in [-1, 1].
 
-How it works: an episode is a fixed row of phases (hover, descend, close, ...; `PHASES` below), each world at its own.
+How it works: an episode is a fixed row of phases (hover, descend, close, ...; `PHASES` below).
 A phase names a point of the gripper (the "tool"), the place in the world where it belongs, and what the jaw does.
 Inverse kinematics turns place and tool into arm joints, which are approached along a straight line in joint space;
 the next phase begins when the tool is there or the phase's time is up. Two choices are made once an episode:
@@ -15,9 +15,9 @@ the next phase begins when the tool is there or the phase's time is up. Two choi
 With tilt and roll given, the joints pan, lift, elbow and wrist have one solution for a place (x, y, z), found by damped
 Newton steps on the arm's forward kinematics; lift + elbow + wrist = pi/2 - tilt, since the three axes are parallel.
 
-Success rates of all tasks:     python -m envs.so101_experts --episodes 100
-Videos, one of each task:       python -m envs.so101_experts --video videos
-N: worlds, P: phases of a task, K: tilts tried. Angles are radians, lengths metres.
+Success rates of all tasks:     python -m envs.so101.expert --episodes 100
+Videos, one of each task:       python -m envs.so101.expert --video videos
+N: environments, P: phases of a task, K: tilts tried. Angles are radians, lengths metres.
 """
 
 import math
@@ -28,10 +28,14 @@ from typing import Literal
 import torch
 
 from envs import so101
+from envs.so101.rotations import quat_to_mat
 
 # The fingers, in the gripper's frame: fingers point along -z, the jaw opens towards +x.
 FIXED_FACE = -0.002  # x of the fixed finger's inner face
-FINGERTIPS, TIP_END = -0.094, -0.105  # z of the middle of the fingers' gripping ends, and of their lowest point
+FINGERTIPS, TIP_END = (
+    -0.094,
+    -0.105,
+)  # z of the middle of the fingers' gripping ends, and of their lowest point
 FINGER_HALF_WIDTH, FINGER_THICKNESS = 0.0105, 0.008
 # Beyond the item and the clearance, seen along the opening direction: the fixed finger, its root, the open jaw.
 FINGER_REACH, ROOT_REACH, JAW_REACH = 0.012, 0.020, 0.024
@@ -80,19 +84,28 @@ class Arm:
     """Forward and inverse kinematics of the five arm joints, batched, from the frames of the MuJoCo model."""
 
     def __init__(self, mjm, device: torch.device):
-        bodies = [mjm.body(name).id for name in ("shoulder", "upper_arm", "lower_arm", "wrist", "gripper")]
+        bodies = [
+            mjm.body(name).id for name in ("shoulder", "upper_arm", "lower_arm", "wrist", "gripper")
+        ]
         if (mjm.jnt_axis[:5] != (0, 0, 1)).any() or mjm.jnt_pos[:5].any():
-            raise ValueError("the arm's joints must turn about the z axes of their bodies, through the origins")
+            raise ValueError(
+                "the arm's joints must turn about the z axes of their bodies, through the origins"
+            )
         tensor = lambda array: torch.tensor(array, dtype=torch.float32, device=device)  # noqa: E731
         self.offset = tensor(mjm.body_pos[bodies])  # (5, 3), in the parent's frame
-        self.turn = so101._quat_to_mat(tensor(mjm.body_quat[bodies]))  # (5, 3, 3)
+        self.turn = quat_to_mat(tensor(mjm.body_quat[bodies]))  # (5, 3, 3)
         self.low, self.high = tensor(mjm.jnt_range[:5, 0]), tensor(mjm.jnt_range[:5, 1])
 
     def forward(self, q: torch.Tensor):
         """Joints (N, 5) -> origins (N, 5, 3) and rotations (N, 5, 3, 3) of the links; the last is the gripper."""
         cos, sin, zero, one = q.cos(), q.sin(), torch.zeros_like(q), torch.ones_like(q)
-        about_z = torch.stack((cos, -sin, zero, sin, cos, zero, zero, zero, one), -1).view(*q.shape, 3, 3)
-        origin, rotation = q.new_zeros(len(q), 3), torch.eye(3, device=q.device).expand(len(q), 3, 3)
+        about_z = torch.stack((cos, -sin, zero, sin, cos, zero, zero, zero, one), -1).view(
+            *q.shape, 3, 3
+        )
+        origin, rotation = (
+            q.new_zeros(len(q), 3),
+            torch.eye(3, device=q.device).expand(len(q), 3, 3),
+        )
         origins, rotations = [], []
         for joint in range(5):
             origin = origin + rotation @ self.offset[joint]
@@ -101,7 +114,7 @@ class Arm:
         return torch.stack(origins, 1), torch.stack(rotations, 1)
 
     def place_of(self, q: torch.Tensor, tool: torch.Tensor) -> torch.Tensor:
-        """World place (N, 3) of the point `tool` (N, 3) of the gripper's frame."""
+        """Place in the world (N, 3) of the point `tool` (N, 3) of the gripper's frame."""
         origins, rotations = self.forward(q)
         return origins[:, 4] + torch.einsum("nij,nj->ni", rotations[:, 4], tool)
 
@@ -118,7 +131,9 @@ class Arm:
             reached = origins[:, 4] + torch.einsum("nij,nj->ni", rotations[:, 4], tool)
             arms = reached[:, None] - origins[:, :4]
             jacobian = torch.linalg.cross(rotations[:, :4, :, 2], arms, dim=-1)  # (N, 4 joints, 3)
-            lean = 0.1 * (math.pi / 2 - tilt - q[:, 1:4].sum(1))  # 0.1 m: an angle's weight against a distance
+            lean = 0.1 * (
+                math.pi / 2 - tilt - q[:, 1:4].sum(1)
+            )  # 0.1 m: an angle's weight against a distance
             rows = torch.cat((jacobian.transpose(1, 2), pitch), 1)  # (N, 4 equations, 4 joints)
             error = torch.cat((place - reached, lean[:, None]), 1)[..., None]
             normal = rows.transpose(1, 2) @ rows + damping
@@ -149,21 +164,23 @@ class Expert:
         self.across = env.start_pose[4] - (torch.atan2(opening[1], opening[0]) + math.pi / 2)
         self.reset()
 
-    def reset(self, worlds: torch.Tensor | None = None) -> None:
-        """Begins new episodes in `worlds`, a mask (N,) (None: in all): first phase, new choice of tilt and roll."""
-        mask = torch.ones_like(self.phase, dtype=torch.bool) if worlds is None else worlds
+    def reset(self, where: torch.Tensor | None = None) -> None:
+        """Begins new episodes in `where`, a mask (N,) (None: in all): first phase, new choice of tilt and roll."""
+        mask = torch.ones_like(self.phase, dtype=torch.bool) if where is None else where
         rows = mask.nonzero().squeeze(1)
         if len(rows) == 0:
             return
         self.phase[rows] = self.clock[rows] = 0
         self.origin = torch.where(mask[:, None], self.env.pose("item")[0], self.origin)
         self.heading = torch.where(mask, self._choose_heading(), self.heading)
-        self.held = torch.where(mask[:, None], self._grip(torch.zeros_like(self.heading)), self.held)
+        self.held = torch.where(
+            mask[:, None], self._grip(torch.zeros_like(self.heading)), self.held
+        )
         self.tilts[:, rows] = self._choose_tilts(rows)
         self.roll = self._roll(self.tilts[0])
 
     def act(self) -> torch.Tensor:
-        """Actions (N, 6) for the present state; moves each world on to its next phase where that is due."""
+        """Actions (N, 6) for the present state; moves each environment on to its next phase where that is due."""
         env = self.env
         item, _ = env.pose("item")
         origins, rotations = self.arm.forward(env.qpos[:, :5])
@@ -174,9 +191,13 @@ class Expert:
         place, tool = self._now()
         lean = math.pi / 2 - self._tilt() - env.qpos[:, 1:4].sum(1)
         turned = torch.maximum(lean.abs(), (self.roll - env.qpos[:, 4]).abs()) < 0.15
-        near = (self.arm.place_of(env.qpos[:, :5], tool) - place).norm(dim=1) < self.tolerance[self.phase]
+        near = (self.arm.place_of(env.qpos[:, :5], tool) - place).norm(dim=1) < self.tolerance[
+            self.phase
+        ]
         there = near & turned
-        done = (self._is("until", "there") & there) | (self._is("until", "grasped") & env.facts()["grasped"])
+        done = (self._is("until", "there") & there) | (
+            self._is("until", "grasped") & env.facts()["grasped"]
+        )
         done |= self.clock >= self.steps[self.phase]
         done &= self.phase < len(self.phases) - 1
         self.phase += done
@@ -190,7 +211,9 @@ class Expert:
         arm = change / change.abs().amax(1, keepdim=True).clamp_min(1.0)
 
         # Jaw: open wide enough for the item, unless the phase says else.
-        angle = (2 * env.item_half[:, 0] + 2 * CLEARANCE + 0.002) / 0.075  # the jaw's tip moves 75 mm a radian
+        angle = (
+            2 * env.item_half[:, 0] + 2 * CLEARANCE + 0.002
+        ) / 0.075  # the jaw's tip moves 75 mm a radian
         angle = torch.where(self._is("jaw", "release"), angle - RELEASE, angle)
         angle = torch.where(self._is("jaw", "close"), env.joint_low[5], angle)
         angle = torch.where(self._is("jaw", "hold"), env.qpos[:, 5] - HOLD, angle)
@@ -199,12 +222,14 @@ class Expert:
         return torch.cat((arm, jaw[:, None]), 1)
 
     def _tilt(self) -> torch.Tensor:
-        """Tilt (N,) of each world's present phase."""
+        """Tilt (N,) of each environment's present phase."""
         return torch.where(self._is("put", True), self.tilts[1], self.tilts[0])
 
     def _is(self, field: str, *values: str | bool) -> torch.Tensor:
-        """Mask (N,) of the worlds whose present phase has one of `values` in `field`."""
-        return torch.tensor([getattr(p, field) in values for p in self.phases], device=self.env.device)[self.phase]
+        """Mask (N,) of the environments whose present phase has one of `values` in `field`."""
+        return torch.tensor(
+            [getattr(p, field) in values for p in self.phases], device=self.env.device
+        )[self.phase]
 
     # ---- places ------------------------------------------------------------------------------------------------------
     def _grip(self, tilt: torch.Tensor | None = None) -> torch.Tensor:
@@ -223,25 +248,37 @@ class Expert:
         side = FINGER_HALF_WIDTH * (tilt.sin() * self.heading.cos()).abs()
         lower = lean.abs() * (half[:, 0] + CLEARANCE + FINGER_THICKNESS)
         z = TIP_END + (half[:, 2] - side - lower) / tilt.cos()
-        return torch.stack((x, torch.zeros_like(x), z.clamp_max(FINGERTIPS) - (half[:, 2] - 0.014).clamp_min(0.0)), 1)
+        return torch.stack(
+            (x, torch.zeros_like(x), z.clamp_max(FINGERTIPS) - (half[:, 2] - 0.014).clamp_min(0.0)),
+            1,
+        )
 
-    def _places(self, grip: torch.Tensor | None = None) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def _places(
+        self, grip: torch.Tensor | None = None
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Name -> (place (N, 3) in the world, tool (N, 3) in the gripper's frame that belongs there)."""
         env, grip = self.env, self._grip() if grip is None else grip
         item, _ = env.pose("item")
         up = item.new_tensor((0.0, 0.0, 1.0))
         half = env.item_half[:, 2:]
-        closed = item.new_tensor((0.004, 0.0, -0.096)).expand_as(item)  # middle of the tips with the jaw shut
+        closed = item.new_tensor((0.004, 0.0, -0.096)).expand_as(
+            item
+        )  # middle of the tips with the jaw shut
         places = {
             "over_item": (item + (half + 0.02) * up, closed),
-            "above_item": (item, grip - (half + 0.03) * up),  # backwards along the fingers, which needs less reach
+            "above_item": (
+                item,
+                grip - (half + 0.03) * up,
+            ),  # backwards along the fingers, which needs less reach
             "at_item": (item, grip),
             "home": (item, grip),
         }
         if env.task.support:
             support, turn = env.pose("support")
             in_bin = env.task.support == "bin"
-            floor = so101.BIN_THICKNESS - env.support_z[:, None] if in_bin else env.support_half[:, 2:]
+            floor = (
+                so101.BIN_THICKNESS - env.support_z[:, None] if in_bin else env.support_half[:, 2:]
+            )
             goal = support + (floor + half) * turn[:, :, 2]
             # Into a bin, cubes are dropped from 12 mm, which keeps the fingers off its walls and floor.
             drop = (0.012 if env.task.item == "cube" else 0.004) if in_bin else 0.002
@@ -260,7 +297,7 @@ class Expert:
         return places
 
     def _now(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Place and tool (N, 3) of each world's present phase."""
+        """Place and tool (N, 3) of each environment's present phase."""
         places = self._places()
         both = torch.stack([torch.stack(places[p.place]) for p in self.phases])  # (P, 2, N, 3)
         return both[self.phase, :, torch.arange(len(self.phase), device=both.device)].unbind(1)
@@ -276,7 +313,9 @@ class Expert:
         right = torch.atan2(item[:, 1], item[:, 0]) - math.pi / 2
         if env.task.item == "cube":
             face = torch.atan2(turn[:, 1, 0], turn[:, 0, 0]) - right
-            face = face - (face / (math.pi / 2)).round() * (math.pi / 2)  # the nearest side, in [-pi/4, pi/4]
+            face = face - (face / (math.pi / 2)).round() * (
+                math.pi / 2
+            )  # the nearest side, in [-pi/4, pi/4]
             heading = face[:, None] + face.new_tensor((-math.pi / 2, 0.0, math.pi / 2))
         else:
             heading = item.new_tensor((-1.1, -0.8, -0.4, 0.0, 0.4, 0.8, 1.1)).expand(len(item), -1)
@@ -287,12 +326,19 @@ class Expert:
             angle = right[:, None] + heading
             opening = torch.stack((angle.cos(), angle.sin()), -1)  # (N, candidates, 2)
             away = (env.pose("support")[0] - item)[:, None, :2]
-            along, across = (away * opening).sum(-1), away[..., 0] * opening[..., 1] - away[..., 1] * opening[..., 0]
+            along, across = (
+                (away * opening).sum(-1),
+                away[..., 0] * opening[..., 1] - away[..., 1] * opening[..., 0],
+            )
             reach = env.item_half[:, :1] + CLEARANCE
             # The fixed finger on the one side (beside a tall can its thicker root counts), the open jaw on the other.
             fixed = ROOT_REACH if env.task.support == "can" else FINGER_REACH
             beyond = torch.maximum(along - reach - JAW_REACH, -along - reach - fixed).clamp_min(0.0)
-            outer = env.support_half[:, 0] if env.task.support == "can" else env.support_half[:, :2].norm(dim=1)
+            outer = (
+                env.support_half[:, 0]
+                if env.task.support == "can"
+                else env.support_half[:, :2].norm(dim=1)
+            )
             gap = torch.hypot(beyond, (across.abs() - 0.012).clamp_min(0.0)) - outer[:, None]
             cost = cost + 600.0 * (0.004 - gap).clamp_min(0.0)
         return heading.gather(1, cost.argmin(1, keepdim=True)).squeeze(1)
@@ -305,11 +351,16 @@ class Expert:
         return self.across + torch.atan2(tilt.cos() * self.heading.sin(), self.heading.cos())
 
     def _choose_tilts(self, rows: torch.Tensor) -> torch.Tensor:
-        """Tilts (2, M) for picking and for putting in the worlds `rows` (M,): all in reach, and the way there short."""
+        """Tilts (2, M) for picking and putting in the environments `rows` (M,): all in reach, the way there short."""
         env, m, k = self.env, len(rows), len(TILTS)
         start, ways = env.start_pose[:5].repeat(m, 1), []
-        for put in (False, True):  # joints (M, K, places, 5) and what it costs to go through them (M, K)
-            names = dict.fromkeys(p.place for p in self.phases if p.put == put and p.place != "home")
+        for put in (
+            False,
+            True,
+        ):  # joints (M, K, places, 5) and what it costs to go through them (M, K)
+            names = dict.fromkeys(
+                p.place for p in self.phases if p.put == put and p.place != "home"
+            )
             joints, missed = [], []
             for tilt in TILTS:
                 tilt = torch.full_like(self.heading, tilt)
@@ -322,7 +373,9 @@ class Expert:
             if names:
                 joints = torch.stack(joints, 1).view(m, k, len(names), 5)
                 missed = torch.stack(missed, 1).view(m, k, len(names)).amax(2)
-                inner = self._steps(joints[:, :, 1:], joints[:, :, :-1]).sum(2) + 1e4 * (missed - 0.002).clamp_min(0.0)
+                inner = self._steps(joints[:, :, 1:], joints[:, :, :-1]).sum(2) + 1e4 * (
+                    missed - 0.002
+                ).clamp_min(0.0)
                 ways.append((joints, inner))
         tilts = self.heading.new_tensor(TILTS)
         joints, steps = ways[0]
@@ -337,7 +390,11 @@ class Expert:
         change = (tilts[:, None] - tilts).abs()
         level, lean = (5.0, 10.0) if env.task.support == "bin" else (100.0, 0.0)
         late = 5.0 * (total - BUDGET).clamp_min(0.0)
-        best = (late + 0.2 * total + level * change + 20.0 * tilts[:, None] + lean * tilts).flatten(1).argmin(1)
+        best = (
+            (late + 0.2 * total + level * change + 20.0 * tilts[:, None] + lean * tilts)
+            .flatten(1)
+            .argmin(1)
+        )
         return torch.stack((tilts[best // k], tilts[best % k]))
 
     def _steps(self, joints: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -348,9 +405,9 @@ class Expert:
 # ------------------------------------------------------------------------------------------------------ command line --
 @torch.no_grad()
 def run(env: so101.SO101Env, frames: list | None = None) -> torch.Tensor:
-    """One episode in every world, from a fresh `env.reset`; returns success at the end (N,).
+    """One episode in every environment, from a fresh `env.reset`; returns success at the end (N,).
 
-    With a list as `frames`, appends a picture for people of world 0 before each step.
+    With a list as `frames`, appends an image for people of environment 0 before each step.
     """
     expert = Expert(env)
     for _ in range(env.max_episode_steps):
@@ -384,7 +441,10 @@ def main(args: Args) -> None:
         if args.video is not None:
             import imageio
 
-            env, frames = so101.make(task, 1, args.device, seed=args.seed, pictures=False, stagger=False), []
+            env, frames = (
+                so101.make(task, 1, args.device, seed=args.seed, images=False, stagger=False),
+                [],
+            )
             run(env, frames)
             args.video.mkdir(parents=True, exist_ok=True)
             imageio.mimsave(args.video / f"{task}.mp4", frames, fps=so101.CONTROL_HZ)
@@ -392,7 +452,13 @@ def main(args: Args) -> None:
         cells = []
         for dr in (True, False):
             env = so101.make(
-                task, args.episodes, args.device, seed=args.seed, domain_randomization=dr, pictures=False, stagger=False
+                task,
+                args.episodes,
+                args.device,
+                seed=args.seed,
+                domain_randomization=dr,
+                images=False,
+                stagger=False,
             )
             solved = run(env)
             cells.append(f"{int(solved.sum())} / {len(solved)}")

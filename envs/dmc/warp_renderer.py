@@ -1,6 +1,6 @@
-"""Draws DeepMind Control tasks with MuJoCo Warp's batch renderer: any number of worlds in one launch, no OpenGL.
+"""Draws DeepMind Control tasks with MuJoCo Warp's batch renderer: any number of environments in one launch, no OpenGL.
 
-The worlds are simulated elsewhere (`envs/dmc_worker.py`) and tell at every step where things are. So this needs no
+The environments are simulated elsewhere (`worker.py`) and tell at every step where things are. So this needs no
 physics: `drawing` makes a model that only has things to look at, a body-less copy of the task's own, in which sites
 and tendons, which the renderer does not draw, are geoms as well. Textures, materials, sky box, lights and shadows are
 the task's. Against OpenGL there are no mirrors, no haze, no skins and nothing half transparent: what is less than
@@ -17,23 +17,39 @@ try:
     import mujoco_warp as mjw
     import warp as wp
 except ImportError as error:
-    raise ImportError(f"renderer 'warp' needs MuJoCo Warp: pip install -e \".[so101]\"  ({error})") from None
+    raise ImportError(
+        f"renderer 'warp' needs MuJoCo Warp: pip install -e \".[so101]\"  ({error})"
+    ) from None
 
-SLOT = 3 + 9 + 3 + 4  # floats that describe a drawn thing, as dmc_worker sends them: position, rotation, size, colour
+SLOT = (
+    3 + 9 + 3 + 4
+)  # floats that describe a drawn thing, as worker.py sends them: position, rotation, size, colour
 wp.config.log_level = wp.LOG_WARNING  # no line for every kernel that is loaded
 MATERIAL = ("emission", "specular", "shininess", "reflectance", "texuniform", "texrepeat")
-LIGHT = ("type", "castshadow", "active", "attenuation", "cutoff", "exponent", "ambient", "diffuse", "specular")
+LIGHT = (
+    "type",
+    "castshadow",
+    "active",
+    "attenuation",
+    "cutoff",
+    "exponent",
+    "ambient",
+    "diffuse",
+    "specular",
+)
 MESH = ("vert", "normal", "texcoord", "face", "facenormal", "facetexcoord")
 
 
 def drawing(model: mujoco.MjModel, slots: tuple) -> mujoco.MjModel:
-    """The model that is drawn in place of `model`: a geom for each of `dmc_worker.slots`, one camera, its lights.
+    """The model that is drawn in place of `model`: a geom for each of `worker.slots`, one camera, its lights.
 
     Raises ValueError for what the renderer has no counterpart of.
     """
     geoms, sites, tendons = slots
     if (model.geom_type[geoms] == mujoco.mjtGeom.mjGEOM_HFIELD).any():
-        raise ValueError("renderer 'warp' cannot draw a terrain that changes with every episode: use egl or osmesa")
+        raise ValueError(
+            "renderer 'warp' cannot draw a terrain that changes with every episode: use egl or osmesa"
+        )
     spec = mujoco.MjSpec()
     for i in range(model.ntex):  # of the right size; their pixels are copied below
         spec.add_texture(name=f"t{i}", type=mujoco.mjtTexture.mjTEXTURE_2D, builtin=mujoco.mjtBuiltin.mjBUILTIN_FLAT,
@@ -61,8 +77,10 @@ def drawing(model: mujoco.MjModel, slots: tuple) -> mujoco.MjModel:
     for _ in range(model.nlight):
         world.add_light()
     world.add_camera(name="view")
-    # A world without any joint is nothing that MuJoCo Warp expects.
-    spec.worldbody.add_body(pos=(0, 0, -100), mass=1, inertia=(1, 1, 1), explicitinertial=True).add_freejoint()
+    # A model without any joint is nothing that MuJoCo Warp expects.
+    spec.worldbody.add_body(
+        pos=(0, 0, -100), mass=1, inertia=(1, 1, 1), explicitinertial=True
+    ).add_freejoint()
     drawn = spec.compile()
     for prefix, names in (("mat", MATERIAL), ("light", LIGHT)):
         for name in names:
@@ -85,16 +103,29 @@ def _copy_meshes(model: mujoco.MjModel, drawn: mujoco.MjModel) -> None:
     for name in MESH if model.nmesh else ():
         ours, theirs = getattr(drawn, f"mesh_{name}"), getattr(model, f"mesh_{name}")
         if ours.shape != theirs.shape:
-            raise ValueError(f"renderer 'warp' cannot draw meshes with textures (mesh_{name}): use egl or osmesa")
+            raise ValueError(
+                f"renderer 'warp' cannot draw meshes with textures (mesh_{name}): use egl or osmesa"
+            )
         ours[:] = theirs
 
 
 class Scene:
-    """`n` worlds that are drawn together from one camera each, `size` pixels a side."""
+    """`n` environments that are drawn together from one camera each, `size` pixels a side."""
 
-    def __init__(self, model: mujoco.MjModel, slots: tuple, camera: int, n: int, device, size: int, samples: int = 4):
+    def __init__(
+        self,
+        model: mujoco.MjModel,
+        slots: tuple,
+        camera: int,
+        n: int,
+        device,
+        size: int,
+        samples: int = 4,
+    ):
         if math.isqrt(samples) ** 2 != samples or samples < 1:
-            raise ValueError(f"samples_per_pixel must be a square (1, 4, 9, 16, ...), not {samples}")
+            raise ValueError(
+                f"samples_per_pixel must be a square (1, 4, 9, 16, ...), not {samples}"
+            )
         self.n, self.size, self.device = n, size, torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
@@ -110,26 +141,44 @@ class Scene:
                 render_skybox=bool((self.mjm.tex_type == mujoco.mjtTexture.mjTEXTURE_SKYBOX).any()),
                 samples_per_pixel=math.isqrt(samples), shadow_light_fraction=0.0,
             )  # fmt: skip
-        views = {"pos": self.d.geom_xpos, "mat": self.d.geom_xmat, "size": self.m.geom_size, "rgba": self.m.geom_rgba}
+        views = {
+            "pos": self.d.geom_xpos,
+            "mat": self.d.geom_xmat,
+            "size": self.m.geom_size,
+            "rgba": self.m.geom_rgba,
+        }
         views |= {"cam_pos": self.d.cam_xpos, "cam_mat": self.d.cam_xmat}
-        views |= {"light_pos": self.d.light_xpos, "light_dir": self.d.light_xdir} if self.lights else {}
-        self.views = {name: wp.to_torch(array).view(n, -1, array.dtype._length_) for name, array in views.items()}
-        self.pixels = wp.to_torch(self.rc.rgb_data).view(torch.uint8).view(n, size, size, 4)  # b, g, r, a
+        views |= (
+            {"light_pos": self.d.light_xpos, "light_dir": self.d.light_xdir} if self.lights else {}
+        )
+        self.views = {
+            name: wp.to_torch(array).view(n, -1, array.dtype._length_)
+            for name, array in views.items()
+        }
+        self.pixels = (
+            wp.to_torch(self.rc.rgb_data).view(torch.uint8).view(n, size, size, 4)
+        )  # b, g, r, a
 
     def draw(self, things: np.ndarray) -> torch.Tensor:
-        """Vectors of `Task.things` (k, ...) of any number of worlds -> pictures uint8 (k, size, size, 3)."""
+        """Vectors of `Task.things` (k, ...) of any number of environments -> images uint8 (k, size, size, 3)."""
         things = torch.from_numpy(things).to(self.device)
-        return torch.cat([self._draw(things[k : k + self.n]) for k in range(0, len(things), self.n)])
+        return torch.cat(
+            [self._draw(things[k : k + self.n]) for k in range(0, len(things), self.n)]
+        )
 
     def _draw(self, things: torch.Tensor) -> torch.Tensor:
         k, cut = len(things), self.things * SLOT
         slot = things[:, :cut].view(k, self.things, SLOT)
         rest = iter(things[:, cut:].split([3, 9, *[3 * self.lights] * 2], 1))
-        for name, values in zip(("pos", "mat", "size", "rgba"), slot.split([3, 9, 3, 4], 2), strict=True):
+        for name, values in zip(
+            ("pos", "mat", "size", "rgba"), slot.split([3, 9, 3, 4], 2), strict=True
+        ):
             self.views[name][:k] = values
         alpha = self.views["rgba"][:k, :, 3]
         alpha.copy_(alpha >= 0.5)  # 0 is left out, anything else is opaque to the renderer
-        for name, values in zip(("cam_pos", "cam_mat", "light_pos", "light_dir"), rest, strict=True):
+        for name, values in zip(
+            ("cam_pos", "cam_mat", "light_pos", "light_dir"), rest, strict=True
+        ):
             if name in self.views:
                 self.views[name][:k] = values.view(k, -1, self.views[name].shape[2])
         self._run()

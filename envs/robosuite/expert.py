@@ -1,7 +1,7 @@
 """Scripted controllers for robosuite's Lift, PickPlaceCan and NutAssemblySquare, through the same actions as a policy.
 
-`Expert(env).act()` returns actions (N, 7) for all worlds of an `envs.robosuite_tasks` environment. It reads the true
-poses of gripper and objects, never pictures. An episode is a fixed row of phases; each names where the gripper belongs
+`Expert(env).act()` returns actions (N, 7) for all environments of an `envs.robosuite` environment. It reads the true
+poses of gripper and objects, never images. An episode is a fixed row of phases; each names where the gripper belongs
 (a place and a turn about the vertical), what the gripper does, and when the next phase begins. The gripper always
 points straight down; changes of its pose are proportional to what is missing, at most the largest action.
 
@@ -9,8 +9,8 @@ What makes the square nut work: the fingers close across its handle, so their op
 y axis; of the two turns that do this and the four that bring a square onto a square peg, the pair is chosen that keeps
 the wrist nearest to its middle; and the place over the peg is reached by where the *nut* is, not the gripper.
 
-Success rates of all tasks:     python -m envs.robosuite_experts --episodes 20
-N: worlds. Angles are radians, lengths metres, quaternions x, y, z, w as robosuite has them.
+Success rates of all tasks:     python -m envs.robosuite.expert --episodes 20
+N: environments. Angles are radians, lengths metres, quaternions x, y, z, w as robosuite has them.
 """
 
 import math
@@ -20,14 +20,22 @@ from typing import Literal
 
 import torch
 
-from envs import robosuite_tasks
+from envs import robosuite
 
 STEP, TURN = 0.05, 0.5  # metres and radians of a change at |action| = 1
-GAIN, TURN_GAIN = 1.6, 1.2  # of what is missing, asked for in one step; the controller covers a part of it
-HANDLE = 0.054  # metres from the square nut's centre to the middle of its handle, along the nut's x axis
+GAIN, TURN_GAIN = (
+    1.6,
+    1.2,
+)  # of what is missing, asked for in one step; the controller covers a part of it
+HANDLE = (
+    0.054  # metres from the square nut's centre to the middle of its handle, along the nut's x axis
+)
 PEG = (0.23, 0.10)  # of the square nut
 TABLE_TOP, PEG_TOP = 0.82, 0.95
-CAN_BIN = (0.155, 0.35)  # in the can's compartment, whose middle lies at the edge of the arm's reach
+CAN_BIN = (
+    0.155,
+    0.35,
+)  # in the can's compartment, whose middle lies at the edge of the arm's reach
 BIN_FLOOR = 0.8
 CALM = 0.006  # metres a step: slow enough to count as being there
 NEAR = 0.012  # metres beside the item: fingers that are farther off stay above it
@@ -114,19 +122,24 @@ def wrap(angle: torch.Tensor, period: float = 2 * math.pi) -> torch.Tensor:
 class Expert:
     """Solves the task of a robosuite environment; see the module's docstring.
 
-    Call `reset(worlds)` after each step that may have ended episodes, and `act()` before the next one.
+    Call `reset(where)` after each step that may have ended episodes, and `act()` before the next one.
     """
 
     absolute = (6,)  # the gripper's action is a command, not a change
 
-    def __init__(self, env: robosuite_tasks.RobosuiteEnv):
+    def __init__(self, env: robosuite.RobosuiteEnv):
         self.task = env.env_id.removeprefix("robosuite/")
         if self.task not in PHASES:
-            raise ValueError(f"there is no scripted expert for {env.env_id}; there are for {', '.join(PHASES)}")
+            raise ValueError(
+                f"there is no scripted expert for {env.env_id}; there are for {', '.join(PHASES)}"
+            )
         self.env, self.phases, self.item = env, PHASES[self.task], ITEMS[self.task]
         n = env.num_envs
         self.phase, self.clock = (torch.zeros(n, dtype=torch.int64) for _ in range(2))
-        self.grasp, self.final = torch.zeros(n), torch.zeros(n)  # turns of the gripper to pick and to put
+        self.grasp, self.final = (
+            torch.zeros(n),
+            torch.zeros(n),
+        )  # turns of the gripper to pick and to put
         self.spot = torch.zeros(n, 3)  # where the item is picked
         self.last = torch.zeros(n, 3)  # where the gripper was a step ago
         self.steps = torch.tensor([p.steps for p in self.phases])
@@ -134,16 +147,19 @@ class Expert:
         self.angle = torch.tensor([p.angle for p in self.phases])
         self.reset()
 
-    def reset(self, worlds: torch.Tensor | None = None) -> None:
-        """Begins new episodes in `worlds`, a mask (N,) (None: in all)."""
-        mask = torch.ones_like(self.phase, dtype=torch.bool) if worlds is None else worlds.cpu()
+    def reset(self, where: torch.Tensor | None = None) -> None:
+        """Begins new episodes in `where`, a mask (N,) (None: in all)."""
+        mask = torch.ones_like(self.phase, dtype=torch.bool) if where is None else where.cpu()
         self.phase, self.clock = (torch.where(mask, 0, x) for x in (self.phase, self.clock))
         self.spot = torch.where(mask[:, None], self._hold(), self.spot)
         grasp, final = self._turns()
-        self.grasp, self.final = torch.where(mask, grasp, self.grasp), torch.where(mask, final, self.final)
+        self.grasp, self.final = (
+            torch.where(mask, grasp, self.grasp),
+            torch.where(mask, final, self.final),
+        )
 
     def act(self) -> torch.Tensor:
-        """Actions (N, 7) for the present state; moves each world on to its next phase where that is due."""
+        """Actions (N, 7) for the present state; moves each environment on to its next phase where that is due."""
         gripper = self.env.fact("robot0_eef_pos")
         turned = matrix(self.env.fact("robot0_eef_quat"))
         place, turn = self._goal(gripper)
@@ -161,9 +177,13 @@ class Expert:
         place, turn = self._goal(gripper)
         missing = rotation_vector(pointing_down(turn) @ turned.transpose(1, 2))
         move = GAIN * (place - gripper) / STEP
-        move = move / move.abs().amax(1, keepdim=True).clamp_min(1.0)  # straight, as fast as the slowest axis allows
+        move = move / move.abs().amax(1, keepdim=True).clamp_min(
+            1.0
+        )  # straight, as fast as the slowest axis allows
         spin = (TURN_GAIN * missing / TURN).clamp(-1, 1)
-        closed = torch.tensor([1.0 if p.gripper == "close" else -1.0 for p in self.phases])[self.phase]
+        closed = torch.tensor([1.0 if p.gripper == "close" else -1.0 for p in self.phases])[
+            self.phase
+        ]
         return torch.cat((move, spin, closed[:, None]), 1)
 
     def _item(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -195,21 +215,29 @@ class Expert:
         cost = torch.maximum(finals.abs(), grasps.abs()) + 0.01 * finals.abs() + 10.0 * away
         best = cost.flatten(1).argmin(1, keepdim=True)
         grasps = grasps.expand_as(finals)
-        return grasps.flatten(1).gather(1, best).squeeze(1), finals.flatten(1).gather(1, best).squeeze(1)
+        return grasps.flatten(1).gather(1, best).squeeze(1), finals.flatten(1).gather(
+            1, best
+        ).squeeze(1)
 
     def _goal(self, gripper: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the gripper belongs in each world's present phase: place (N, 3) and turn (N,)."""
+        """Where the gripper belongs in each environment's present phase: place (N, 3) and turn (N,)."""
         item, at = self._item()[0], self._hold()
         height = lambda place, z: torch.cat((place[:, :2], torch.full_like(place[:, 2:], z)), 1)  # noqa: E731
-        raise_to = {"Lift": TABLE_TOP + 0.12, "PickPlaceCan": 1.02, "NutAssemblySquare": 1.02}[self.task]
+        raise_to = {"Lift": TABLE_TOP + 0.12, "PickPlaceCan": 1.02, "NutAssemblySquare": 1.02}[
+            self.task
+        ]
         goal = gripper
         if self.task == "PickPlaceCan":
             goal = gripper + item.new_tensor((*CAN_BIN, 0.0)) - item
         elif self.task == "NutAssemblySquare":
             goal = gripper + item.new_tensor((*PEG, 0.0)) - item
         hang = gripper[:, 2] - item[:, 2]  # the gripper over the item that it holds
-        low = {"PickPlaceCan": BIN_FLOOR + 0.09, "NutAssemblySquare": TABLE_TOP + 0.08}.get(self.task, 0.0)
-        over = {"PickPlaceCan": BIN_FLOOR + 0.17, "NutAssemblySquare": PEG_TOP + 0.05}.get(self.task, 0.0)
+        low = {"PickPlaceCan": BIN_FLOOR + 0.09, "NutAssemblySquare": TABLE_TOP + 0.08}.get(
+            self.task, 0.0
+        )
+        over = {"PickPlaceCan": BIN_FLOOR + 0.17, "NutAssemblySquare": PEG_TOP + 0.05}.get(
+            self.task, 0.0
+        )
         aside = (at - gripper)[:, :2].norm(dim=1) > NEAR
         open_at = at + at.new_tensor((0.0, 0.0, 0.05)) * (aside & (self.phase < 2))[:, None]
         places = {
@@ -221,12 +249,12 @@ class Expert:
         }  # fmt: skip
         all_places = torch.stack([places[p.place][0] for p in self.phases])
         all_turns = torch.stack([places[p.place][1] for p in self.phases])
-        world = torch.arange(len(self.phase))
-        return all_places[self.phase, world], all_turns[self.phase, world]
+        rows = torch.arange(len(self.phase))
+        return all_places[self.phase, rows], all_turns[self.phase, rows]
 
 
 # ------------------------------------------------------------------------------------------------------ command line --
-def run(env: robosuite_tasks.RobosuiteEnv, expert, episodes: int) -> list[int]:
+def run(env: robosuite.RobosuiteEnv, expert, episodes: int) -> list[int]:
     """Steps until the first success of each of `episodes` episodes; 0 for those without one."""
     env.reset(env.seed)
     expert.reset()
@@ -254,21 +282,23 @@ class Args:
     tasks: tuple[str, ...] = tuple(f"robosuite/{name}" for name in PHASES)
     """Environment ids."""
     num_envs: int = 1
-    """Worlds at once."""
+    """Environments at once."""
 
 
 def main(args: Args) -> None:
     """The command line of this module."""
     print("| task | success | mean steps to success | CPU ms a step |\n|---|---:|---:|---:|")
     for task in args.tasks:
-        env = robosuite_tasks.make(task, args.num_envs, "cpu", seed=args.seed, pictures=False, stagger=False)
+        env = robosuite.make(
+            task, args.num_envs, "cpu", seed=args.seed, images=False, stagger=False
+        )
         expert = Expert(env)
         begin = time.process_time()
         found = run(env, expert, args.episodes)
         steps = sum(k or env.max_episode_steps for k in found)
         solved = [k for k in found if k]
         mean = f"{sum(solved) / len(solved):.0f}" if solved else "-"
-        # (Of this process: with several worlds, physics runs in others.)
+        # (Of this process: with several environments, physics runs in others.)
         cost = f"{1000 * (time.process_time() - begin) / steps:.0f}" if args.num_envs == 1 else "-"
         print(f"| `{task}` | {len(solved)} / {len(found)} | {mean} | {cost} |", flush=True)
         env.close()
@@ -282,4 +312,4 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args))
     except (ValueError, ImportError, RuntimeError) as error:
-        sys.exit(f"envs.robosuite_experts: {error}")
+        sys.exit(f"envs.robosuite.expert: {error}")
