@@ -19,6 +19,7 @@ runs without this file: forward(state (N, S)), with --obs pixels forward(state, 
 -> actions float32 (N, K, A) in [-1, 1]. The flow draws its noise inside, from torch's global random
 generator. base.json in it: env_id, obs, execute, image_size, cameras, state_dim, action_dim, algo.
 
+Needs torch, numpy, tyro, tqdm, imageio with imageio-ffmpeg, h5py.
 Commands, from the repository's root:
     demonstrations python -m envs.demos --env-id SO101ReachCube-v1 --episodes 100 --noise 0.3 \
                        --out reach.hdf5
@@ -159,21 +160,26 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return tyro.cli(Args, args=argv, default=defaults, description=__doc__.split("\n\n")[0])
 
 
+# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, resfit.py, bc_chunk.py
 def resumed_args(run: str, argv: list[str]) -> Args:
-    """The arguments of a run; only its length, tracking and a device of the same kind may change.
+    """The arguments of a run; only its length, tracking and a device of the same kind may be given again.
 
-    Raises ValueError that names the first argument that differs, or FileNotFoundError.
+    Raises ValueError that names the first argument that differs, FileNotFoundError without a checkpoint.
     """
     saved = replace(Args(**load(Path(run) / "checkpoint.pt")["args"]), resume=run)
     args = tyro.cli(Args, args=argv, default=saved, description=__doc__.split("\n\n")[0])
     for name, value in asdict(args).items():
         flag = "--" + name.replace("_", "-")
-        free = name in ("steps", "track", "device")
-        same = free or value == getattr(saved, name)
-        need(same, f"{flag} belongs to {run}: it cannot change on --resume")
+        free = name in ("total_timesteps", "steps", "track", "device")
+        need(
+            free or value == getattr(saved, name),
+            f"{flag} belongs to {run}: it cannot change on --resume",
+        )
     same_kind = args.device.split(":")[0] == saved.device.split(":")[0]
-    message = f"--device must stay a {saved.device}: random numbers differ between kinds of device"
-    need(same_kind, message)
+    need(
+        same_kind,
+        f"--device must stay a {saved.device}: random numbers differ between kinds of device",
+    )
     return args
 
 
@@ -465,7 +471,7 @@ def evaluate(
 
 
 # --- save / load --------------------------------------------------------------------------------
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, resfit.py, bc_chunk.py
 def save(path: Path, content: dict):
     """Write under a temporary name, then rename: an interrupted save leaves the old file whole."""
     temporary = path.with_suffix(".tmp")
@@ -512,7 +518,7 @@ def export(checkpoint: str | Path, path: Path):
     torch.export.save(program, path, extra_files={"base.json": json.dumps(about)})
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, resfit.py, bc_chunk.py
 class GlobalRandom:
     """torch's global generators, as a part of a checkpoint."""
 
@@ -528,7 +534,7 @@ class GlobalRandom:
             torch.cuda.set_rng_state(state["cuda"])
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, resfit.py, bc_chunk.py
 class Interrupt:
     """Ctrl-C or SIGTERM sets `asked`, and the loop saves when its step is whole; a second one ends it at once."""
 
@@ -547,7 +553,7 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, resfit.py, bc_chunk.py
 def write_row(path: Path, row: dict, track: bool):
     """Append to a CSV file, whose first row names the columns; with `track` to Weights & Biases too."""
     with path.open("a", newline="") as file:
@@ -561,20 +567,20 @@ def write_row(path: Path, row: dict, track: bool):
         wandb.log(row, step=row["global_step"])
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, resfit.py, bc_chunk.py
 def csv_sizes(run: Path) -> dict[str, int]:
     """Bytes of each CSV file of the run: what comes later than a checkpoint is cut off on --resume."""
     return {path.name: path.stat().st_size for path in run.glob("*.csv")}
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, resfit.py, bc_chunk.py
 def cut_back(run: Path, sizes: dict[str, int]):
     """Shorten each CSV file to its size at the checkpoint; one that was not there yet goes."""
     for path in run.glob("*.csv"):
         os.truncate(path, sizes.get(path.name, 0))
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, resfit.py, bc_chunk.py
 def open_run(args: Args) -> Path:
     """The run's folder, made or found. Raises ValueError if another run has the name."""
     name = (
@@ -740,5 +746,5 @@ def train(args: Args) -> dict:
 if __name__ == "__main__":
     try:
         train(parse_args())
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
         sys.exit(f"error: {error}")
