@@ -1,0 +1,750 @@
+"""Behaviour cloning in chunks: a transformer predicts the next K actions of a demonstrator.
+
+Trained by regression, as in ACT (Zhao et al., arXiv 2304.13705), or by flow matching (Lipman et al.,
+arXiv 2210.02747). With an observation o and the K actions a that were demonstrated from there on:
+
+    act       mean |f(o) - a|                                                                  (1)
+    flow      mean |v(o, x, u) - (a - z)|^2 at x = (1 - u) z + u a, z ~ N(0, 1), u ~ U(0, 1)   (2)
+    policy    f(o), or z moved along v from u = 0 to 1 in eight steps; --execute of the K
+              actions are executed, then the next chunk is predicted                           (3)
+
+Differences from the papers:
+ 1. ACT without its latent variable, and without averaging over overlapping chunks: (3) instead.
+ 2. Small networks: two convolutions a camera, no ResNet; two encoder layers and one decoder layer.
+ 3. Demonstrations end at their first success; actions beyond it have no weight in (1) and (2).
+ 4. With --obs state the policy sees the simulator's true state in front of the joints.
+
+A run leaves a checkpoint, best.pt, and the same policy as base.pt2, a program of torch.export that
+runs without this file: forward(state (N, S)), with --obs pixels forward(state, rgb (N, H, W, C)),
+-> actions float32 (N, K, A) in [-1, 1]. The flow draws its noise inside, from torch's global random
+generator. base.json in it: env_id, obs, execute, image_size, cameras, state_dim, action_dim, algo.
+
+Needs torch, numpy, tyro, tqdm, imageio with imageio-ffmpeg, h5py.
+Commands, from the repository's root:
+    demonstrations python -m envs.demos --env-id SO101ReachCube-v1 --episodes 100 --noise 0.3 \
+                       --out reach.hdf5
+    train          python algos/bc_chunk.py --env-id SO101ReachCube-v1 --demos reach.hdf5
+    smallest run   python algos/bc_chunk.py --demos reach.hdf5 --device cpu
+    evaluate       python algos/bc_chunk.py --evaluate --checkpoint runs/NAME/best.pt
+    resume         python algos/bc_chunk.py --resume runs/NAME       (exactly; --steps may grow)
+
+Expected result: SO101ReachCube-v1 from the true state, with the demonstrations above: 50 % of 64
+episodes after 1,500 updates on a CPU (one seed). Not yet measured on a GPU.
+
+Shapes: N environments, B batch, K actions of a chunk, A action dimensions, S state dimensions,
+H, W, C of images (C is 3 a camera), D width, T tokens, M stored steps. global_step counts updates.
+"""
+
+# --- Imports ------------------------------------------------------------------------------------
+import os
+
+# Threads spin for a moment before they wait: much longer, and a run beside other work collapses.
+os.environ.setdefault("GOMP_SPINCOUNT", "100000")
+
+import csv
+import json
+import math
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Literal
+
+import imageio.v2 as imageio
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from tqdm import tqdm
+
+START = time.time()  # `wall_time` counts from here
+EVAL_SEED = 10_000
+FLOW_STEPS = 8  # Euler steps from noise to actions
+GRAD_CLIP = 10.0  # largest norm of a gradient
+HELD_OUT = 1024  # chunks for the validation loss
+
+# --- Args ---------------------------------------------------------------------------------------
+# (pattern of env ids, kind of device) -> defaults; later rows win
+TUNED = {
+    ("*", "cpu"): dict(
+        dim=64,
+        dropout=0.0,
+        batch_size=64,
+        steps=3_000,
+        eval_freq=1_000,
+        lr=5e-4,
+        chunk=10,
+        execute=5,
+    ),
+    ("SO101Reach*", "cpu"): dict(steps=1_500, eval_freq=500),
+}
+
+
+@dataclass
+class Args:
+    # run
+    env_id: str = "SO101ReachCube-v1"  # task on which the policy is evaluated
+    seed: int = 1  # of weights and minibatches
+    name: str = ""  # folder under runs/; empty: made from task, seed and time
+    steps: int = 50_000  # updates
+    eval_freq: int = 5_000  # updates between evaluations, each of which saves
+    eval_episodes: int = 64  # episodes of an evaluation, with the same seeds every time
+    eval_envs: int = 64  # of them at once; divides eval_episodes
+    log_freq: int = 100  # updates between rows of metrics.csv
+    evaluate: bool = False  # only evaluate the weights of --checkpoint
+    checkpoint: str | None = None  # file to evaluate
+    resume: str | None = None  # run folder to continue, with its arguments
+    capture_video: bool = True  # write an mp4 of the last evaluation
+    track: bool = False  # log to Weights & Biases too (project: WANDB_PROJECT)
+
+    # environment and demonstrations
+    demos: str = ""  # demonstrations, an HDF5 file in robomimic's layout
+    obs: Literal["state", "pixels"] = "state"  # true state and joints, or images and joints
+    image_size: int = 84  # pixels a side
+    cameras: tuple[str, ...] = ("wrist",)  # of the task and the file
+
+    # algorithm
+    loss: Literal["act", "flow"] = "act"  # regression, or flow matching where experts disagree
+    chunk: int = 20  # K, actions of a chunk
+    execute: int = 20  # of them executed before the next query: K is open loop
+    dim: int = 256  # D, width of the transformer
+    dropout: float = 0.1  # in its layers
+    lr: float = 1e-4  # AdamW learning rate
+    batch_size: int = 256  # chunks an update
+
+    # compute
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # of everything
+
+
+# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+def need(holds, message: str):
+    """Raises ValueError with the message unless something holds."""
+    if not holds:
+        raise ValueError(message)
+
+
+def check(args: Args):
+    """Raises ValueError, one line, for a choice that would fail late, silently or unreadably."""
+    need(args.checkpoint or not args.evaluate, "--evaluate needs --checkpoint FILE")
+    need(args.demos or args.evaluate, "give --demos FILE, demonstrations in robomimic's layout")
+    need(1 <= args.execute <= args.chunk, "--execute must be from 1 to --chunk")
+    need(args.dim % 4 == 0, "--dim must be a multiple of 4: attention has four heads")
+    whole_rounds = args.eval_episodes % args.eval_envs == 0
+    need(whole_rounds, "--eval-episodes must be a multiple of --eval-envs")
+    available = torch.cuda.is_available() or args.device == "cpu"
+    need(available, "there is no CUDA device here: use --device cpu")
+
+
+def tuned(env_id: str, device: str) -> dict:
+    """The rows of TUNED that apply, merged; later rows win."""
+    values = {}
+    for (pattern, kind), row in TUNED.items():
+        if fnmatch(env_id, pattern) and device.startswith(kind):
+            values |= row
+    return values
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Command line -> Args. Defaults, and so --help, are those of the task, run or checkpoint."""
+    argv = sys.argv[1:] if argv is None else argv
+    first_look = [word for word in argv if word not in ("-h", "--help")]
+    given = tyro.cli(Args, args=first_look)
+    if given.resume:
+        return resumed_args(given.resume, argv)
+    defaults = Args(env_id=given.env_id, device=given.device, **tuned(given.env_id, given.device))
+    if given.checkpoint:
+        saved = Args(**load(given.checkpoint)["args"])
+        defaults = replace(saved, name="", resume=None, device=given.device)
+    return tyro.cli(Args, args=argv, default=defaults, description=__doc__.split("\n\n")[0])
+
+
+# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, resfit.py, bc_chunk.py
+def resumed_args(run: str, argv: list[str]) -> Args:
+    """The arguments of a run; only its length, tracking and a device of the same kind may be given again.
+
+    Raises ValueError that names the first argument that differs, FileNotFoundError without a checkpoint.
+    """
+    saved = replace(Args(**load(Path(run) / "checkpoint.pt")["args"]), resume=run)
+    args = tyro.cli(Args, args=argv, default=saved, description=__doc__.split("\n\n")[0])
+    for name, value in asdict(args).items():
+        flag = "--" + name.replace("_", "-")
+        free = name in ("total_timesteps", "steps", "track", "device")
+        need(
+            free or value == getattr(saved, name),
+            f"{flag} belongs to {run}: it cannot change on --resume",
+        )
+    same_kind = args.device.split(":")[0] == saved.device.split(":")[0]
+    need(
+        same_kind,
+        f"--device must stay a {saved.device}: random numbers differ between kinds of device",
+    )
+    return args
+
+
+# --- make_envs ----------------------------------------------------------------------------------
+def make_envs(args: Args):
+    """-> the evaluation environment, ending episodes at success; contract: envs/__init__.py."""
+    try:
+        import envs
+    except ModuleNotFoundError as error:
+        message = "make_envs needs cleanrobot's envs: pip install -e . in the repository"
+        raise ValueError(message) from error
+    pixels = args.obs == "pixels"
+    robosuite = args.env_id.startswith("robosuite/")
+    return envs.make(
+        args.env_id,
+        args.eval_envs,
+        args.device,
+        seed=EVAL_SEED,
+        stagger=False,
+        end_on_success=True,
+        pictures=pixels,
+        asymmetric=not pixels,
+        render_size=args.image_size,
+        cameras=args.cameras,
+        samples_per_pixel=None if robosuite else 1,  # as demonstrations are recorded
+    )
+
+
+def observe(obs: dict, pixels: bool) -> dict:
+    """What the policy sees: "state" and "rgb", or "state" with the true state in front of it."""
+    if pixels:
+        return {"state": obs["state"], "rgb": obs["rgb"]}
+    if "privileged" in obs:
+        return {"state": torch.cat([obs["privileged"], obs["state"]], -1)}
+    return {"state": obs["state"]}
+
+
+# --- Networks -----------------------------------------------------------------------------------
+class Tokens(nn.Module):
+    """uint8 (N, H, W, C) -> (N, T, D): two convolutions a camera, 81 places of 84 x 84 pixels."""
+
+    def __init__(self, cameras: int, dim: int, image_size: int):
+        super().__init__()
+        side = ((image_size - 8) // 4 - 2) // 2 + 1
+        self.convs = nn.ModuleList()
+        for _ in range(cameras):
+            convs = nn.Sequential(nn.Conv2d(3, dim, 8, 4), nn.ReLU(), nn.Conv2d(dim, dim, 3, 2))
+            self.convs.append(convs)
+        self.place = nn.Parameter(0.02 * torch.randn(cameras * side**2, dim))
+
+    def forward(self, rgb):
+        x = rgb.permute(0, 3, 1, 2).float() / 255 - 0.5
+        maps = []
+        for convs, image in zip(self.convs, x.split(3, 1), strict=True):
+            maps.append(convs(image).flatten(2))  # (B, D, places)
+        return torch.cat(maps, -1).transpose(1, 2) + self.place
+
+
+class Normalizer(nn.Module):
+    """States in units of their deviation over the demonstrations, cut off at 10."""
+
+    def __init__(self, dims: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dims))
+        self.register_buffer("std", torch.ones(dims))
+
+    def fit(self, states: torch.Tensor):
+        self.mean.copy_(states.mean(0))
+        self.std.copy_(states.std(0).clamp_min(0.01))
+
+    def forward(self, state):
+        return ((state - self.mean) / self.std).clamp(-10, 10)
+
+
+class ChunkPolicy(nn.Module):
+    """state (N, S), rgb (N, H, W, C) -> the next K actions (N, K, A)."""
+
+    def __init__(self, shapes: dict, args: Args):
+        super().__init__()
+        dim, action_dim = args.dim, shapes["action"]
+        options = dict(dropout=args.dropout, activation="gelu", batch_first=True, norm_first=True)
+        self.flow = args.loss == "flow"
+        self.normalize = Normalizer(shapes["state"])
+        self.state = nn.Sequential(nn.Linear(shapes["state"], dim), nn.GELU(), nn.Linear(dim, dim))
+        self.tokens = None
+        if shapes["cameras"]:
+            self.tokens = Tokens(shapes["cameras"], dim, args.image_size)
+        self.encoder = nn.ModuleList()
+        for _ in range(2):
+            self.encoder.append(nn.TransformerEncoderLayer(dim, 4, 4 * dim, **options))
+        self.decoder = nn.TransformerDecoderLayer(dim, 4, 4 * dim, **options)
+        self.queries = nn.Parameter(0.02 * torch.randn(args.chunk, dim))
+        if self.flow:
+            self.noisy = nn.Linear(action_dim + 1, dim)
+        self.norm = nn.LayerNorm(dim)
+        self.out = nn.Linear(dim, action_dim)
+
+    def encode(self, state, rgb=None):
+        """What the decoder attends to, (N, T, D)."""
+        x = self.state(self.normalize(state))[:, None]
+        if self.tokens is not None:
+            x = torch.cat([x, self.tokens(rgb)], 1)
+        for layer in self.encoder:
+            x = layer(x)
+        return x
+
+    def decode(self, memory, noisy=None, u=None):
+        """Actions (N, K, A); or of `noisy` (N, K, A) at times `u` (N,) the velocity of the flow."""
+        x = self.queries.expand(memory.shape[0], -1, -1)
+        if self.flow:
+            times = u[:, None, None].expand(-1, noisy.shape[1], 1)
+            x = x + self.noisy(torch.cat([noisy, times], -1))
+        return self.out(self.norm(self.decoder(x, memory)))
+
+    def forward(self, state, rgb=None):
+        """Equation 3: the next K actions, in [-1, 1]."""
+        memory = self.encode(state, rgb)
+        if not self.flow:
+            return self.decode(memory).clamp(-1, 1)
+        n = memory.shape[0]  # not len(memory), which would fix N in the exported program
+        x = torch.randn(n, len(self.queries), self.out.out_features, device=memory.device)
+        for i in range(FLOW_STEPS):
+            u = torch.full((n,), i / FLOW_STEPS, device=memory.device)
+            x = x + self.decode(memory, x, u) / FLOW_STEPS
+        return x.clamp(-1, 1)
+
+
+# --- Storage ------------------------------------------------------------------------------------
+
+
+# --- Storage ------------------------------------------------------------------------------------
+# same in: resfit.py, bc_chunk.py
+def read_obs(group, cameras: tuple[str, ...], rows: slice) -> dict:
+    """Rows of a demonstration's observations: "state" (T, S) and, with cameras, "rgb" (T, H, W, C)."""
+    state, true_state = ["state"], ["privileged"]
+    if "state" not in group:  # robomimic's own names
+        parts = ("_eef_pos", "_eef_quat", "_gripper_qpos")
+        state = sorted(name for name in group if name.endswith(parts))
+        true_state = [*state, "object"]
+    names = state if cameras else [*true_state, *state]
+    columns = [group[name][rows] for name in names if name in group]
+    columns = [column.reshape(len(column), -1) for column in columns]
+    obs = {"state": np.concatenate(columns, 1).astype(np.float32)}
+    if cameras:
+        images = [group[f"{camera}_image"][rows] for camera in cameras]
+        obs["rgb"] = np.concatenate(images, -1)
+    return obs
+
+
+# same in: resfit.py, bc_chunk.py
+def read_demo(group, cameras: tuple[str, ...]) -> dict | None:
+    """One demonstration up to its first success, as `read_demos` gives it; None without a success."""
+    if "success" in group:
+        success = group["success"][()] > 0
+    else:
+        success = group["rewards"][()] >= 1 - 1e-6
+    if not success.any():
+        return None
+    length = int(success.argmax()) + 1
+    demo = read_obs(group["obs"], cameras, slice(length + 1))
+    if len(demo["state"]) == length:  # success in the last row: what follows stands elsewhere
+        last = read_obs(group.get("next_obs", group["obs"]), cameras, slice(-1, None))
+        demo = {key: np.concatenate([demo[key], last[key]]) for key in demo}
+    return demo | {"actions": group["actions"][:length].astype(np.float32)}
+
+
+# same in: resfit.py, bc_chunk.py
+def read_demos(path: str, cameras: tuple[str, ...]) -> tuple[list[dict], list[dict]]:
+    """Successful demonstrations of a file in robomimic's layout: to train on, and to validate on.
+
+    Each ends at its first success: "actions" float32 (T, A) and T + 1 observations, the last one
+    after the last action: "state" float32 (T + 1, S); with cameras "rgb" uint8 (T + 1, H, W, C),
+    without any the simulator's true state in front of "state". Raises ValueError.
+    """
+    import h5py
+
+    train, valid = [], []
+    try:
+        with h5py.File(path) as file:
+            names = sorted(file["data"], key=len)  # demo_2 before demo_10
+            held_out = names[9::10]
+            if "mask/valid" in file:
+                held_out = [name.decode() for name in file["mask/valid"][()]]
+            for name in names:
+                demo = read_demo(file["data"][name], cameras)
+                if demo is not None:
+                    part = valid if name in held_out else train
+                    part.append(demo)
+    except (OSError, KeyError) as error:
+        message = f"{path} holds no demonstrations in robomimic's layout: {error}"
+        raise ValueError(message) from error
+    need(train, f"{path} has no successful demonstration to train on: record more")
+    return train, valid
+
+
+class Chunks:
+    """Steps of all demonstrations, one after the other; a sample is K actions from one on."""
+
+    def __init__(self, demos: list[dict], args: Args):
+        self.ahead = torch.arange(args.chunk, device=args.device)
+        self.rows = {}
+        for key in demos[0]:
+            steps = [demo[key][: len(demo["actions"])] for demo in demos]
+            self.rows[key] = torch.from_numpy(np.concatenate(steps)).to(args.device)  # (M, ...)
+        lengths = torch.tensor([len(demo["actions"]) for demo in demos], device=args.device)
+        self.ends = lengths.cumsum(0).repeat_interleave(
+            lengths
+        )  # (M,): where its demonstration ends
+
+    def sample(self, batch_size: int) -> dict:
+        """Observations (B, ...), actions (B, K, A), weights (B, K): 0 beyond the end, else 1."""
+        start = torch.randint(len(self.ends), (batch_size,), device=self.ends.device)
+        batch = {key: rows[start] for key, rows in self.rows.items()}
+        steps = start[:, None] + self.ahead  # (B, K)
+        batch["weights"] = (steps < self.ends[start, None]).float()  # differs (3)
+        batch["actions"] = self.rows["actions"][steps.clamp(max=len(self.ends) - 1)]
+        return batch
+
+
+# --- Update functions ---------------------------------------------------------------------------
+def clone_loss(net: ChunkPolicy, batch: dict) -> torch.Tensor:
+    """Equation 1 or 2, the mean over the steps that have a weight."""
+    actions, weights = batch["actions"], batch["weights"]
+    memory = net.encode(batch["state"], batch.get("rgb"))
+    if net.flow:
+        noise = torch.randn_like(actions)
+        u = torch.rand(len(actions), device=actions.device)
+        x = noise + u[:, None, None] * (actions - noise)
+        error = (net.decode(memory, x, u) - (actions - noise)).square()
+    else:
+        error = (net.decode(memory) - actions).abs()
+    return (error.mean(-1) * weights).sum() / weights.sum()
+
+
+def update(net: ChunkPolicy, optimizer: torch.optim.Optimizer, batch: dict) -> dict:
+    """One step of AdamW on a batch -> metrics, detached."""
+    net.train()
+    loss = clone_loss(net, batch)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(net.parameters(), GRAD_CLIP)
+    optimizer.step()
+    return {"loss/clone": loss.detach()}
+
+
+# --- evaluate -----------------------------------------------------------------------------------
+@torch.no_grad()
+def evaluate(
+    policy, env, args: Args, video: Path | None = None, held_out: dict | None = None
+) -> dict:
+    """Whole episodes from fixed seeds, the random state of training untouched -> metrics.
+
+    ci_low and ci_high: the success rate's 95 % interval. held_out: a batch to validate on.
+    """
+    random = GlobalRandom()
+    before = random.state_dict()
+    torch.manual_seed(EVAL_SEED)  # of the flow's noise
+    frames, successes, lengths = [], [], []
+    for seed in range(EVAL_SEED, EVAL_SEED + args.eval_episodes // env.num_envs):
+        obs = env.reset(seed=seed)
+        policy.reset()
+        running = torch.ones(env.num_envs, dtype=torch.bool, device=args.device)
+        while running.any():
+            if video and seed == EVAL_SEED:
+                images = env.render(range(min(4, env.num_envs)), size=160)
+                frames.append(np.hstack(list(images)))
+            obs, _, terminations, truncations, info = env.step(policy.act(obs))
+            ended = running & (terminations | truncations)  # each environment counts once
+            successes.append(info["episode"]["success_at_end"][ended])
+            lengths.append(info["episode"]["length"][ended])
+            running &= ~ended
+    if video:
+        video.parent.mkdir(parents=True, exist_ok=True)
+        imageio.mimwrite(video, frames, fps=max(1, round(env.control_hz)), macro_block_size=1)
+    rate = float(torch.cat(successes).float().mean())
+    n, z = args.eval_episodes, 1.96  # Wilson 1927, equation 1
+    middle = rate + z * z / (2 * n)
+    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    results = {
+        "eval/success_rate": rate,
+        "eval/ci_low": (middle - half) / (1 + z * z / n),
+        "eval/ci_high": (middle + half) / (1 + z * z / n),
+        "eval/length": float(torch.cat(lengths).float().mean()),
+    }
+    if held_out:
+        results["loss/valid"] = float(clone_loss(policy.net, held_out))
+    random.load_state_dict(before)
+    return results
+
+
+# --- save / load --------------------------------------------------------------------------------
+# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, resfit.py, bc_chunk.py
+def save(path: Path, content: dict):
+    """Write under a temporary name, then rename: an interrupted save leaves the old file whole."""
+    temporary = path.with_suffix(".tmp")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def load(path: str | Path) -> dict:
+    """A checkpoint on the CPU, its tensors mapped from the file. No code of the file runs.
+
+    Raises FileNotFoundError, or ValueError if it is damaged or another algorithm's.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (
+        Exception
+    ) as error:  # torch raises many kinds for a damaged file; a reader needs one line
+        raise ValueError(f"{path} is no checkpoint: damaged, or another kind of file") from error
+    ours = isinstance(checkpoint, dict) and checkpoint.get("algo") == "bc_chunk"
+    need(ours, f"{path} is not bc_chunk's")
+    return checkpoint
+
+
+def export(checkpoint: str | Path, path: Path):
+    """Write the policy of a checkpoint as a program for any number of observations, on the CPU.
+
+    torch.export.load(path, extra_files={"base.json": ""}).module() reads it;
+    torch.export.passes.move_to_device_pass moves it.
+    """
+    policy = Policy(checkpoint)
+    args, shapes = policy.args, policy.shapes
+    example = [torch.zeros(2, shapes["state"])]
+    if shapes["cameras"]:
+        image_shape = (args.image_size, args.image_size, 3 * shapes["cameras"])
+        example.append(torch.zeros((2, *image_shape), dtype=torch.uint8))
+    any_number = tuple({0: torch.export.Dim("n", min=1)} for _ in example)
+    with torch.no_grad():
+        program = torch.export.export(policy.net, tuple(example), dynamic_shapes=any_number)
+    about = dict(algo="bc_chunk", state_dim=shapes["state"], action_dim=shapes["action"])
+    for name in ("env_id", "obs", "execute", "image_size", "cameras"):
+        about[name] = getattr(args, name)
+    torch.export.save(program, path, extra_files={"base.json": json.dumps(about)})
+
+
+# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, resfit.py, bc_chunk.py
+class GlobalRandom:
+    """torch's global generators, as a part of a checkpoint."""
+
+    def state_dict(self) -> dict:
+        state = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            state["cuda"] = torch.cuda.get_rng_state()
+        return state
+
+    def load_state_dict(self, state: dict):
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"])
+
+
+# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, resfit.py, bc_chunk.py
+class Interrupt:
+    """Ctrl-C or SIGTERM sets `asked`, and the loop saves when its step is whole; a second one ends it at once."""
+
+    def __init__(self):
+        self.asked = False
+        self.earlier = {
+            number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+
+    def __call__(self, number, frame):
+        self.asked = True
+        self.restore()
+
+    def restore(self):
+        for number, handler in self.earlier.items():
+            signal.signal(number, handler)
+
+
+# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, resfit.py, bc_chunk.py
+def write_row(path: Path, row: dict, track: bool):
+    """Append to a CSV file, whose first row names the columns; with `track` to Weights & Biases too."""
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if file.tell() == 0:
+            writer.writerow(row.keys())
+        writer.writerow(row.values())
+    if track:
+        import wandb
+
+        wandb.log(row, step=row["global_step"])
+
+
+# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, resfit.py, bc_chunk.py
+def csv_sizes(run: Path) -> dict[str, int]:
+    """Bytes of each CSV file of the run: what comes later than a checkpoint is cut off on --resume."""
+    return {path.name: path.stat().st_size for path in run.glob("*.csv")}
+
+
+# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, resfit.py, bc_chunk.py
+def cut_back(run: Path, sizes: dict[str, int]):
+    """Shorten each CSV file to its size at the checkpoint; one that was not there yet goes."""
+    for path in run.glob("*.csv"):
+        os.truncate(path, sizes.get(path.name, 0))
+
+
+# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, resfit.py, bc_chunk.py
+def open_run(args: Args) -> Path:
+    """The run's folder, made or found. Raises ValueError if another run has the name."""
+    name = (
+        args.name
+        or f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    )
+    run = Path(args.resume or Path("runs") / name)
+    taken = (run / "checkpoint.pt").exists() and not args.resume
+    need(not taken, f"{run} exists: continue it with --resume {run}, or choose another --name")
+    run.mkdir(parents=True, exist_ok=True)
+    if args.track:
+        import wandb
+
+        wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "cleanrobot"),
+            id=run.name,
+            name=run.name,
+            resume="allow",
+            config=asdict(args),
+        )
+    return run
+
+
+def check_finite(tensors: dict, step: int, checkpoint: Path):
+    """Raises FloatingPointError that names the first tensor that is not finite."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            message = f"{name} is not finite at update {step}; last good checkpoint: {checkpoint}"
+            raise FloatingPointError(message)
+
+
+# --- Policy -------------------------------------------------------------------------------------
+class Policy:
+    """Observation in, action out, from one checkpoint: a file, or its content."""
+
+    def __init__(self, source: str | Path | dict, device: str | torch.device = "cpu"):
+        checkpoint = source if isinstance(source, dict) else load(source)
+        self.args = Args(**checkpoint["args"])
+        self.shapes, self.spec = checkpoint["shapes"], checkpoint["spec"]
+        self.net = ChunkPolicy(self.shapes, self.args).to(device).eval()
+        self.net.load_state_dict(checkpoint["agent"])
+        self.device = device
+        self.reset()
+
+    def reset(self):
+        """Episodes begin in all environments: the rest of their chunks is forgotten."""
+        self.age = self.args.execute
+
+    @torch.no_grad()
+    def act(self, obs: dict) -> torch.Tensor:
+        """obs of the environment, (N, ...) -> actions (N, A), the next ones of the chunks."""
+        if self.age == self.args.execute:
+            obs = {key: torch.as_tensor(x, device=self.device) for key, x in obs.items()}
+            self.chunks = self.net(**observe(obs, self.args.obs == "pixels"))
+            self.age = 0
+        self.age += 1
+        return self.chunks[:, self.age - 1]
+
+
+# --- train --------------------------------------------------------------------------------------
+def load_demos(args: Args, env) -> tuple[list[dict], list[dict]]:
+    """Demonstrations to train and to validate on. ValueError if they do not fit the environment."""
+    pixels = args.obs == "pixels"
+    demos, valid = read_demos(args.demos, args.cameras if pixels else ())
+    seen = observe(env.reset(seed=EVAL_SEED), pixels)
+    has = {key: rows.shape[1:] for key, rows in demos[0].items()}
+    wants = {key: tuple(rows.shape[1:]) for key, rows in seen.items()}
+    wants["actions"] = (env.action_dim,)
+    need(has == wants, f"{args.demos} has {has}, the environment {wants}")
+    return demos, valid
+
+
+def train(args: Args) -> dict:
+    """Clone, or only evaluate -> metrics of the last evaluation, and `run`, the folder.
+
+    Raises ValueError or FileNotFoundError for arguments that do not fit, FloatingPointError at NaN.
+    """
+    check(args)
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(args.seed)
+    env = make_envs(args)
+    if args.evaluate:
+        video = Path(args.checkpoint).parent / "videos/evaluate.mp4" if args.capture_video else None
+        results = evaluate(Policy(args.checkpoint, args.device), env, args, video)
+        print(json.dumps(results))
+        env.close()
+        return results
+
+    run = open_run(args)
+    (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
+    demos, valid = load_demos(args, env)
+    chunks = Chunks(demos, args)
+    cameras = len(args.cameras) if args.obs == "pixels" else 0
+    shapes = dict(cameras=cameras, state=demos[0]["state"].shape[1], action=env.action_dim)
+    net = ChunkPolicy(shapes, args).to(args.device)
+    net.normalize.fit(torch.from_numpy(np.concatenate([demo["state"] for demo in demos])))
+    held_out = Chunks(valid, args).sample(HELD_OUT) if valid else None
+    optimizer = torch.optim.AdamW(net.parameters(), args.lr, weight_decay=1e-4, fused=True)
+    parts = dict(agent=net, optimizer=optimizer, random=GlobalRandom())
+    progress = dict(global_step=0, wall_time=0.0, train_time=0.0, best=-math.inf)
+
+    def content() -> dict:
+        about = dict(algo="bc_chunk", args=asdict(args), shapes=shapes, spec=env.spec)
+        states = {name: part.state_dict() for name, part in parts.items()}
+        return about | states | dict(progress=dict(progress), csv_sizes=csv_sizes(run))
+
+    policy = Policy(content(), args.device)
+    if args.resume:
+        checkpoint = load(run / "checkpoint.pt")
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        progress = checkpoint["progress"]
+        cut_back(run, checkpoint["csv_sizes"])
+        del checkpoint  # its mapped tensors are released
+    else:
+        save(run / "checkpoint.pt", content())
+
+    born = START - progress["wall_time"]
+    begin = time.perf_counter() - progress["train_time"]
+    losses, results = [], {}
+    interrupt = Interrupt()
+    steps = range(progress["global_step"] + 1, args.steps + 1)
+    for step in tqdm(steps, unit="update", mininterval=1):
+        # update
+        metrics = update(net, optimizer, chunks.sample(args.batch_size))
+        losses.append(metrics["loss/clone"])
+        train_time = time.perf_counter() - begin
+        clock = dict(global_step=step, wall_time=time.time() - born, train_time=train_time)
+        progress |= clock
+
+        # log
+        eval_due = step % args.eval_freq == 0 or step == args.steps
+        if eval_due or step % args.log_freq == 0:
+            loss = torch.stack(losses).mean()
+            check_finite({"loss/clone": loss, **net.state_dict()}, step, run / "checkpoint.pt")
+            row = {"loss/clone": float(loss), "time/ups": step / train_time}
+            write_row(run / "metrics.csv", clock | row, args.track)
+            losses.clear()
+
+        # evaluate and save
+        if eval_due:
+            last = step == args.steps
+            video = run / f"videos/update_{step}.mp4" if args.capture_video and last else None
+            policy.net.load_state_dict(net.state_dict())
+            results = evaluate(policy, env, args, video, held_out)
+            write_row(run / "eval.csv", clock | results, args.track)
+            success = results["eval/success_rate"]
+            tqdm.write(f"{step} updates: success {success:.3f}")
+            if success >= progress["best"]:
+                progress["best"] = success
+                save(run / "best.pt", content())
+            begin = time.perf_counter() - train_time
+        if eval_due or interrupt.asked:
+            save(run / "checkpoint.pt", content())
+        if interrupt.asked:
+            sys.exit(f"interrupted at update {step}: continue with --resume {run}")
+    interrupt.restore()
+    env.close()
+    export(run / "best.pt", run / "base.pt2")
+    return results | {"run": str(run)}
+
+
+if __name__ == "__main__":
+    try:
+        train(parse_args())
+    except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
+        sys.exit(f"error: {error}")
