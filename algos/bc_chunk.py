@@ -200,7 +200,7 @@ def make_envs(args: Args):
         seed=EVAL_SEED,
         stagger=False,
         end_on_success=True,
-        pictures=pixels,
+        images=pixels,
         asymmetric=not pixels,
         render_size=args.image_size,
         cameras=args.cameras,

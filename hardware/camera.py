@@ -269,7 +269,7 @@ def aligned_cameras(path: str | Path = CAMERA_FILE) -> dict[str, dict]:
     """What `hardware/align_camera.py` has measured of this arm's cameras: {name: values}; {} where it never ran.
 
     values: mount, pos (metres, in its frame), quat_wxyz (looks along -z, x to the right), fovy_degrees, and
-    quarter_turns, which bring the real picture upright. The simulator (envs/so101.py) builds its cameras from the same
+    quarter_turns, which bring the real picture upright. The simulator (envs/so101) builds its cameras from the same
     file. Raises CameraError where the file is not as it should be.
     """
     path, shapes = Path(path), {"pos": 3, "quat_wxyz": 4}

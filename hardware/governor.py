@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 RULES = ("finite", "present", "action", "tracking", "joint", "velocity", "acceleration")
-TRACKING_ERROR = (0.35, 0.35, 0.35, 0.35, 0.35, 0.6)  # for a checkpoint whose spec does not say; as envs/so101.py
+TRACKING_ERROR = (0.35, 0.35, 0.35, 0.35, 0.35, 0.6)  # for a checkpoint whose spec does not say; as envs/so101
 JOINT_MARGIN = 0.02  # likewise
 ROUNDING = 1e-9  # radians; a smaller change is not reported as a rule that fired
 
@@ -34,7 +34,7 @@ class Limits:
 
     @classmethod
     def from_spec(cls, spec: dict) -> "Limits":
-        """Limits of the environment that a policy was trained in. `spec`: the checkpoint's, see envs/so101.py.
+        """Limits of the environment that a policy was trained in. `spec`: the checkpoint's, see envs/so101.
 
         A spec without limits (an older checkpoint) gets what it was trained with: speeds and accelerations that one
         action can ask for; and TRACKING_ERROR and JOINT_MARGIN. Raises ValueError naming what is missing or wrong.

@@ -1,4 +1,4 @@
-"""A tiny environment with the contract of envs/so101.py: a dot in a small picture, to be moved to the middle."""
+"""A tiny environment with the contract of envs/so101: a dot in a small picture, to be moved to the middle."""
 
 import numpy as np
 import torch

@@ -151,7 +151,7 @@ def test_check_survives_a_probe_that_dies():
 def test_check_refuses_a_wrong_picture():
     import numpy as np
 
-    with pytest.raises(RuntimeError, match="the picture is wrong"):
+    with pytest.raises(RuntimeError, match="the image is wrong"):
         check._expect_red_box(np.zeros((8, 8, 3)))
 
 
