@@ -73,7 +73,6 @@ from pathlib import Path
 from typing import Literal
 
 import imageio.v2 as imageio
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -157,7 +156,7 @@ class Args:
     evaluate: bool = False  # only evaluate --checkpoint
     checkpoint: str | None = None  # file to evaluate
     resume: str | None = None  # run folder to continue, with its arguments
-    save_buffer: bool = False  # keep the replay buffer in checkpoint.pt, so that --resume is exact
+    save_buffer: bool = False  # keep buffer and environments in checkpoint.pt: --resume is exact
     capture_video: bool = True  # write an mp4 of the first episode of every evaluation
     track: bool = False  # log to Weights & Biases too; its WANDB_* variables choose the project
 
@@ -265,7 +264,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return tyro.cli(Args, args=argv, default=defaults, description=__doc__.split("\n\n")[0])
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, resfit.py, bc_chunk.py
 def resumed_args(run: str, argv: list[str]) -> Args:
     """The arguments of a run; only its length, tracking and a device of the same kind may be given again.
 
@@ -459,11 +458,11 @@ def free_memory(device: torch.device) -> float:
 class Replay:
     """A ring of F slots for each of N environments, where `obs` is. Every frame is stored once.
 
-    An episode of L steps takes L + 1 slots in a row: each has an observation, with the action that
-    followed, its reward and its discount (0 where it terminates); the final observation stands alone
-    in the last one. `age` counts from the episode's first slot, so a slot is final if the next one's
-    age is 0. `head` (N,) numbers the slots of the present observations since the run began; modulo F
-    it is their place in the ring.
+    An episode of L steps takes L + 1 slots in a row: each has an observation, with the action
+    that followed, its reward and its discount (0 where it terminates); the final observation
+    stands alone in the last one. `age` counts from the episode's first slot, so a slot is final
+    if the next one's age is 0. `head` (N,) numbers the slots of the present observations since
+    the run began; modulo F it is their place in the ring.
     """
 
     def __init__(
@@ -504,9 +503,8 @@ class Replay:
         data = self.data
         now = self.row(self.head, self.envs)
         after = self.row(self.head + 1, self.envs)
-        begin = self.row(
-            self.head + 1 + dones, self.envs
-        )  # of a new episode where `dones`, else = after
+        self.head += 1 + dones
+        begin = self.row(self.head, self.envs)  # of a new episode where `dones`, else = after
         data["actions"][now] = actions
         data["rewards"][now] = rewards
         data["discounts"][now] = discounts
@@ -516,7 +514,6 @@ class Replay:
         for name in ("rgb", "state"):
             data[name][after] = final_obs[name]
             data[name][begin] = next_obs[name]
-        self.head += 1 + dones
 
     def is_final(self, slot, env):
         return self.data["age"][self.row(slot + 1, env)] == 0
@@ -562,7 +559,7 @@ class Replay:
         )
 
     def sample(self, batch_size: int) -> dict:
-        """B transitions, uniform over environments and their stored steps, without waiting for the device."""
+        """B transitions, uniform over environments and steps, without waiting for the device."""
         draws = torch.rand((5, batch_size), dtype=torch.float64, device=self.head.device)
         env = (draws[0] * len(self.envs)).long()
         newest = self.head[env] - self.n_step  # the latest start whose n steps are stored
@@ -813,18 +810,12 @@ def evaluate_only(env, args: Args) -> dict:
 
 
 # --- save / load ----------------------------------------------------------------------------------
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, resfit.py, bc_chunk.py
 def save(path: Path, content: dict):
     """Write under a temporary name, then rename: an interrupted save leaves the old file whole."""
     temporary = path.with_suffix(".tmp")
     torch.save(content, temporary)
     os.replace(temporary, path)
-
-
-def describe(args: Args, env) -> dict:
-    """What a run is, for `Policy` and for --resume."""
-    shapes = dict(channels=env.image_shape[2], state=env.state_dim, action=env.action_dim)
-    return dict(algo="sac_pixels", args=asdict(args), shapes=shapes, spec=env.spec)
 
 
 def snapshot(facts: dict, progress: dict, parts: dict) -> dict:
@@ -833,19 +824,19 @@ def snapshot(facts: dict, progress: dict, parts: dict) -> dict:
     return facts | dict(progress=dict(progress)) | states
 
 
-def save_all(run: Path, facts: dict, progress: dict, parts: dict, obs: dict):
+def save_run(run: Path, facts: dict, progress: dict, parts: dict):
     """Write checkpoint.pt, from which --resume continues."""
-    rest = dict(obs=obs, csv_sizes=csv_sizes(run))
-    save(run / "checkpoint.pt", snapshot(facts, progress, parts) | rest)
+    sizes = csv_sizes(run)
+    save(run / "checkpoint.pt", snapshot(facts, progress, parts) | dict(csv_sizes=sizes))
 
 
-def restore(run: Path, parts: dict) -> dict:
-    """Put the parts where they were when checkpoint.pt was written. -> the checkpoint"""
-    saved = load(run / "checkpoint.pt")
+def restore_run(run: Path, parts: dict) -> dict:
+    """Put the parts where they were when checkpoint.pt was written. -> progress"""
+    checkpoint = load(run / "checkpoint.pt")
     for name, part in parts.items():
-        part.load_state_dict(saved[name])
-    cut_back(run, saved["csv_sizes"])
-    return saved
+        part.load_state_dict(checkpoint[name])
+    cut_back(run, checkpoint["csv_sizes"])
+    return checkpoint["progress"]
 
 
 def load(path: str | Path) -> dict:
@@ -867,7 +858,7 @@ def load(path: str | Path) -> dict:
     return checkpoint
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, resfit.py, bc_chunk.py
 class GlobalRandom:
     """torch's global generators, as a part of a checkpoint."""
 
@@ -883,7 +874,7 @@ class GlobalRandom:
             torch.cuda.set_rng_state(state["cuda"])
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, resfit.py, bc_chunk.py
 class Interrupt:
     """Ctrl-C or SIGTERM sets `asked`, and the loop saves when its step is whole; a second one ends it at once."""
 
@@ -902,7 +893,7 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, resfit.py, bc_chunk.py
 def write_row(path: Path, row: dict, track: bool):
     """Append to a CSV file, whose first row names the columns; with `track` to Weights & Biases too."""
     with path.open("a", newline="") as file:
@@ -916,13 +907,13 @@ def write_row(path: Path, row: dict, track: bool):
         wandb.log(row, step=row["global_step"])
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, resfit.py, bc_chunk.py
 def csv_sizes(run: Path) -> dict[str, int]:
     """Bytes of each CSV file of the run: what comes later than a checkpoint is cut off on --resume."""
     return {path.name: path.stat().st_size for path in run.glob("*.csv")}
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, resfit.py, bc_chunk.py
 def cut_back(run: Path, sizes: dict[str, int]):
     """Shorten each CSV file to its size at the checkpoint; one that was not there yet goes."""
     for path in run.glob("*.csv"):
@@ -930,49 +921,33 @@ def cut_back(run: Path, sizes: dict[str, int]):
 
 
 # --- Policy ---------------------------------------------------------------------------------------
-class Policy(nn.Module):
+class Policy:
     """Observation in, action out, from one checkpoint (file or its content) and no simulator."""
 
-    def __init__(self, source: str | Path | dict, device: str | torch.device = "cpu"):
-        super().__init__()
+    def __init__(self, source: str | Path | dict, device: str = "cpu"):
         checkpoint = source if isinstance(source, dict) else load(source)
         self.args = Args(**checkpoint["args"])
         self.spec = checkpoint["spec"]
         with torch.device("meta"):  # shapes only: no random number is drawn
             self.agent = Agent(checkpoint["shapes"], self.args)
         self.agent.load_state_dict(checkpoint["agent"], assign=True)
-        self.device = torch.device(device)
-        self.to(self.device)
+        self.agent.to(device)
         self.reset()
 
     def reset(self):
         """Forget the earlier images; call at the start of every episode."""
-        self.stack = None
-
-    def preprocess(self, frame: np.ndarray) -> torch.Tensor:
-        """A camera's image, uint8 (H, W, 3) of any size -> its middle square, area mean: uint8 (1, h, h, 3)."""
-        side = min(frame.shape[:2])
-        top = (frame.shape[0] - side) // 2
-        left = (frame.shape[1] - side) // 2
-        square = frame[top : top + side, left : left + side].copy()
-        x = torch.from_numpy(square).to(self.device).permute(2, 0, 1)[None].float()
-        small = F.interpolate(x, size=(self.args.render_size,) * 2, mode="area")
-        return small.round().to(torch.uint8).permute(0, 2, 3, 1)
+        self.stack = []
 
     @torch.no_grad()
     def act(self, obs: dict) -> torch.Tensor:
-        """obs "rgb" uint8 (N, h, h, C), the newest frame, "state" (N, S) -> actions (N, A) = tanh(mean).
+        """-> actions (N, A) = tanh(mean), from tensors on the device:
 
-        `view` is what the network saw.
+        obs "rgb" uint8 (N, render_size, render_size, 3), the newest image alone, and "state" (N, S).
         """
-        rgb = torch.as_tensor(obs["rgb"], device=self.device).clone()
-        state = torch.as_tensor(obs["state"], dtype=torch.float32, device=self.device)
-        if self.stack is None:
-            self.stack = [rgb] * self.args.frame_stack
-        self.stack = [*self.stack[1:], rgb]
-        self.view = center(torch.cat(self.stack, -1), self.args)
-        features = self.agent.policy_features(self.view)
-        mean, _ = self.agent.gaussian(features, state)
+        past = self.stack[1:] or [obs["rgb"]] * (self.args.frame_stack - 1)
+        self.stack = [*past, obs["rgb"]]
+        seen = center(torch.cat(self.stack, -1), self.args)
+        mean, _ = self.agent.gaussian(self.agent.policy_features(seen), obs["state"])
         return torch.tanh(mean)
 
 
@@ -1006,7 +981,7 @@ def check_finite(agent: Agent, metrics: dict, global_step: int, checkpoint: Path
             raise FloatingPointError(f"{message}; last good checkpoint: {checkpoint}")
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, resfit.py, bc_chunk.py
 def open_run(args: Args) -> Path:
     """The run's folder, made or found. Raises ValueError if another run has the name."""
     name = (
@@ -1045,29 +1020,26 @@ def train(args: Args) -> dict:
         return evaluate_only(eval_env, args)
     run = open_run(args)
     (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
-    facts = describe(args, eval_env)
-    agent = Agent(facts["shapes"], args).to(args.device, memory_format=torch.channels_last)
+    shapes = dict(channels=env.image_shape[2], state=env.state_dim, action=env.action_dim)
+    facts = dict(algo="sac_pixels", args=asdict(args), shapes=shapes, spec=env.spec)
+    agent = Agent(shapes, args).to(args.device, memory_format=torch.channels_last)
     optimizers = make_optimizers(agent, args)
     learn = make_update(agent, optimizers, args)
-    parts = dict(agent=agent, env=env, random=GlobalRandom(), **optimizers)
-    progress = dict(global_step=0, wall_time=0.0, train_time=0.0, best=-math.inf)
     still = torch.zeros((args.num_envs, env.action_dim), device=args.device)
     obs = env.step(still)[0]  # reset() would undo the staggering
-    saved = restore(run, parts) if args.resume else {}
-    if saved:
-        obs = {name: value.to(args.device) for name, value in saved["obs"].items()}
-        progress = saved["progress"]
     slots = args.buffer_size // args.num_envs
     replay = Replay(obs, env.action_dim, slots, args.frame_stack, n_step=1, gamma=args.gamma)
-    first_update = progress["global_step"] + args.learning_starts
+    parts = dict(agent=agent, random=GlobalRandom(), **optimizers)
     if args.save_buffer:
-        parts["replay"] = replay
-        first_update = args.learning_starts
-    if "replay" in saved:
-        replay.load_state_dict(saved["replay"])
-    if not saved:
-        save_all(run, facts, progress, parts, obs)
-    del saved  # releases the file
+        parts |= dict(env=env, replay=replay)
+    progress = dict(global_step=0, wall_time=0.0, train_time=0.0, best=-math.inf)
+    if args.resume:
+        progress = restore_run(run, parts)
+    else:
+        save_run(run, facts, progress, parts)
+    first_update = args.learning_starts
+    if not args.save_buffer:  # a resumed run fills its buffer anew
+        first_update += progress["global_step"]
 
     step, stop = progress["global_step"], False
     losses, results = [], {}  # metrics of each update since the last row; of the last evaluation
@@ -1133,7 +1105,7 @@ def train(args: Args) -> dict:
 
         # save
         if eval_due or stop:
-            save_all(run, facts, progress, parts, obs)
+            save_run(run, facts, progress, parts)
         trained += time.time() - pause
 
     interrupt.restore()
