@@ -6,14 +6,14 @@ Yarats et al., "Improving Sample Efficiency in Model-Free Reinforcement Learning
 2004.13649 (DrQ). Laskin et al., "Reinforcement Learning with Augmented Data", arXiv 2004.14990
 (RAD). The survey: docs/visual_rl.md.
 
-    --encoder       who trains the convolutions                    used by                in this file
-    separate        the actor's its own loss, the critic's too     SAC on robots          actor_loss
-    critic          shared; the critic's loss alone                RAD, DrQ, DrQ-v2       critic_loss
-    autoencoder     shared; the critic's and a reconstruction      SAC+AE                 autoencoder_loss
-      with --no-critic-gradient, the reconstruction alone          SLAC, Dreamer (partly) critic_loss
-    --augmentation  none                                           SAC, SAC+AE
-                    shift, each of K and M copies anew             DrQ                    augment, views
-                    crop, translate                                RAD                    augment, views
+    --encoder       who trains the convolutions                  used by              here
+    separate        the actor's its own loss, the critic's too   SAC on robots        actor_loss
+    critic          shared; the critic's loss alone              RAD, DrQ, DrQ-v2     critic_loss
+    autoencoder     shared; the critic's and a reconstruction    SAC+AE               autoencoder_loss
+      with --no-critic-gradient, the reconstruction alone        SLAC, Dreamer        critic_loss
+    --augmentation  none                                         SAC, SAC+AE
+                    shift, each of K and M copies anew           DrQ                  augment
+                    crop, translate                              RAD                  augment
 
     target   y = mean over K copies of o' of r + G (min Q'(o', a') - alpha log pi(a'|o')),
              a' ~ pi                                                            (SAC 3, DrQ 1)
@@ -122,7 +122,7 @@ DOT_REACH = dict(
     eval_envs=64,
     log_freq=500,
 )
-# (env ids, kind of device, preset) -> defaults other than DrQ's, which stand in Args; later rows win
+# (env ids, kind of device, preset) -> defaults other than DrQ's, those of Args; later rows win
 TUNED = {
     ("*", "*", "sac_ae"): SAC_AE
     | dict(encoder="autoencoder", augmentation="none", buffer_size=1_000_000),
@@ -135,7 +135,7 @@ TUNED = {
     ("cheetah_*", "*", "*"): dict(action_repeat=4, total_timesteps=125_000),
     ("cup_*", "*", "*"): dict(action_repeat=4, total_timesteps=125_000),
     # what follows is ours
-    ("SO101*", "*", "*"): dict(action_repeat=None),
+    ("SO101*", "*", "*"): dict(action_repeat=1),
     ("*", "cpu", "*"): SMALL,
     ("dot_reach", "*", "*"): SMALL | DOT_REACH,
 }
@@ -163,7 +163,7 @@ class Args:
     # environment
     num_envs: int = 1  # parallel environments
     image_size: int = 84  # pixels a side that the networks see
-    action_repeat: int | None = 2  # frames for which an action is held; None: the environment's
+    action_repeat: int = 2  # frames for which an action is held (not SO101)
     frame_stack: int = 3  # latest images shown together, so that motion is seen
     camera: int | None = None  # the task's camera (DeepMind Control); None: the published one
     fast_render: bool = False  # no shadows and no smoothing, drawn faster (DeepMind Control)
@@ -248,8 +248,8 @@ def tuned(env_id: str, device: str, preset: str) -> dict:
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Command line -> Args. Defaults, and so --help, are those of the task, device and preset, or of
-    the run or checkpoint."""
+    """Command line -> Args. Defaults, and so --help, are those of the task, device and preset, or
+    of the run or checkpoint."""
     argv = sys.argv[1:] if argv is None else argv
     first_look = [word for word in argv if word not in ("-h", "--help")]
     given = tyro.cli(Args, args=first_look)
@@ -296,17 +296,16 @@ def make_envs(args: Args) -> tuple:
     except ModuleNotFoundError as error:
         message = "make_envs needs cleanrobot's envs: pip install -e . in the repository"
         raise ValueError(message) from error
-    options = dict(
-        image_size=args.render_size,
-        action_repeat=args.action_repeat,
-        camera=args.camera,
-        fast_render=args.fast_render or None,
-    )
-    make = partial(envs.make, args.env_id, device=args.device, **options)
-    eval_env = make(num_envs=args.eval_envs, seed=EVAL_SEED)
+    if args.env_id.startswith("SO101"):
+        options = dict(render_size=args.render_size)
+    else:
+        options = dict(image_size=args.render_size, action_repeat=args.action_repeat)
+        options |= dict(camera=args.camera, fast_render=args.fast_render or None)
+    eval_env = envs.make(args.env_id, args.eval_envs, args.device, seed=EVAL_SEED, **options)
     if args.evaluate:
         return None, eval_env
-    return make(num_envs=args.num_envs, seed=args.seed, stagger=True), eval_env
+    options |= dict(seed=args.seed, stagger=True)
+    return envs.make(args.env_id, args.num_envs, args.device, **options), eval_env
 
 
 # --- Networks -------------------------------------------------------------------------------------
@@ -367,9 +366,9 @@ class Decoder(nn.Module):
 
 
 class Heads(nn.Module):
-    """A bottleneck, then networks side by side: features (B, F), others (B, ...) -> (heads, B, outputs).
+    """A bottleneck and the networks on it: features (B, F), others (B, ...) -> (heads, B, outputs).
 
-    The actor has one head, the critic two. Each has a bottleneck of its own in every pattern.
+    The actor has one head, the critic two; each has a bottleneck of its own in every pattern.
     """
 
     def __init__(self, encoder: Encoder, others: int, heads: int, outputs: int, args: Args):
@@ -390,7 +389,7 @@ class Heads(nn.Module):
 
 
 class Agent(nn.Module):
-    """All that learns. `encoder` is the critic's, and the actor's too unless it has one of its own."""
+    """All that learns. `encoder` is the critic's, and the actor's too unless it has its own."""
 
     def __init__(self, shapes: dict, args: Args):
         super().__init__()
@@ -643,7 +642,10 @@ def sample_actions(agent: Agent, features, state, noise):
 
 
 def critic_loss(agent: Agent, batch: dict, noise, args: Args):
-    """SAC, eq. 5, over M copies of o and K of o'; noise (K B, A). -> loss, features (B, F), metrics"""
+    """SAC, eq. 5, over M copies of o and K of o'; noise (K B, A).
+
+    -> loss, features (B, F) of the first copy, metrics
+    """
     k, m = args.target_augs, args.online_augs
     b = len(batch["actions"])
     obs, next_obs = batch["obs"], batch["next_obs"]
@@ -728,7 +730,7 @@ LOSSES = dict(critic=critic_loss, actor=actor_loss, autoencoder=autoencoder_loss
 
 
 def update(batches: list, agent: Agent, optimizers: dict, args: Args, losses=LOSSES) -> dict:
-    """The critic learns once from each batch, then actor, temperature and target once. -> metrics"""
+    """The critic learns from each batch, then actor, temperature and target once. -> metrics"""
     for batch in batches:
         seen = views(batch, args)
         b, a = batch["actions"].shape
@@ -786,7 +788,7 @@ def evaluate(policy, env, args: Args, video: Path) -> dict:
             scores.append(torch.stack([episode["return"], episode["success_at_end"]])[:, ended])
     if frames:
         video.parent.mkdir(exist_ok=True)
-        imageio.mimwrite(video, frames, fps=max(1, round(env.control_hz)), macro_block_size=1)
+        imageio.mimwrite(video, frames, fps=env.control_hz)
     returns, successes = torch.cat(scores, 1).double()
     mean = returns.mean().item()
     std = returns.std().item()
@@ -940,10 +942,8 @@ class Policy:
 
     @torch.no_grad()
     def act(self, obs: dict) -> torch.Tensor:
-        """-> actions (N, A) = tanh(mean), from tensors on the device:
-
-        obs "rgb" uint8 (N, render_size, render_size, 3), the newest image alone, and "state" (N, S).
-        """
+        """obs "rgb" uint8 (N, render_size, render_size, 3), the newest image alone, and "state"
+        (N, S), tensors on the device -> actions (N, A) = tanh(mean)."""
         past = self.stack[1:] or [obs["rgb"]] * (self.args.frame_stack - 1)
         self.stack = [*past, obs["rgb"]]
         seen = center(torch.cat(self.stack, -1), self.args)
@@ -1006,11 +1006,11 @@ def open_run(args: Args) -> Path:
 
 
 def train(args: Args) -> dict:
-    """Train, or with --evaluate only evaluate. -> metrics of the last evaluation, counters, and
-    `run`, the folder.
+    """Train, or with --evaluate only evaluate. -> metrics of the last evaluation, counters, `run`.
 
     Raises ValueError or FileNotFoundError for arguments that do not fit, FloatingPointError at the
-    first NaN, ChildProcessError where a process of the environments has died.
+    first NaN, ChildProcessError where a process of the environments has died, SystemExit after
+    Ctrl-C.
     """
     check(args)
     torch.set_float32_matmul_precision("high")
@@ -1018,6 +1018,7 @@ def train(args: Args) -> dict:
     env, eval_env = make_envs(args)
     if args.evaluate:
         return evaluate_only(eval_env, args)
+
     run = open_run(args)
     (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
     shapes = dict(channels=env.image_shape[2], state=env.state_dim, action=env.action_dim)
@@ -1084,7 +1085,7 @@ def train(args: Args) -> dict:
         progress |= clock
         metrics = summary(episodes, losses)
         metrics["train/nan_resets"] = int(env.nan_resets)
-        metrics["time/frames"] = step * (args.action_repeat or 1)
+        metrics["time/frames"] = step * args.action_repeat
         metrics["time/sps"] = step / clock["train_time"]
         check_finite(agent, metrics, step, run / "checkpoint.pt")
         if losses:  # the first row names the columns
