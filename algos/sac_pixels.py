@@ -607,8 +607,6 @@ def augment(rgb: torch.Tensor, draw: torch.Tensor, args: Args) -> torch.Tensor:
 
 def center(rgb: torch.Tensor, args: Args) -> torch.Tensor:
     """What acting and evaluation see: the middle one of the windows that `augment` draws from."""
-    if args.augmentation in ("none", "shift"):
-        return rgb
     return augment(rgb, torch.full((len(rgb), 2), 0.5, device=rgb.device), args)
 
 
