@@ -238,11 +238,9 @@ def tuned(env_id: str, device: str, preset: str) -> dict:
     """The rows of TUNED that apply, merged; later rows win."""
     values = {}
     for (pattern, kind, name), row in TUNED.items():
-        if (
-            fnmatch(env_id, pattern)
-            and fnmatch(device.split(":")[0], kind)
-            and fnmatch(preset, name)
-        ):
+        right_task = fnmatch(env_id, pattern)
+        right_device = fnmatch(device.split(":")[0], kind)
+        if right_task and right_device and fnmatch(preset, name):
             values |= row
     return values
 

@@ -505,6 +505,19 @@ def test_compiled_route_equals_the_plain_one(monkeypatch, encoder, backend):
     torch.testing.assert_close(compiled, plain, atol=2e-5, rtol=1e-4)
 
 
+def test_bfloat16_changes_losses_by_its_rounding_only():
+    results = []
+    for amp in (False, True):
+        agent, optimizers, batch, args = learning_parts(encoder="autoencoder")
+        learn = sp.make_update(agent, optimizers, replace(args, amp=amp))
+        torch.manual_seed(7)
+        results.append(learn([batch]))
+        assert all(p.dtype == torch.float32 for p in agent.parameters())
+    plain, rounded = results
+    torch.testing.assert_close(rounded, plain, atol=0.02, rtol=0.02)
+    assert rounded["loss/qf"] != plain["loss/qf"]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("encoder", PATTERNS)
 @pytest.mark.parametrize("compiled", [False, True])
