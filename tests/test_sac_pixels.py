@@ -151,6 +151,7 @@ def gradients(agent, loss, *parts) -> torch.Tensor:
 def test_losses_gradients_and_weights_are_those_of_before(preset):
     """Inputs and outputs of f2f0a1a's functions. `separate`: its preset "sac". Names follow today's.
 
+    Only its `views` was made to draw two random numbers an image, as today's does, and not four.
     The weights after an update amplify rounding: Adam divides by the gradient's size.
     """
     golden = {name: torch.from_numpy(value) for name, value in np.load(GOLDEN).items()}
