@@ -21,6 +21,7 @@ class PointMass:
         self.obs_dims = {"state": (4,)} | ({"points": (5, 3)} if points else {})
         self.points, self.bouncy, self.wall, self.nan, self.dtype = points, bouncy, wall, nan, dtype
         self.generator, self.total, self.detached = torch.Generator().manual_seed(seed), 0, 0
+        self.nan_resets = torch.zeros((), dtype=torch.int64)
         self.reset()
         if stagger:
             self.clock = torch.arange(num_envs) * horizon // num_envs
@@ -55,6 +56,7 @@ class PointMass:
         state, self.total, self.clock = torch.cat([x, v], -1), self.total + 1, self.clock + 1
         met = torch.zeros(self.num_envs, dtype=torch.bool)
         met[0] = self.total in self.nan
+        self.nan_resets += met.sum()
         state, rewards = torch.where(met[:, None], torch.nan, state), torch.where(met, torch.nan, rewards)
         self.returns = self.returns + rewards.detach().nan_to_num()
         terminations, truncations = x.detach().norm(dim=-1) > self.wall, (self.clock >= self.max_episode_steps) | met
@@ -74,11 +76,11 @@ class PointMass:
 
     def state_dict(self):
         return dict(state=self.state.detach(), clock=self.clock, returns=self.returns, total=self.total,
-                    generator=self.generator.get_state())
+                    generator=self.generator.get_state(), nan_resets=self.nan_resets.clone())
 
     def load_state_dict(self, state):
         self.state, self.clock, self.returns = state["state"], state["clock"], state["returns"]
-        self.total = state["total"]
+        self.total, self.nan_resets = state["total"], state["nan_resets"].clone()
         self.generator.set_state(state["generator"])
 
     def close(self):
