@@ -53,13 +53,20 @@ def transfers(steps: int = 200) -> dict:
                   dtype=D)  # fmt: skip
     p, g = block((6, 6, 6), 1 / 48, (0.5, 0.45, 0.5), D), torch.Generator().manual_seed(0)
     spin = torch.tensor((3.0, 8.0, -2.0), dtype=D).expand_as(p.x)
-    v = torch.cross(spin, p.x - p.x.mean(1, keepdim=True), dim=-1) + torch.tensor((0.5, -0.3, 0.4), dtype=D)
+    v = torch.cross(spin, p.x - p.x.mean(1, keepdim=True), dim=-1) + torch.tensor(
+        (0.5, -0.3, 0.4), dtype=D
+    )
     p = p._replace(v=v + 0.2 * torch.randn(v.shape, generator=g, dtype=D),
                    C=2 * torch.randn(p.C.shape, generator=g, dtype=D))  # fmt: skip
 
-    def angular(p):  # x cross v, and of the APIC particles the antisymmetric part of C D with D = dx^2 / 4
+    def angular(
+        p,
+    ):  # x cross v, and of the APIC particles the antisymmetric part of C D with D = dx^2 / 4
         B = p.C * sim.dx**2 / 4
-        own = torch.stack((B[..., 2, 1] - B[..., 1, 2], B[..., 0, 2] - B[..., 2, 0], B[..., 1, 0] - B[..., 0, 1]), -1)
+        own = torch.stack(
+            (B[..., 2, 1] - B[..., 1, 2], B[..., 0, 2] - B[..., 2, 0], B[..., 1, 0] - B[..., 0, 1]),
+            -1,
+        )
         return (torch.cross(p.x, p.v, dim=-1) + own).sum(1)[0]
 
     pictures, kept = [p.x[0].numpy()], []
@@ -71,7 +78,11 @@ def transfers(steps: int = 200) -> dict:
                      float((p.v.sum(1)[0] - first).norm() / first.norm()),
                      float((angular(p) - turning).norm() / turning.norm())))  # fmt: skip
     strain = (p.F - torch.eye(3, dtype=D)).norm(dim=(-2, -1)).mean()
-    return {"pictures": [*pictures, p.x[0].numpy()], "kept": np.array(kept), "strain": float(strain)}
+    return {
+        "pictures": [*pictures, p.x[0].numpy()],
+        "kept": np.array(kept),
+        "strain": float(strain),
+    }
 
 
 def elastic(steps: int = 60) -> dict:
@@ -83,7 +94,9 @@ def elastic(steps: int = 60) -> dict:
     energies, heights, pictures = [], [], []
     for step in range(steps + 1):
         J = torch.linalg.det(p.F)
-        stored = sim.mu / 2 * (p.F.square().sum((-2, -1)) - 3 - 2 * J.log()) + sim.lam / 2 * J.log() ** 2
+        stored = (
+            sim.mu / 2 * (p.F.square().sum((-2, -1)) - 3 - 2 * J.log()) + sim.lam / 2 * J.log() ** 2
+        )
         moving = 0.5 * p.v.square().sum(-1) + 0.5 * p.C.square().sum((-2, -1)) * sim.dx**2 / 4
         energies.append([float(e.mean()) for e in (10.0 * (p.x[..., 1] - floor), moving, stored)])
         heights.append(float(p.x[..., 1].mean()) - floor)
@@ -96,12 +109,27 @@ def elastic(steps: int = 60) -> dict:
 
 def fluid(steps: int = 80) -> dict:
     """Mean heights of the left and the right half over the floor (steps + 1, 2), the volume's share that is left."""
-    sim = mpm.MPM(1, 360, material="fluid", grid=12, dt=2e-3, substeps=20, young=1e5, poisson=0.3, density=1000.0)
-    p, floor = block((6, 12, 5), 1 / 24, (0.375, 3 / 12, 0.5)), 2 / 12  # the last layer of nodes that is floor
+    sim = mpm.MPM(
+        1,
+        360,
+        material="fluid",
+        grid=12,
+        dt=2e-3,
+        substeps=20,
+        young=1e5,
+        poisson=0.3,
+        density=1000.0,
+    )
+    p, floor = (
+        block((6, 12, 5), 1 / 24, (0.375, 3 / 12, 0.5)),
+        2 / 12,
+    )  # the last layer of nodes that is floor
     levels, volume, pictures, speed = [], [], [], []
     for step in range(steps + 1):
         x, y = p.x[0, :, 0], p.x[0, :, 1] - floor
-        levels.append([float(y[side].mean()) if side.any() else 0.0 for side in (x < 0.5, x >= 0.5)])
+        levels.append(
+            [float(y[side].mean()) if side.any() else 0.0 for side in (x < 0.5, x >= 0.5)]
+        )
         volume.append(float(p.F[..., 0, 0].mean()))
         speed.append(float(p.v.norm(dim=-1).mean()))
         if step in (0, steps // 16, steps):
@@ -116,9 +144,18 @@ def plasticine(steps: int = 40) -> dict:
     """A particle sheared to and fro: imposed and kept strain (M,), yield strain. Blocks: heights (steps + 1, 2)."""
     sim = mpm.MPM(1, 1, material="plasticine", grid=16, dt=1e-3, substeps=1, young=1000.0, poisson=0.3,
                   yield_stress=20.0, gravity=0.0, dtype=D)  # fmt: skip
-    rate, limit = torch.diag(torch.tensor((1.0, -1.0, 0.0), dtype=D)), sim.limit / math.sqrt(2)  # of one component
+    rate, limit = (
+        torch.diag(torch.tensor((1.0, -1.0, 0.0), dtype=D)),
+        sim.limit / math.sqrt(2),
+    )  # of one component
     p, imposed, kept, total = mpm.at_rest(torch.full((1, 1, 3), 0.5, dtype=D)), [0.0], [0.0], 0.0
-    for part, share in ((1, 0.8), (-1, 0.8), (1, 2.5), (-1, 4.0), (1, 4.0)):  # of the limit; the first two stay below
+    for part, share in (
+        (1, 0.8),
+        (-1, 0.8),
+        (1, 2.5),
+        (-1, 4.0),
+        (1, 4.0),
+    ):  # of the limit; the first two stay below
         for _ in range(40):
             change = part * share * limit / 40
             # F <- (I + dt C) F adds exactly `change` to the first log strain, and takes it from the second.
@@ -146,10 +183,16 @@ def plasticine(steps: int = 40) -> dict:
 
 def rigid() -> dict:
     """(t, simulated, closed form) of a body's height, a pendulum's angle and a sliding ball's way; float64."""
+
     def bodies(b):
         q = torch.zeros(1, b, 4, dtype=D)
         q[..., 3] = 1
-        return [torch.zeros(1, b, 3, dtype=D), q, torch.zeros(1, b, 3, dtype=D), torch.zeros(1, b, 3, dtype=D)]
+        return [
+            torch.zeros(1, b, 3, dtype=D),
+            q,
+            torch.zeros(1, b, 3, dtype=D),
+            torch.zeros(1, b, 3, dtype=D),
+        ]
 
     def follow(sim, state, watch, seconds, step):
         """Watched values at times 0, step, 2 step, ..."""
@@ -160,7 +203,17 @@ def rigid() -> dict:
             found.append(float(watch(*state)))
         return times, np.array(found)
 
-    free = Rigid(1, [Body(2.0, (1.0, 2.0, 3.0))], [], [], dt=1e-4, substeps=200, ground=False, graph=True, dtype=D)
+    free = Rigid(
+        1,
+        [Body(2.0, (1.0, 2.0, 3.0))],
+        [],
+        [],
+        dt=1e-4,
+        substeps=200,
+        ground=False,
+        graph=True,
+        dtype=D,
+    )
     state = bodies(1)
     state[2][..., 1], state[3][:] = 1.0, torch.tensor((1.0, 2.0, 0.5))  # thrown upwards, tumbling
     t, height = follow(free, state, lambda p, q, v, w: p[0, 0, 1], 0.5, 0.02)
@@ -173,8 +226,14 @@ def rigid() -> dict:
     state = [t.clone() for t in bodies(1)]
     angle = torch.full((1, 1), start, dtype=D)
     placed = swing.place(*(t[:, 0] for t in state), angle, torch.zeros_like(angle))
-    t, angles = follow(swing, list(placed.values()), lambda p, q, v, w: swing.angles(q, w)[0], 4.0, 0.02)
-    pendulum = (t, angles, start * np.cos(t * math.sqrt(mass * 9.8 * length / (inertia + mass * length**2))))
+    t, angles = follow(
+        swing, list(placed.values()), lambda p, q, v, w: swing.angles(q, w)[0], 4.0, 0.02
+    )
+    pendulum = (
+        t,
+        angles,
+        start * np.cos(t * math.sqrt(mass * 9.8 * length / (inertia + mass * length**2))),
+    )
 
     # A ball that does not roll, since its inertia is large, on a fixed box; v^2 / 2 mu g is where it stops.
     speed, friction = 2.0, 0.5
@@ -185,7 +244,11 @@ def rigid() -> dict:
     state[0][0, 0, 1], state[0][0, 1, 1], state[2][0, 1, 0] = -0.5, 0.2 - 9.8e-4, speed
     t, way = follow(plate, state, lambda p, q, v, w: p[0, 1, 0], 0.6, 0.025)
     until = np.minimum(t, speed / (friction * 9.8))
-    return {"fall": fall, "pendulum": pendulum, "slide": (t, way, speed * until - friction * 4.9 * until**2)}
+    return {
+        "fall": fall,
+        "pendulum": pendulum,
+        "slide": (t, way, speed * until - friction * 4.9 * until**2),
+    }
 
 
 # --- Pictures --------------------------------------------------------------------------------------------------------
@@ -195,7 +258,13 @@ def side_view(axes, x: np.ndarray, reach, floor: float | None, title: str) -> No
     axes.scatter(x[order, 0], x[order, 1], c=x[order, 2], s=9, cmap="viridis", linewidths=0)
     if floor is not None:
         axes.axhspan(-1, floor, color="0.85")
-    axes.set(xlim=(left, right), ylim=(bottom, bottom + right - left), aspect="equal", xticks=[], yticks=[])
+    axes.set(
+        xlim=(left, right),
+        ylim=(bottom, bottom + right - left),
+        aspect="equal",
+        xticks=[],
+        yticks=[],
+    )
     axes.set_title(title, fontsize=9)
 
 
@@ -217,7 +286,9 @@ def draw(name: str, found: dict, path: Path) -> None:
         "fluid": ("start", "on its way", "at rest"),
         "plasticine": ("start", "yield stress 20", "yield stress 0.4"),
     }.get(name, ())  # fmt: skip
-    reach = {"transfers": (0.4, 0.62, 0.4), "fluid": (0.12, 0.88, 0.12)}.get(name, (0.25, 0.75, 0.15))
+    reach = {"transfers": (0.4, 0.62, 0.4), "fluid": (0.12, 0.88, 0.12)}.get(
+        name, (0.25, 0.75, 0.15)
+    )
     for axis, x, title in zip(axes, shown, titles, strict=False):
         side_view(axis, x, reach, found.get("floor"), title)
     if name == "transfers":
@@ -227,7 +298,9 @@ def draw(name: str, found: dict, path: Path) -> None:
         last.set(xlabel="substep", ylim=(1e-17, 1e-9), title="relative change, float64")
     elif name == "elastic":
         t = np.arange(len(found["energies"])) * found["seconds"]
-        last.stackplot(t, found["energies"].T, labels=("height", "motion", "deformation"), alpha=0.8)
+        last.stackplot(
+            t, found["energies"].T, labels=("height", "motion", "deformation"), alpha=0.8
+        )
         last.axhline(found["energies"][0].sum(), color="black", linestyle=":", linewidth=1)
         last.set(xlabel="s", title="energy a particle; dotted: at the start")
     elif name == "fluid":
@@ -242,7 +315,9 @@ def draw(name: str, found: dict, path: Path) -> None:
             loop.axhline(side, color="black", linestyle=":", linewidth=1)
         loop.set(xlabel="imposed strain", title="elastic strain, in units of yield")
         t = np.arange(len(found["heights"])) * found["seconds"]
-        for column, label in zip(found["heights"].T, ("yield stress 20", "yield stress 0.4"), strict=True):
+        for column, label in zip(
+            found["heights"].T, ("yield stress 20", "yield stress 0.4"), strict=True
+        ):
             last.plot(t, column, label=label)
         last.set(xlabel="s", title="height of a block", ylim=(0, None))
     else:

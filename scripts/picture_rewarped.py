@@ -24,7 +24,10 @@ from envs import rewarped
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE, LIMIT = 300, 120_000  # pixels of a picture's side; bytes of a file
-FILM, FPS = 320, 30  # pixels of a film's side, which codecs want in sixteens; pictures a second, one a step
+FILM, FPS = (
+    320,
+    30,
+)  # pixels of a film's side, which codecs want in sixteens; pictures a second, one a step
 
 
 @dataclass
@@ -52,7 +55,9 @@ def act(env, step: int) -> torch.Tensor:
     elif env.env_id == "FluidMove":
         actions[0] = ((env.state["target"] - env.state["x"].mean(1)) / 0.05)[0].clamp(-0.5, 0.5)
     elif env.env_id == "SoftJumper":
-        left = env.rest[env.tets].mean(1)[:, 0] < 0  # of the table: its muscles swell when those on the right shrink
+        left = (
+            env.rest[env.tets].mean(1)[:, 0] < 0
+        )  # of the table: its muscles swell when those on the right shrink
         actions[0] = torch.where(left[::2], 1.0, -1.0) * (1.0 if (step // 8) % 2 else -1.0)
     elif env.env_id == "AntRun":
         legs, beat = torch.arange(4), 1.0 if (step // 10) % 2 else -1.0
@@ -75,7 +80,11 @@ def main(args: Args) -> int:
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
     for task in args.tasks:
-        env, pictures, film = rewarped.make(task, 1, size=args.size, seed=args.seed, graph=False), [], []
+        env, pictures, film = (
+            rewarped.make(task, 1, size=args.size, seed=args.seed, graph=False),
+            [],
+            [],
+        )
         with torch.no_grad():
             for step in range(args.steps + 1):
                 if step in (0, args.steps // 2, args.steps):
@@ -89,7 +98,9 @@ def main(args: Args) -> int:
             print(args.video / f"{task}.mp4")
         path = args.out / f"{task}.png"
         Image.fromarray(np.concatenate(pictures, 1)).quantize(128).save(path, optimize=True)
-        print(f"{path}  {path.stat().st_size} bytes, size {args.size}, steps 0, {args.steps // 2}, {args.steps}")
+        print(
+            f"{path}  {path.stat().st_size} bytes, size {args.size}, steps 0, {args.steps // 2}, {args.steps}"
+        )
         if path.stat().st_size > LIMIT:
             print(f"{path} has more than {LIMIT} bytes", file=sys.stderr)
             return 1
