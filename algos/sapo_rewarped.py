@@ -91,7 +91,7 @@ TUNED = {
     ("*", "HandReorient", "*"): dict(num_envs=64),
     ("*", "SoftJumper", "*"): dict(total_timesteps=6_144_000),
     ("*", "HandFlip", "*"): dict(total_timesteps=6_144_000),
-    # Ours: a few hundred windows are few. alpha begins at about a tenth of a step's reward and
+    # Ours, for runs of a few hundred windows: alpha begins at about a tenth of a step's reward and
     # falls four times as fast, or it drowns the task; the critics take fewer and larger steps.
     ("*", "*", "small"): dict(
         num_envs=4,
@@ -194,8 +194,9 @@ def check(args: Args):
     need(args.num_envs > 0, "--num-envs must be at least 1")
     need(args.horizon > 0, "--horizon must be at least 1")
     need(args.eval_freq > 0, "--eval-freq must be at least 1")
-    split = args.num_envs * args.horizon % args.num_minibatches == 0
-    need(split, "--num-minibatches must divide --num-envs x --horizon")
+    need(args.num_minibatches > 0, "--num-minibatches must be at least 1")
+    rest = args.num_envs * args.horizon % args.num_minibatches
+    need(rest == 0, "--num-minibatches must divide --num-envs x --horizon")
     need(args.alpha > 0, "--alpha must be above 0: its logarithm is learned")
     need(args.evaluate == bool(args.checkpoint), "--evaluate and --checkpoint FILE go together")
     tracker = not args.track or find_spec("wandb")
@@ -278,10 +279,10 @@ def make_envs(args: Args) -> tuple:
 
 # --- Networks -------------------------------------------------------------------------------------
 class RunningNorm(nn.Module):
-    """Normalises states by the mean and variance of all so far; at first as if of one 0 +- 1."""
+    """Normalises states by mean and variance of all so far, and of one made up with 0 and 1."""
 
     def __init__(self, size: int):
-        super().__init__()
+        super().__init__()  # differs (6)
         self.register_buffer("count", torch.ones(()).double())
         self.register_buffer("total", torch.zeros(size).double())
         self.register_buffer("squares", torch.ones(size).double())
@@ -295,7 +296,7 @@ class RunningNorm(nn.Module):
 
     @torch.no_grad()
     def update(self, states):
-        """Add states (..., S), absurd ones apart."""  # differs (6)
+        """Add states (..., S), except absurd ones."""
         states = states[(states.abs() < 1e6).all(-1)].double()  # (M, S)
         self.count += len(states)
         self.total += states.sum(0)
@@ -434,7 +435,7 @@ def rollout(agent: Agent, env, obs: dict, args: Args) -> tuple[dict, dict]:
     steps = []
     for _ in range(args.horizon):
         step = dict(state=obs["state"].detach(), obs=agent.norm(obs))
-        noise = torch.randn((2, env.num_envs, env.action_dim), device=env.device)
+        noise = torch.randn((2, env.num_envs, env.action_dim), device=step["state"].device)
         actions, step["entropies"] = sample_actions(*agent.actor(step["obs"]), noise)
         if actions.requires_grad:
             actions.register_hook(zero_broken)  # differs (4)
@@ -585,7 +586,7 @@ def evaluate(policy, env, args: Args, video: Path) -> dict:
     -> return, its deviation between episodes, and mean -+ 1.96 standard errors.
     """
     obs = env.reset(seed=EVAL_SEED)
-    returns = torch.full((env.num_envs,), torch.nan, device=env.device)
+    returns = torch.full((env.num_envs,), torch.nan, device=obs["state"].device)
     frames = []
     for _ in range(env.max_episode_steps):
         if args.capture_video and returns[0].isnan():
@@ -625,9 +626,7 @@ def load(path: str | Path) -> dict:
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (
-        Exception
-    ) as error:  # torch raises many kinds for a damaged file; a reader needs one line
+    except Exception as error:  # torch raises many kinds; a reader needs one line
         raise ValueError(f"{path} is no checkpoint: damaged, or another kind of file") from error
     own = isinstance(checkpoint, dict) and checkpoint.get("algo") == "sapo_rewarped"
     need(own, f"{path} is not sapo_rewarped's")

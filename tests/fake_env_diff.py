@@ -8,8 +8,8 @@ class PointMass:
     """N points in a plane are pushed to the middle. state (N, 4): position and velocity; actions (N, 2) accelerate.
 
     reward = 1 - |x|^2 - 0.01 |a|^2. `points` adds a cloud of 5 particles around the position; `bouncy` adds a ripple to
-    the reward, over which a gradient's sign changes every few centimetres; a world beyond `wall` terminates; `nan` has
-    the numbers of steps at which world 0 meets NaN, since the start.
+    the reward, over which a gradient's sign changes every few centimetres; an environment beyond `wall` terminates; `nan` has
+    the numbers of steps at which environment 0 meets NaN, since the start.
     """
 
     action_dim, control_hz, dt = 2, 20.0, 0.1
@@ -92,7 +92,7 @@ class PointMass:
             "episode": {"return": self.returns, "length": self.clock},
         }
         fresh = self._fresh()
-        self.state = torch.where(done[:, None], fresh, state)  # the other worlds keep their graph
+        self.state = torch.where(done[:, None], fresh, state)  # the others keep their graph
         self.clock, self.returns = (
             torch.where(done, 0, self.clock),
             torch.where(done, 0.0, self.returns),
@@ -100,10 +100,10 @@ class PointMass:
         return self._observe(self.state), rewards, terminations, truncations, info
 
     def render(self, world=0, size=64):
-        picture = np.zeros((size, size, 3), np.uint8)
+        image = np.zeros((size, size, 3), np.uint8)
         x, y = ((self.state[world, :2].detach().clamp(-1, 1) + 1) / 2 * (size - 1)).long().tolist()
-        picture[y, x] = 255
-        return picture
+        image[y, x] = 255
+        return image
 
     def state_dict(self):
         return dict(
