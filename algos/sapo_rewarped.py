@@ -263,7 +263,7 @@ def make_envs(args: Args) -> tuple:
     try:
         import envs
     except ModuleNotFoundError as error:
-        raise ValueError("make_envs needs cleanrobot's envs: pip install -e . there") from error
+        raise ValueError("make_envs needs envs: pip install -e . in the repository") from error
     options = dict(
         reward=args.reward,
         size=args.size,

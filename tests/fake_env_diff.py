@@ -8,8 +8,8 @@ class PointMass:
     """N points in a plane are pushed to the middle. state (N, 4): position and velocity; actions (N, 2) accelerate.
 
     reward = 1 - |x|^2 - 0.01 |a|^2. `points` adds a cloud of 5 particles around the position; `bouncy` adds a ripple to
-    the reward, over which a gradient's sign changes every few centimetres; an environment beyond `wall` terminates; `nan` has
-    the numbers of steps at which environment 0 meets NaN, since the start.
+    the reward, over which a gradient's sign changes every few centimetres; an environment beyond `wall` terminates;
+    `nan` has the numbers of steps at which environment 0 meets NaN, since the start.
     """
 
     action_dim, control_hz, dt = 2, 20.0, 0.1

@@ -346,7 +346,9 @@ def test_a_fall_cuts_its_own_gradient_and_nobody_elses():
         acts, rewards = [], []
         for k in range(5):
             acts.append(torch.full((2, 8), 0.1 * k - 0.2).requires_grad_())
-            if falls and k == 2:  # between steps, environment 0 is put down so low that it terminates
+            if (
+                falls and k == 2
+            ):  # between steps, environment 0 is put down so low that it terminates
                 env.state = {
                     **env.state,
                     "p": env.state["p"] - torch.tensor([[[0.0, 0.6, 0.0]], [[0.0] * 3]]),
@@ -518,9 +520,7 @@ def test_hand_sizes_and_start():
 def test_hand_reward_goals_and_falls():
     env = hand(n=3)
     about_y = about(torch.tensor((0.0, 1.0, 0.0)), torch.tensor(0.05))
-    near = multiply(
-        about_y, env.state["q"][0, env.cube]
-    )  # 0 is within 0.1 of its goal, 2 falls
+    near = multiply(about_y, env.state["q"][0, env.cube])  # 0 is within 0.1 of its goal, 2 falls
     goal = torch.stack((near, *env.state["goal"][1:]))
     p = env.state["p"].clone()
     p[2, env.cube] += torch.tensor((0.0, -0.3, 0.0))

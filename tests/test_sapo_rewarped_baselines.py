@@ -1,4 +1,4 @@
-"""The scripts beside SAPO: the library's PPO and SAC, trajectory optimisation, the loss landscape; all on a point mass."""
+"""The scripts beside SAPO, on a point mass: the library's PPO and SAC, trajectory optimisation, the loss landscape."""
 
 import csv
 import importlib.util
