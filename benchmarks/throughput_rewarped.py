@@ -1,6 +1,6 @@
 """How fast the differentiable simulations are on the machine at hand: forward, and forward with backward, against N.
 
-    python benchmarks/throughput_rewarped.py                         all tasks at size small, 1 to 16 worlds
+    python benchmarks/throughput_rewarped.py                         all tasks at size small, 1 to 16 environments
     python benchmarks/throughput_rewarped.py --task HandFlip --size full --num-envs 1 32 64 --device cuda
     python benchmarks/throughput_rewarped.py --out docs/results/throughput/rewarped__cpu2.csv
 
@@ -29,8 +29,16 @@ import tyro
 from envs import rewarped
 from envs.rewarped.mpm_tasks import MPMEnv
 
-COLUMNS = ("task", "what", "worlds", "env_steps_per_second", "particle_substeps_per_second", "range", "memory_mb",
-           "remark")  # fmt: skip
+COLUMNS = (
+    "task",
+    "what",
+    "worlds",
+    "env_steps_per_second",
+    "particle_substeps_per_second",
+    "range",
+    "memory_mb",
+    "remark",
+)
 
 
 @dataclass
@@ -40,7 +48,7 @@ class Args:
     size: str = "small"
     """full or small"""
     num_envs: tuple[int, ...] = (1, 4, 16)
-    """numbers of worlds"""
+    """numbers of environments"""
     window: int = 4
     """steps of a window; the published algorithm has 32"""
     repeats: int = 3
@@ -66,7 +74,13 @@ def without_grid(task: str) -> bool:
 
 def elements(env) -> int:
     """Particles, tetrahedra or bodies."""
-    return len(env.particles0 if hasattr(env, "particles0") else env.tets if hasattr(env, "tets") else env.sim.bodies)
+    return len(
+        env.particles0
+        if hasattr(env, "particles0")
+        else env.tets
+        if hasattr(env, "tets")
+        else env.sim.bodies
+    )
 
 
 def memory(env) -> float:
@@ -80,19 +94,32 @@ def memory(env) -> float:
         tensors = (*space.particles, *space.adj_particles, *space.poses, *space.adj_poses)
         total += sum(t.numel() * t.element_size() for t in tensors)
         arrays = [a for grid in space.grids for a in grid] + list(space.adj_grid) + [space.seen]
-        total += sum(a.capacity for a in arrays) + sum(a.capacity for pair in space.touched for a in pair)
+        total += sum(a.capacity for a in arrays) + sum(
+            a.capacity for pair in space.touched for a in pair
+        )
     return total / 1e6
 
 
 def measure(args: Args, task: str, n: int, backward: bool, checkpoint: bool) -> dict:
     """One row."""
-    env = rewarped.make(task, n, args.device, size=args.size, window=args.window, graph=args.graph,
-                        checkpoint=checkpoint)  # fmt: skip
+    env = rewarped.make(
+        task,
+        n,
+        args.device,
+        size=args.size,
+        window=args.window,
+        graph=args.graph,
+        checkpoint=checkpoint,
+    )
     generator, speeds = torch.Generator().manual_seed(0), []
     for _ in range(args.repeats + 1):
         env.detach()
-        actions = [(torch.rand(n, env.action_dim, generator=generator) * 2 - 1).to(args.device).requires_grad_(backward)
-                   for _ in range(args.window)]  # fmt: skip
+        actions = [
+            (torch.rand(n, env.action_dim, generator=generator) * 2 - 1)
+            .to(args.device)
+            .requires_grad_(backward)
+            for _ in range(args.window)
+        ]
         wait(args.device)
         begin = time.perf_counter()
         with torch.set_grad_enabled(backward):
@@ -104,13 +131,16 @@ def measure(args: Args, task: str, n: int, backward: bool, checkpoint: bool) -> 
     speeds = speeds[1:]
     work = elements(env) * env.sim.substeps
     return {
-        "task": f"{task}, {args.size}", "worlds": n,
-        "what": ("forward and backward" if backward else "forward") + ("" if checkpoint else ", no checkpoints"),
+        "task": f"{task}, {args.size}",
+        "worlds": n,
+        "what": ("forward and backward" if backward else "forward")
+        + ("" if checkpoint else ", no checkpoints"),
         "env_steps_per_second": f"{statistics.median(speeds):.4g}",
         "particle_substeps_per_second": f"{statistics.median(speeds) * work:.4g}",
-        "range": f"{min(speeds):.4g} to {max(speeds):.4g}", "memory_mb": f"{memory(env):.0f}",
+        "range": f"{min(speeds):.4g} to {max(speeds):.4g}",
+        "memory_mb": f"{memory(env):.0f}",
         "remark": "graphs" if env.graph else "",
-    }  # fmt: skip
+    }
 
 
 def processor() -> str:
@@ -123,24 +153,38 @@ def processor() -> str:
 
 def machine() -> list[dict]:
     """Rows that say what was measured where."""
-    git = lambda *words: subprocess.run(("git", *words), capture_output=True, text=True).stdout.strip()  # noqa: E731
-    commit = git("rev-parse", "--short", "HEAD") + " with changes" * bool(git("status", "--porcelain", "-uno"))
+
+    def git(*words: str) -> str:
+        return subprocess.run(("git", *words), capture_output=True, text=True).stdout.strip()
+
+    commit = git("rev-parse", "--short", "HEAD")
+    if git("status", "--porcelain", "-uno"):
+        commit += " with changes"
     facts = {
         "processor": f"{processor()}, {os.cpu_count()} cores; torch uses {torch.get_num_threads()} threads",
         "load": f"{os.getloadavg()[0]:.1f} programs wanted a core in the minute before",
-        "versions": f"torch {torch.__version__}, warp-lang {version('warp-lang')}", "commit": commit or "unknown",
+        "versions": f"torch {torch.__version__}, warp-lang {version('warp-lang')}",
+        "commit": commit or "unknown",
         "command": "python " + " ".join(sys.argv),
-    }  # fmt: skip
+    }
     return [{"task": "machine", "what": key, "remark": value} for key, value in facts.items()]
 
 
 def main(args: Args) -> int:
     for wrong, message in (
-        (set(args.task) - set(rewarped.tasks()),
-         f"--task {' '.join(args.task)}: known are {', '.join(rewarped.tasks())}"),
+        (
+            set(args.task) - set(rewarped.tasks()),
+            f"--task {' '.join(args.task)}: known are {', '.join(rewarped.tasks())}",
+        ),
         (args.size not in ("full", "small"), "--size: full or small"),
-        (min(*args.num_envs, args.window, args.repeats) < 1, "--num-envs, --window, --repeats: at least 1"),
-        (args.device.startswith("cuda") and not torch.cuda.is_available(), "no CUDA device here: use --device cpu"),
+        (
+            min(*args.num_envs, args.window, args.repeats) < 1,
+            "--num-envs, --window, --repeats: at least 1",
+        ),
+        (
+            args.device.startswith("cuda") and not torch.cuda.is_available(),
+            "no CUDA device here: use --device cpu",
+        ),
     ):
         if wrong:
             print(message, file=sys.stderr)

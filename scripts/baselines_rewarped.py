@@ -4,10 +4,10 @@
     python scripts/baselines_rewarped.py --algo sac --env-id RollingFlat --seed 1
     python scripts/baselines_rewarped.py --algo random --env-id AntRun        uniform actions; or still: none
 
-PPO and SAC step the same simulation without its gradient. Worlds, budget and evaluation (episodes, seeds, the mean
-action) are those of `algos/sapo_rewarped.py --algo sapo`; so are the networks' widths and the encoder of particles,
-which PPO's actor and critic share. Step sizes, clipping and the like follow the baselines of the SAPO paper as far as
-the library has them; minibatches are smaller, as the batches of fewer worlds are.
+PPO and SAC step the same simulation without its gradient. Environments, budget and evaluation (episodes, seeds, the
+mean action) are those of `algos/sapo_rewarped.py --algo sapo`; so are the networks' widths and the encoder of
+particles, which PPO's actor and critic share. Learning rates, clipping and the like follow the baselines of the SAPO
+paper as far as the library has them; minibatches are smaller, as the batches of fewer environments are.
 Output: runs/<name>/eval.csv, with the columns that algos/ write; `random` and `still` do not learn, and write the
 return of the evaluation's episodes as that of step 0 and of the last one.
 """
@@ -49,15 +49,19 @@ class Args:
     """of networks and simulation"""
 
 
-def make_worlds(env):
+def make_vec_env(env):
     """A differentiable environment as one of the library's vectorised ones: NumPy in and out, no gradient."""
     from gymnasium import spaces
     from stable_baselines3.common.vec_env import VecEnv
 
-    class Worlds(VecEnv):
+    class Simulation(VecEnv):
         def __init__(self):
-            boxes = {name: spaces.Box(-np.inf, np.inf, shape) for name, shape in env.obs_dims.items()}
-            super().__init__(env.num_envs, spaces.Dict(boxes), spaces.Box(-1.0, 1.0, (env.action_dim,)))
+            boxes = {
+                name: spaces.Box(-np.inf, np.inf, shape) for name, shape in env.obs_dims.items()
+            }
+            super().__init__(
+                env.num_envs, spaces.Dict(boxes), spaces.Box(-1.0, 1.0, (env.action_dim,))
+            )
 
         def reset(self):
             return numpy(env.reset())
@@ -69,11 +73,14 @@ def make_worlds(env):
             with torch.no_grad():
                 env.detach()
                 obs, rewards, terminations, truncations, info = env.step(self.actions)
-            dones, last, infos = (terminations | truncations).cpu().numpy(), numpy(info["final_obs"]), []
-            for world, done in enumerate(dones):
-                infos.append({} if not done else {
-                    "terminal_observation": {name: value[world] for name, value in last.items()},
-                    "TimeLimit.truncated": bool(truncations[world])})  # fmt: skip
+            dones, last = (terminations | truncations).cpu().numpy(), numpy(info["final_obs"])
+            infos = [{} for _ in dones]
+            for i in dones.nonzero()[0]:
+                final_obs = {name: value[i] for name, value in last.items()}
+                infos[i] = {
+                    "terminal_observation": final_obs,
+                    "TimeLimit.truncated": bool(truncations[i]),
+                }
             return numpy(obs), rewards.cpu().numpy(), dones, infos
 
         def close(self):
@@ -86,10 +93,10 @@ def make_worlds(env):
             return [None] * self.num_envs
 
         def set_attr(self, attr_name, value, indices=None):
-            raise NotImplementedError("a world has no attributes of its own")
+            raise NotImplementedError("an environment has no attributes of its own")
 
         def env_method(self, method_name, *args, indices=None, **kwargs):
-            raise NotImplementedError("a world has no methods of its own")
+            raise NotImplementedError("an environment has no methods of its own")
 
         def env_is_wrapped(self, wrapper_class, indices=None):
             return [False] * self.num_envs
@@ -97,7 +104,7 @@ def make_worlds(env):
     def numpy(obs):
         return {name: value.detach().cpu().numpy() for name, value in obs.items()}
 
-    return Worlds()
+    return Simulation()
 
 
 def make_encoder():
@@ -108,45 +115,71 @@ def make_encoder():
         def __init__(self, space, args: sr.Args):
             width, points = space["state"].shape[0], "points" in space.spaces
             super().__init__(space, 64 + 128 if points else width)
-            self.each, self.mean, self.low = (sr.mlp(args, *widths) if points else None
-                                              for widths in ((3, 64, 128, 256), (256, 64), (width, 128)))  # fmt: skip
+            self.each = None
+            if points:
+                self.each = sr.mlp(args, 3, 64, 128, 256)
+                self.mean = sr.mlp(args, 256, 64)
+                self.low = sr.mlp(args, width, 128)
 
         def forward(self, obs):
             if self.each is None:
                 return obs["state"]
-            return torch.cat([self.mean(self.each(obs["points"]).mean(-2)), self.low(obs["state"])], -1)
+            return torch.cat(
+                [self.mean(self.each(obs["points"]).mean(-2)), self.low(obs["state"])], -1
+            )
 
     return Encoder
 
 
-def make_model(args: Args, like: sr.Args, worlds):
+def make_model(args: Args, like: sr.Args, envs):
     """The library's algorithm with the settings of this comparison."""
     import stable_baselines3 as sb3
 
-    policy = dict(activation_fn=torch.nn.SiLU, optimizer_class=torch.optim.AdamW,
-                  features_extractor_class=make_encoder(), features_extractor_kwargs=dict(args=like))  # fmt: skip
+    policy = dict(
+        activation_fn=torch.nn.SiLU,
+        optimizer_class=torch.optim.AdamW,
+        features_extractor_class=make_encoder(),
+        features_extractor_kwargs=dict(args=like),
+    )
     options = dict(learning_rate=5e-4, gamma=like.gamma, seed=args.seed, device=args.device)
     batch = like.num_envs * like.horizon
     if args.algo == "ppo":
         units = dict(pi=list(like.actor_units), vf=list(like.critic_units))
-        return sb3.PPO("MultiInputPolicy", worlds, n_steps=like.horizon, batch_size=batch // 4, n_epochs=5,
-                       gae_lambda=like.gae_lambda, clip_range=0.2, max_grad_norm=0.5, target_kl=0.03,
-                       policy_kwargs=policy | dict(net_arch=units), **options)  # fmt: skip
+        return sb3.PPO(
+            "MultiInputPolicy",
+            envs,
+            n_steps=like.horizon,
+            batch_size=batch // 4,
+            n_epochs=5,
+            gae_lambda=like.gae_lambda,
+            clip_range=0.2,
+            max_grad_norm=0.5,
+            target_kl=0.03,
+            policy_kwargs=policy | dict(net_arch=units),
+            **options,
+        )
     units = dict(pi=list(like.actor_units), qf=list(like.critic_units))
-    return sb3.SAC("MultiInputPolicy", worlds, buffer_size=min(1_000_000, 2 * like.total_timesteps),
-                   batch_size=16 * like.num_envs, learning_starts=batch, train_freq=4, gradient_steps=4, tau=0.005,
-                   ent_coef="auto_1.0", target_entropy=-worlds.action_space.shape[0] / 2,
-                   policy_kwargs=policy | dict(net_arch=units), **options)  # fmt: skip
+    return sb3.SAC(
+        "MultiInputPolicy",
+        envs,
+        buffer_size=min(1_000_000, 2 * like.total_timesteps),
+        batch_size=16 * like.num_envs,
+        learning_starts=batch,
+        train_freq=4,
+        gradient_steps=4,
+        tau=0.005,
+        ent_coef="auto_1.0",
+        target_entropy=-envs.action_space.shape[0] / 2,
+        policy_kwargs=policy | dict(net_arch=units),
+        **options,
+    )
 
 
 class Acting:
-    """The learnt policy with the interface of sapo_rewarped.Policy: the mean action."""
+    """The trained policy with the interface of sapo_rewarped.Policy: the mean action."""
 
     def __init__(self, model, norm, device):
         self.model, self.norm, self.device = model, norm, device
-
-    def reset(self):
-        pass
 
     def act(self, obs):
         obs = self.norm.normalize_obs({name: value.cpu().numpy() for name, value in obs.items()})
@@ -159,11 +192,10 @@ class Untaught:
     def __init__(self, env, random: bool, seed: int):
         self.env, self.random, self.generator = env, random, torch.Generator().manual_seed(seed)
 
-    def reset(self):
-        pass
-
     def act(self, obs):
-        draw = torch.rand((self.env.num_envs, self.env.action_dim), generator=self.generator) * 2 - 1
+        draw = (
+            torch.rand((self.env.num_envs, self.env.action_dim), generator=self.generator) * 2 - 1
+        )
         return (draw * self.random).to(self.env.device)
 
 
@@ -172,14 +204,16 @@ def train(args: Args) -> dict:
     learns = args.algo in ("ppo", "sac")
     if learns and importlib.util.find_spec("stable_baselines3") is None:
         raise ValueError(INSTALL)
-    like = sr.Args(**dict(env_id=args.env_id, size=args.size, device=args.device, seed=args.seed)
-                   | sr.tuned_defaults("sapo", args.env_id, args.size))  # fmt: skip
-    like = replace(like, total_timesteps=args.total_timesteps or like.total_timesteps, capture_video=False)
-    like.check()
-    run = Path("runs") / (args.name or time.strftime(f"{args.env_id}__{args.algo}__s{args.seed}__%Y%m%d-%H%M%S"))
+    own = dict(env_id=args.env_id, size=args.size, device=args.device, seed=args.seed)
+    like = sr.Args(**sr.tuned("sapo", args.env_id, args.size) | own | dict(capture_video=False))
+    like = replace(like, total_timesteps=args.total_timesteps or like.total_timesteps)
+    sr.check(like)
+    run = Path("runs") / (
+        args.name or time.strftime(f"{args.env_id}__{args.algo}__s{args.seed}__%Y%m%d-%H%M%S")
+    )
     if (run / "eval.csv").exists():
         raise ValueError(f"{run} exists: choose another --name")
-    env, eval_env = sr.make_envs(like, torch.device(args.device))
+    env, eval_env = sr.make_envs(like)
     run.mkdir(parents=True, exist_ok=True)
     begin, paused, results = time.perf_counter(), 0.0, {}
 
@@ -187,7 +221,9 @@ def train(args: Args) -> dict:
         nonlocal paused
         pause = time.perf_counter()
         results.update(sr.evaluate(policy, eval_env, like, run / "unused.mp4"))
-        clock = dict(global_step=step, wall_time=time.time() - START, train_time=pause - begin - paused)
+        clock = dict(
+            global_step=step, wall_time=time.time() - START, train_time=pause - begin - paused
+        )
         sr.write_row(run / "eval.csv", clock | results, track=False)
         print(f"{step} steps: return {results['eval/return']:.3f}", flush=True)
         paused += time.perf_counter() - pause
@@ -207,7 +243,7 @@ def learn(args: Args, like: sr.Args, env, evaluate):
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.vec_env import VecNormalize
 
-    norm = VecNormalize(make_worlds(env), norm_obs_keys=["state"], gamma=like.gamma)
+    norm = VecNormalize(make_vec_env(env), norm_obs_keys=["state"], gamma=like.gamma)
     model = make_model(args, like, norm)
 
     class Evaluate(BaseCallback):
@@ -215,7 +251,10 @@ def learn(args: Args, like: sr.Args, env, evaluate):
 
         def _on_step(self):
             step = self.num_timesteps
-            if step // like.eval_freq != self.seen // like.eval_freq or step >= like.total_timesteps > self.seen:
+            if (
+                step // like.eval_freq != self.seen // like.eval_freq
+                or step >= like.total_timesteps > self.seen
+            ):
                 evaluate(Acting(model, norm, env.device), step)
             self.seen = step
             return True
@@ -227,5 +266,4 @@ if __name__ == "__main__":
     try:
         train(tyro.cli(Args, description=__doc__.split("\n\n")[0]))
     except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(f"error: {error}")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-pytest.importorskip("warp", reason='needs Warp: pip install -e ".[so101]"')
+pytest.importorskip("warp", reason='needs Warp: pip install -e ".[rewarped]"')
 from envs import rewarped  # noqa: E402
 from envs.rewarped import mpm  # noqa: E402
 from envs.rewarped.kinematics import Joint, Shape, Tree, turn_to  # noqa: E402
@@ -17,8 +17,22 @@ each_material = pytest.mark.parametrize("material", mpm.MATERIALS)
 
 def simulation(material, n=2, particles=27, colliders=True, **options):
     """A simulation in float64 that is small, stiff and in contact."""
-    options = dict(grid=16, dt=2e-4, substeps=3, young=1000.0, poisson=0.3, yield_stress=20.0, gravity=-10.0,
-                   friction=0.5, ground_friction=0.3, dtype=D, colliders=COLLIDERS if colliders else ()) | options
+    options = (
+        dict(
+            grid=16,
+            dt=2e-4,
+            substeps=3,
+            young=1000.0,
+            poisson=0.3,
+            yield_stress=20.0,
+            gravity=-10.0,
+            friction=0.5,
+            ground_friction=0.3,
+            dtype=D,
+            colliders=COLLIDERS if colliders else (),
+        )
+        | options
+    )
     return mpm.MPM(n, particles, material=material, **options)
 
 
@@ -29,15 +43,25 @@ def scene(material, n=2, particles=27, substeps=3, seed=1):
     def randn(*shape):
         return torch.randn(*shape, generator=g, dtype=D)
 
-    x = torch.rand(n, particles, 3, generator=g, dtype=D) * 0.2 + torch.tensor((0.25, 0.17, 0.25), dtype=D)
+    x = torch.rand(n, particles, 3, generator=g, dtype=D) * 0.2 + torch.tensor(
+        (0.25, 0.17, 0.25), dtype=D
+    )
     F = torch.eye(3, dtype=D) + 0.05 * randn(n, particles, 3, 3)
     if material == "fluid":  # its F is diag(J, 1, 1)
         J = F[..., 0, 0]
         F = torch.diag_embed(torch.stack((J, torch.ones_like(J), torch.ones_like(J)), -1))
     base = torch.tensor([[0.3, 0.45, 0.35], [0.5, 0.3, 0.35]], dtype=D).expand(substeps, n, 2, 3)
     turn = torch.linalg.qr(torch.eye(3, dtype=D) + 0.2 * randn(substeps, n, 2, 3, 3)).Q
-    return [x, randn(n, particles, 3), 3 * randn(n, particles, 3, 3), F, base + 0.02 * randn(substeps, n, 2, 3), turn,
-            randn(substeps, n, 2, 3), randn(substeps, n, 2, 3)]  # fmt: skip
+    return [
+        x,
+        randn(n, particles, 3),
+        3 * randn(n, particles, 3, 3),
+        F,
+        base + 0.02 * randn(substeps, n, 2, 3),
+        turn,
+        randn(substeps, n, 2, 3),
+        randn(substeps, n, 2, 3),
+    ]
 
 
 def run(sim, tensors, steps, weights):
@@ -67,7 +91,9 @@ def test_free_fall():
     end, t = sim.step(start), 50 * 2e-4
     assert end.v[..., 1].allclose(torch.tensor(-10.0 * t, dtype=D), rtol=1e-9)
     # The velocity is updated before the position: half a substep more than g t^2 / 2.
-    assert (end.x - start.x)[..., 1].allclose(torch.tensor(-5.0 * t * (t + 2e-4), dtype=D), rtol=1e-8)
+    assert (end.x - start.x)[..., 1].allclose(
+        torch.tensor(-5.0 * t * (t + 2e-4), dtype=D), rtol=1e-8
+    )
 
 
 def block(counts, spacing, bottom, centre=0.5, dtype=D):
@@ -80,14 +106,31 @@ def test_a_collider_carries_along_what_it_touches_and_friction_is_coulombs():
     """A box moves sideways under a block: without friction it slides away below it, with much it takes it along."""
     speeds = []
     for friction in (0.0, 5.0):
-        sim = mpm.MPM(1, 64, material="elastic", grid=16, dt=2e-4, substeps=40, young=2000.0, poisson=0.3,
-                      gravity=-10.0, friction=friction, colliders=[(mpm.BOX, (0.2, 0.1, 0.2))])  # fmt: skip
+        sim = mpm.MPM(
+            1,
+            64,
+            material="elastic",
+            grid=16,
+            dt=2e-4,
+            substeps=40,
+            young=2000.0,
+            poisson=0.3,
+            gravity=-10.0,
+            friction=friction,
+            colliders=[(mpm.BOX, (0.2, 0.1, 0.2))],
+        )
         p = mpm.at_rest(block((4, 4, 4), 1 / 32, 0.475, dtype=torch.float32))
         for step in range(6):
-            k = (torch.arange(40) + 40 * step)[:, None, None, None] * sim.dt * torch.tensor((0.5, 0.0, 0.0))
+            k = (
+                (torch.arange(40) + 40 * step)[:, None, None, None]
+                * sim.dt
+                * torch.tensor((0.5, 0.0, 0.0))
+            )
             vel = torch.tensor((0.5, 0.0, 0.0)).expand(40, 1, 1, 3)
             eye = torch.eye(3).expand(40, 1, 1, 3, 3)
-            p = sim.step(p, mpm.Poses(k + torch.tensor((0.45, 0.36, 0.5)), eye, vel, torch.zeros_like(vel)))
+            p = sim.step(
+                p, mpm.Poses(k + torch.tensor((0.45, 0.36, 0.5)), eye, vel, torch.zeros_like(vel))
+            )
         assert abs(p.v[..., 1].mean()) < 0.15, "the box holds it up"
         speeds.append(float(p.v[..., 0].mean()))
     assert abs(speeds[0]) < 0.02 and 0.3 < speeds[1] < 0.55
@@ -110,8 +153,15 @@ def test_gradients_against_central_differences(material, steps):
         errors = []
         for eps in (1e-6, 1e-7):
             with torch.no_grad():
-                up, down = (run(sim, [*tensors[:i], tensors[i] + s * eps * d, *tensors[i + 1 :]], steps, weights)
-                            for s in (1, -1))  # fmt: skip
+                up, down = (
+                    run(
+                        sim,
+                        [*tensors[:i], tensors[i] + s * eps * d, *tensors[i + 1 :]],
+                        steps,
+                        weights,
+                    )
+                    for s in (1, -1)
+                )
             found, expected = (grad * d).sum(), (up - down) / (2 * eps)
             errors.append(float(abs(found - expected) / abs(expected)))
         assert min(errors) < 1e-6, (i, errors)
@@ -132,7 +182,12 @@ def test_float32_adjoint_agrees_with_float64(material):
 def test_checkpointing_and_graphs_change_nothing(material):
     tensors, weights = scene(material), weights_like(scene(material))
     plain, values = None, []
-    for options in (dict(checkpoint=False), dict(), dict(graph=True), dict(checkpoint=False, graph=True)):
+    for options in (
+        dict(checkpoint=False),
+        dict(),
+        dict(graph=True),
+        dict(checkpoint=False, graph=True),
+    ):
         sim = simulation(material, **options)
         for _ in range(2):  # the second time from replayed graphs
             grads = gradient(sim, tensors, 3, weights)
@@ -143,7 +198,7 @@ def test_checkpointing_and_graphs_change_nothing(material):
 
 
 @each_material
-def test_one_world_is_the_same_world_in_a_batch(material):
+def test_one_environment_is_the_same_in_a_batch(material):
     tensors, weights = scene(material, n=3), weights_like(scene(material, n=3))
     batch = gradient(simulation(material, n=3), tensors, 2, weights)
     for n in range(3):
@@ -153,7 +208,9 @@ def test_one_world_is_the_same_world_in_a_batch(material):
             assert torch.equal(a, b[n : n + 1] if i < 4 else b[:, n : n + 1])
 
 
-@pytest.mark.parametrize("sigma", [(1.0, 1.0, 1.0), (1.1, 1.1, 0.9), (1.2, 1.0, 1.0), (1.0, 1.0, 1.0 + 1e-9)])
+@pytest.mark.parametrize(
+    "sigma", [(1.0, 1.0, 1.0), (1.1, 1.1, 0.9), (1.2, 1.0, 1.0), (1.0, 1.0, 1.0 + 1e-9)]
+)
 @pytest.mark.parametrize("stress", [5.0, 1e6], ids=["flows", "elastic"])
 def test_gradient_at_equal_singular_values(sigma, stress):
     """Where svd's own adjoint divides by zero. One particle, F turned, and C such that F itself is the trial."""
@@ -161,22 +218,36 @@ def test_gradient_at_equal_singular_values(sigma, stress):
     U, V = (torch.linalg.qr(torch.randn(3, 3, generator=g, dtype=D)).Q for _ in range(2))
     U, V = U * torch.linalg.det(U), V * torch.linalg.det(V)
     F = (U @ torch.diag(torch.tensor(sigma, dtype=D)) @ V.T)[None, None]
-    sim = simulation("plasticine", n=1, particles=1, colliders=False, substeps=1, yield_stress=stress, gravity=0.0)
+    sim = simulation(
+        "plasticine",
+        n=1,
+        particles=1,
+        colliders=False,
+        substeps=1,
+        yield_stress=stress,
+        gravity=0.0,
+    )
     x = torch.full((1, 1, 3), 0.53, dtype=D)
     tensors = [x, torch.zeros_like(x), torch.zeros_like(F), F]
     weights = [torch.randn(t.shape, generator=g, dtype=D) for t in tensors]
     grad = gradient(sim, tensors, 1, weights)[3]
     assert grad.isfinite().all()
-    if stress > 100 or sigma != (1.0, 1.0, 1.0):  # at F = I the yield surface is far: elastic there too
+    if stress > 100 or sigma != (
+        1.0,
+        1.0,
+        1.0,
+    ):  # at F = I the yield surface is far: elastic there too
         for k in range(9):
             d = torch.zeros(9, dtype=D)
             d[k] = 1e-6
             d = d.view(1, 1, 3, 3)
             up, down = (run(sim, [*tensors[:3], F + s * d], 1, weights) for s in (1, -1))
-            assert abs(float(grad.flatten()[k]) - float(up - down) / 2e-6) < 1e-6 * float(grad.norm())
+            assert abs(float(grad.flatten()[k]) - float(up - down) / 2e-6) < 1e-6 * float(
+                grad.norm()
+            )
 
 
-def test_a_world_that_blew_up_has_no_gradient_and_harms_no_other():
+def test_an_environment_that_blew_up_has_no_gradient_and_harms_no_other():
     tensors, weights = scene("elastic"), weights_like(scene("elastic"))
     sim = simulation("elastic")
     healthy = gradient(sim, tensors, 1, weights)
@@ -201,10 +272,16 @@ def test_late_backward_is_refused():
         run(sim, leaves, 2, weights_like(tensors))
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(material="honey"), "known are"), (dict(grid=8), "at least 9"), (dict(dt=0.0), "above 0"),
-    (dict(poisson=0.5), "between"), (dict(substeps=0), "at least 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(material="honey"), "known are"),
+        (dict(grid=8), "at least 9"),
+        (dict(dt=0.0), "above 0"),
+        (dict(poisson=0.5), "between"),
+        (dict(substeps=0), "at least 1"),
+    ],
+)
 def test_impossible_simulations_are_named_in_one_line(options, message):
     with pytest.raises(ValueError, match=message) as error:
         simulation(**(dict(material="elastic") | options))
@@ -214,9 +291,11 @@ def test_impossible_simulations_are_named_in_one_line(options, message):
 # --- Kinematics -------------------------------------------------------------------------------------------------------
 def test_a_tree_against_closed_forms():
     """A slider that carries a double pendulum; speeds against differences of positions."""
-    joints = [Joint("s", -1, "slide", (0.1, 0.2, 0.3), (1.0, 0.0, 0.0), -1, 1),
-              Joint("a", 0, "hinge", (0.0, 0.0, 0.0), (0.0, 0.0, 1.0), -3, 3),
-              Joint("b", 1, "hinge", (0.5, 0.0, 0.0), (0.0, 0.0, 1.0), -3, 3)]  # fmt: skip
+    joints = [
+        Joint("s", -1, "slide", (0.1, 0.2, 0.3), (1.0, 0.0, 0.0), -1, 1),
+        Joint("a", 0, "hinge", (0.0, 0.0, 0.0), (0.0, 0.0, 1.0), -3, 3),
+        Joint("b", 1, "hinge", (0.5, 0.0, 0.0), (0.0, 0.0, 1.0), -3, 3),
+    ]
     shapes = [Shape(2, mpm.CAPSULE, (0.1, 0.02), (0.25, 0.0, 0.0), turn_to((1.0, 0.0, 0.0)))]
     tree = Tree(joints, shapes, dtype=D)
     q, qd = torch.tensor([0.2, 0.7, -0.4], dtype=D), torch.tensor([0.3, -0.5, 1.1], dtype=D)
@@ -233,11 +312,16 @@ def test_a_tree_against_closed_forms():
 
 # --- Tasks ------------------------------------------------------------------------------------------------------------
 def make(env_id, n=2, **options):
-    return rewarped.make(env_id, n, "cpu", **({"seed": 0, "size": "small", "graph": False} | options))
+    return rewarped.make(
+        env_id, n, "cpu", **({"seed": 0, "size": "small", "graph": False} | options)
+    )
 
 
 def actions(env, seed=0):
-    return torch.rand(env.num_envs, env.action_dim, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return (
+        torch.rand(env.num_envs, env.action_dim, generator=torch.Generator().manual_seed(seed)) * 2
+        - 1
+    )
 
 
 @pytest.mark.parametrize("env_id", ["RollingFlat", "FluidMove", "HandFlip"])
@@ -249,25 +333,34 @@ def test_contract(env_id):
     assert rewards.shape == (3,) and rewards.isfinite().all() and rewards.dtype == torch.float32
     assert not (terminations | truncations | info["nan"]).any()
     (rewards.sum() + obs["state"].sum()).backward()
-    assert action.grad.isfinite().all() and (action.grad != 0).any(1).all()  # a joint at its limit has none
-    picture = env.render(0, size=48)
-    assert picture.shape == (48, 48, 3) and picture.dtype.name == "uint8" and picture.std() > 5
+    assert (
+        action.grad.isfinite().all() and (action.grad != 0).any(1).all()
+    )  # a joint at its limit has none
+    image = env.render(0, size=48)
+    assert image.shape == (48, 48, 3) and image.dtype.name == "uint8" and image.std() > 5
 
 
-@pytest.mark.parametrize("env_id, joints, state, particles", [
-    ("RollingFlat", 3, 6, 2592), ("FluidMove", 3, 9, 2880), ("HandFlip", 24, 27, 2500),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "env_id, joints, state, particles",
+    [
+        ("RollingFlat", 3, 6, 2592),
+        ("FluidMove", 3, 9, 2880),
+        ("HandFlip", 24, 27, 2500),
+    ],
+)
 def test_published_sizes(env_id, joints, state, particles):
     task = rewarped.tasks()[env_id]
     env = make(env_id, 1, size="full")
     assert env.obs_dims == {"state": (state,), "points": (250, 3)} and env.action_dim == joints
     assert env.sim.num_particles == particles and env.max_episode_steps == 300
     assert env.sim.grid == 48 and env.sim.substeps == 40
-    assert env.sim.dt == (5e-4 if env_id == "FluidMove" else 5e-5) and task.SIZES["small"]["grid"] < 48
+    assert (
+        env.sim.dt == (5e-4 if env_id == "FluidMove" else 5e-5) and task.SIZES["small"]["grid"] < 48
+    )
 
 
 def test_a_reset_cuts_its_own_gradient_and_nobody_elses():
-    """World 0 is reset within the window: what world 1 earns later depends on its first action as if nothing was."""
+    """Environment 0 is reset within the window: what 1 earns later depends on its first action as if nothing was."""
     grads = []
     for ends in (False, True):
         env = make("FluidMove", seed=3)
@@ -278,16 +371,26 @@ def test_a_reset_cuts_its_own_gradient_and_nobody_elses():
             obs, r, _, truncations, info = env.step(acts[-1])
             rewards.append(r)
             assert bool(truncations[0]) == (ends and k == 2) and not truncations[1]
-            if truncations[0]:  # the last observation has a gradient, that of the new episode has none
-                last = torch.autograd.grad(info["final_obs"]["state"][0].sum(), acts[-1], retain_graph=True)[0]
-                new = torch.autograd.grad(obs["state"][0].sum(), acts[-1], retain_graph=True, allow_unused=True)[0]
+            if truncations[
+                0
+            ]:  # the last observation has a gradient, that of the new episode has none
+                last = torch.autograd.grad(
+                    info["final_obs"]["state"][0].sum(), acts[-1], retain_graph=True
+                )[0]
+                new = torch.autograd.grad(
+                    obs["state"][0].sum(), acts[-1], retain_graph=True, allow_unused=True
+                )[0]
                 assert (last[0] != 0).any() and (new is None or (new[0] == 0).all())
                 assert not info["final_obs"]["state"][0].equal(obs["state"][0])
                 assert info["episode"]["length"][0] == env.max_episode_steps
         grads.append(torch.stack(torch.autograd.grad(rewards[-1].sum(), acts)))
     free, cut = grads
     assert torch.equal(free[:, 1], cut[:, 1]) and (free[:, 1].norm(dim=-1) > 0).all()
-    assert (free[:3, 0].norm(dim=-1) > 0).all() and (cut[:3, 0] == 0).all() and (cut[3:, 0].norm(dim=-1) > 0).all()
+    assert (
+        (free[:3, 0].norm(dim=-1) > 0).all()
+        and (cut[:3, 0] == 0).all()
+        and (cut[3:, 0].norm(dim=-1) > 0).all()
+    )
 
 
 def test_the_box_holds_the_water():
@@ -299,7 +402,9 @@ def test_the_box_holds_the_water():
     box = env.state["joints"] + torch.tensor(env.start)
     inner = env.outer - env.MARGIN
     out = (env.state["x"] - box[:, None]).abs() - inner
-    assert (out[..., [0, 2]] < env.sim.dx).all() and (env.state["x"][..., 1] > box[:, 1] - inner[1] - env.sim.dx).all()
+    assert (out[..., [0, 2]] < env.sim.dx).all() and (
+        env.state["x"][..., 1] > box[:, 1] - inner[1] - env.sim.dx
+    ).all()
 
 
 def test_detach_begins_a_window():
@@ -313,7 +418,7 @@ def test_detach_begins_a_window():
     assert torch.autograd.grad(reward, second)[0].norm() > 0
 
 
-def test_nan_resets_one_world_alone():
+def test_nan_resets_one_environment_alone():
     grads = []
     for poisoned in (False, True):
         env = make("FluidMove", seed=2)
@@ -326,20 +431,28 @@ def test_nan_resets_one_world_alone():
         last = env.obs
         obs, rewards, terminations, truncations, info = env.step(actions(env, 1))
         if poisoned:
-            assert info["nan"].tolist() == [True, False] == truncations.tolist() and not terminations.any()
+            assert (
+                info["nan"].tolist() == [True, False] == truncations.tolist()
+                and not terminations.any()
+            )
             assert int(env.nan_resets) == 1 and rewards[0] == 0
             assert torch.equal(info["final_obs"]["state"][0], last["state"][0])
         assert all(value.isfinite().all() for value in obs.values())
-        grads.append(torch.autograd.grad(rewards.sum() + info["final_obs"]["state"].sum(), before)[0])
+        grads.append(
+            torch.autograd.grad(rewards.sum() + info["final_obs"]["state"].sum(), before)[0]
+        )
     assert torch.equal(grads[0][1], grads[1][1]) and (grads[1][0] == 0).all()
 
 
-def test_the_same_seed_and_a_saved_state_give_the_same_future():
+def test_the_same_seed_and_a_saved_state_give_the_same_future(tmp_path):
     env, twin = make("FluidMove", seed=7, stagger=True), make("FluidMove", seed=8, stagger=True)
     assert torch.equal(env.reset(5)["state"], twin.reset(5)["state"])
     env.step(actions(env))
-    saved = env.state_dict()
-    env.clock[1] = saved["clock"][1] = env.max_episode_steps - 1  # the next step draws a new episode
+    torch.save(env.state_dict(), tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)  # tensors and plain values only
+    env.clock[1] = saved["clock"][1] = (
+        env.max_episode_steps - 1
+    )  # the next step draws a new episode
     futures = []
     for one in (env, twin):
         if one is twin:
@@ -351,6 +464,8 @@ def test_the_same_seed_and_a_saved_state_give_the_same_future():
     assert torch.equal(*futures)
     with pytest.raises(ValueError, match="num_envs"):
         make("FluidMove", 1).load_state_dict(saved)
+    with pytest.raises(ValueError, match="dtype 'torch.float32', this one 'torch.float64'"):
+        make("FluidMove", dtype=D).load_state_dict(saved)
 
 
 def test_rewards_by_hand():
@@ -361,11 +476,15 @@ def test_rewards_by_hand():
     x[:, ::2, 1] += 0.02  # mean 0.0725, unless the number is odd
     h = x[0, :, 1]
     d, variance = float(h.mean()) / 0.125, float(((h - h.mean()) ** 2).sum() / (len(h) - 1))
-    assert float(paper.reward({"x": x}, None)[0]) == pytest.approx((1 / (1 + d)) ** 2 - variance, rel=1e-5)
+    assert float(paper.reward({"x": x}, None)[0]) == pytest.approx(
+        (1 / (1 + d)) ** 2 - variance, rel=1e-5
+    )
     x[..., 1] += env.floor - 0.0625
     d = (float(h.mean()) - env.floor) / 0.0625
     bonus = 1 + 1 / (1 + math.exp(-(0.33 - d) / 0.05))
-    assert float(mended.reward({"x": x}, None)[0]) == pytest.approx((1 / (1 + d)) ** 2 * bonus - variance, rel=1e-4)
+    assert float(mended.reward({"x": x}, None)[0]) == pytest.approx(
+        (1 / (1 + d)) ** 2 * bonus - variance, rel=1e-4
+    )
     flip = make("HandFlip", 1)
     state = flip.state
     assert float(flip.reward(state, None)[0]) == pytest.approx(0.0, abs=1e-6)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-pytest.importorskip("warp", reason='needs Warp: pip install -e ".[so101]"')
+pytest.importorskip("warp", reason='needs Warp: pip install -e ".[rewarped]"')
 from envs import rewarped  # noqa: E402
 from envs.rewarped.fem import FEM  # noqa: E402
 from envs.rewarped.fem_tasks import table  # noqa: E402
@@ -12,16 +12,20 @@ D = torch.float64
 
 
 def body(n=2, **options):
-    """Two worlds of the smallest table, in float64."""
+    """Two environments of the smallest table, in float64."""
     rest, tets = table((3, 2), (1, 1), 0.3)
     options = dict(dt=1 / 4800, substeps=4, mu=1000.0, lam=1000.0, damping=1.0, dtype=D) | options
     return FEM(n, rest, tets, **options), rest, tets
 
 
 def scene(n=2, seed=0):
-    """x, v, activation and size of worlds that are deformed, on the move and partly in the ground."""
+    """x, v, activation and size of environments that are deformed, on the move and partly in the ground."""
     g, (_, rest, tets) = torch.Generator().manual_seed(seed), body()
-    x = rest + 0.01 * torch.randn(n, *rest.shape, generator=g, dtype=D) - torch.tensor((0.0, 0.03, 0.0))
+    x = (
+        rest
+        + 0.01 * torch.randn(n, *rest.shape, generator=g, dtype=D)
+        - torch.tensor((0.0, 0.03, 0.0))
+    )
     v = torch.randn(n, *rest.shape, generator=g, dtype=D)
     activation = 0.3 * torch.randn(n, len(tets), generator=g, dtype=D)
     return [x, v, activation, 0.9 + 0.2 * torch.rand(n, generator=g, dtype=D)]
@@ -57,7 +61,9 @@ def test_internal_forces_keep_momentum_and_muscles_move_the_body():
     y, w = sim.step(x, v, activation, size)
     assert (mass * w).sum(1).allclose((mass * v).sum(1), atol=1e-10)
     spin = [(mass * torch.cross(p, q, dim=-1)).sum(1) for p, q in ((x, v), (y, w))]
-    assert (spin[0] - spin[1]).norm() < 0.02 * spin[0].norm()  # damping is by the rate of F, which a turn has too
+    assert (spin[0] - spin[1]).norm() < 0.02 * spin[
+        0
+    ].norm()  # damping is by the rate of F, which a turn has too
     _, idle = sim.step(x, v, torch.zeros_like(activation), size)
     assert (w - idle).abs().max() > 0.01
 
@@ -83,20 +89,24 @@ def test_gradients_against_central_differences(steps):
         d, errors = d / d.norm() + 2 * grad / grad.norm(), []
         for eps in (1e-6, 1e-7):
             with torch.no_grad():
-                up, down = (run(sim, [*tensors[:i], tensors[i] + s * eps * d, *tensors[i + 1 :]], steps)
-                            for s in (1, -1))  # fmt: skip
+                up, down = (
+                    run(sim, [*tensors[:i], tensors[i] + s * eps * d, *tensors[i + 1 :]], steps)
+                    for s in (1, -1)
+                )
             errors.append(float(abs((grad * d).sum() / ((up - down) / (2 * eps)) - 1)))
         assert min(errors) < 1e-6, (i, errors)
 
 
-def test_float32_agrees_graphs_change_nothing_and_worlds_are_independent():
+def test_float32_agrees_graphs_change_nothing_and_environments_are_independent():
     tensors = scene()
     exact = gradient(body()[0], tensors, 2)
     single = gradient(body(dtype=torch.float32)[0], [t.float() for t in tensors], 2)
     assert all((a - b).norm() < 1e-3 * b.norm() for a, b in zip(single, exact, strict=True))
     graphs = body(graph=True)[0]
     for _ in range(2):
-        assert all(torch.equal(a, b) for a, b in zip(gradient(graphs, tensors, 2), exact, strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(gradient(graphs, tensors, 2), exact, strict=True)
+        )
     sim = body(n=1)[0]
     leaves = [t[:1].clone().requires_grad_() for t in tensors[:3]]
     one = sim.step(*leaves, tensors[3][:1])
@@ -106,16 +116,25 @@ def test_float32_agrees_graphs_change_nothing_and_worlds_are_independent():
 
 def test_impossible_bodies_are_named_in_one_line():
     rest, tets = table((3, 2), (1, 1), 0.3)
-    for options, some, message in ((dict(dt=0.0), tets, "above 0"), ({}, tets[:, [1, 0, 2, 3]], "positive volume")):
+    for options, some, message in (
+        (dict(dt=0.0), tets, "above 0"),
+        ({}, tets[:, [1, 0, 2, 3]], "positive volume"),
+    ):
         with pytest.raises(ValueError, match=message) as error:
-            FEM(1, rest, some, **(dict(dt=1e-3, substeps=1, mu=1.0, lam=1.0, damping=0.0) | options))
+            FEM(
+                1, rest, some, **(dict(dt=1e-3, substeps=1, mu=1.0, lam=1.0, damping=0.0) | options)
+            )
         assert "\n" not in str(error.value)
 
 
 def faces(tets):
     """Triangles of a mesh, each by its three sorted vertices, and how many tetrahedra have it."""
-    return tets[:, [[0, 1, 2], [0, 1, 3], [0, 2, 3], [1, 2, 3]]].reshape(-1, 3).sort(1).values.unique(
-        dim=0, return_counts=True)  # fmt: skip
+    return (
+        tets[:, [[0, 1, 2], [0, 1, 3], [0, 2, 3], [1, 2, 3]]]
+        .reshape(-1, 3)
+        .sort(1)
+        .values.unique(dim=0, return_counts=True)
+    )
 
 
 def shapes(rest, tets):
@@ -124,10 +143,16 @@ def shapes(rest, tets):
     return rest[found[count == 1]].mean(1).round(decimals=6)
 
 
-@pytest.mark.parametrize("top, leg, rim, volume", [
-    ((3, 2), (1, 1), False, 6 + 4), ((4, 3), (1, 2), False, 12 + 8), ((4, 4), (2, 1), False, 16 + 16),
-    # Slab 49, legs 12, twenty wedges of a half, four corners of 2/3 and in two of them a sixth.
-    ((7, 7), (1, 3), True, 49 + 12 + 10 + 8 / 3 + 1 / 3)])  # fmt: skip
+@pytest.mark.parametrize(
+    "top, leg, rim, volume",
+    [
+        ((3, 2), (1, 1), False, 6 + 4),
+        ((4, 3), (1, 2), False, 12 + 8),
+        ((4, 4), (2, 1), False, 16 + 16),
+        # Slab 49, legs 12, twenty wedges of a half, four corners of 2/3 and in two of them a sixth.
+        ((7, 7), (1, 3), True, 49 + 12 + 10 + 8 / 3 + 1 / 3),
+    ],
+)
 def test_tables_are_whole_and_have_the_volume_of_their_cells(top, leg, rim, volume):
     rest, tets = table(top, leg, 0.5, rim)
     sides = rest[tets[:, 1:]] - rest[tets[:, :1]]
@@ -144,14 +169,18 @@ def test_tables_are_whole_and_have_the_volume_of_their_cells(top, leg, rim, volu
 def test_an_even_table_is_its_own_mirror_image():
     rest, tets = table((4, 4), (1, 2), 0.5)
     for axis in (0, 2):
-        ours, theirs = (set(map(tuple, shapes(r, tets).tolist())) for r in (
-            rest, rest * torch.tensor([-1.0 if a == axis else 1.0 for a in range(3)])))
+        ours, theirs = (
+            set(map(tuple, shapes(r, tets).tolist()))
+            for r in (rest, rest * torch.tensor([-1.0 if a == axis else 1.0 for a in range(3)]))
+        )
         assert ours == theirs
 
 
 # --- SoftJumper -------------------------------------------------------------------------------------------------------
 def make(n=2, **options):
-    return rewarped.make("SoftJumper", n, "cpu", **({"seed": 0, "size": "small", "graph": False} | options))
+    return rewarped.make(
+        "SoftJumper", n, "cpu", **({"seed": 0, "size": "small", "graph": False} | options)
+    )
 
 
 def test_published_sizes_of_softjumper():
@@ -162,14 +191,20 @@ def test_published_sizes_of_softjumper():
 
 def test_softjumper_step_reward_and_gradient():
     env = make()
-    a = (torch.rand(2, env.action_dim, generator=torch.Generator().manual_seed(0)) * 2 - 1).requires_grad_()
+    a = (
+        torch.rand(2, env.action_dim, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    ).requires_grad_()
     obs, rewards, terminations, truncations, info = env.step(a)
     assert {name: tuple(v.shape[1:]) for name, v in obs.items()} == env.obs_dims
     state = env.state
     share = (env.sim.mass / env.sim.mass.sum()).float()[:, None]
     speed, height = (state["v"] * share).sum(1)[:, 0], (state["x"] * share).sum(1)[:, 1]
-    assert rewards.allclose(speed + 3 * (height - state["y0"]) - 1e-3 * a.square().sum(1), atol=1e-5)
-    assert obs["state"][:, 6:].equal(a) and obs["state"][:, 0].allclose(0.1 * (state["x"] * share).sum(1)[:, 0])
+    assert rewards.allclose(
+        speed + 3 * (height - state["y0"]) - 1e-3 * a.square().sum(1), atol=1e-5
+    )
+    assert obs["state"][:, 6:].equal(a) and obs["state"][:, 0].allclose(
+        0.1 * (state["x"] * share).sum(1)[:, 0]
+    )
     assert torch.autograd.grad(rewards.sum(), a)[0].isfinite().all()
     assert env.render(0, 48).shape == (48, 48, 3)
 

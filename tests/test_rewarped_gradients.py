@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-pytest.importorskip("warp", reason='needs Warp: pip install -e ".[so101]"')
+pytest.importorskip("warp", reason='needs Warp: pip install -e ".[rewarped]"')
 from envs import rewarped  # noqa: E402
 
 D = torch.float64
@@ -14,12 +14,14 @@ PARTICLES = ("RollingFlat", "FluidMove", "HandFlip")
 
 
 def make(env_id, n=2, dtype=D, **options):
-    return rewarped.make(env_id, n, "cpu", **(dict(size="small", dtype=dtype, seed=1, graph=False) | options))
+    return rewarped.make(
+        env_id, n, "cpu", **(dict(size="small", dtype=dtype, seed=1, graph=False) | options)
+    )
 
 
 @functools.cache
 def scene(env_id):
-    """A saved state in contact, of two worlds, and 32 actions to go on with."""
+    """A saved state in contact, of two environments, and 32 actions to go on with."""
     env, g = make(env_id), torch.Generator().manual_seed(0)
     actions = torch.rand(44, 2, env.action_dim, generator=g, dtype=D) - 0.5
     if env_id == "AntRun":
@@ -45,14 +47,20 @@ def window(env, state, actions, seen=1.0):
 
 def gradient(env, state, actions, **options):
     leaves = [action.clone().requires_grad_() for action in actions]
-    return torch.stack(torch.autograd.grad(window(env, state, leaves, **options), leaves))  # (T, N, A)
+    return torch.stack(
+        torch.autograd.grad(window(env, state, leaves, **options), leaves)
+    )  # (T, N, A)
 
 
 # 32 steps are a window of the published algorithm. The tasks on particles take the longest.
-@pytest.mark.parametrize("env_id, steps", [
-    *((task, 4) for task in TASKS), *((task, 32) for task in TASKS if task not in ("RollingFlat", "HandFlip")),
-    *(pytest.param(task, 32, marks=pytest.mark.slow) for task in ("RollingFlat", "HandFlip")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "env_id, steps",
+    [
+        *((task, 4) for task in TASKS),
+        *((task, 32) for task in TASKS if task not in ("RollingFlat", "HandFlip")),
+        *(pytest.param(task, 32, marks=pytest.mark.slow) for task in ("RollingFlat", "HandFlip")),
+    ],
+)
 def test_a_window_against_central_differences(env_id, steps):
     saved, actions = scene(env_id)
     env, actions = make(env_id), actions[:steps]
@@ -62,8 +70,12 @@ def test_a_window_against_central_differences(env_id, steps):
     d = d / d.norm() + 2 * grad / grad.norm()
     for eps in (1e-6, 1e-7):
         with torch.no_grad():
-            up, down = (window(env, saved["state"], [a + s * eps * e for a, e in zip(actions, d, strict=True)])
-                        for s in (1, -1))  # fmt: skip
+            up, down = (
+                window(
+                    env, saved["state"], [a + s * eps * e for a, e in zip(actions, d, strict=True)]
+                )
+                for s in (1, -1)
+            )
         errors.append(abs(float((grad * d).sum() / ((up - down) / (2 * eps)) - 1)))
     assert min(errors) < 1e-6, errors
     # Every action matters, unless its joint stops at a limit.
@@ -77,12 +89,17 @@ def test_the_same_in_float32_from_graphs_without_checkpoints_and_alone(env_id):
     saved, actions = scene(env_id)
     state, actions = saved["state"], actions[:3]
     exact = gradient(make(env_id), state, actions)
-    single = gradient(make(env_id, dtype=torch.float32), {k: v.float() for k, v in state.items()},
-                      [a.float() for a in actions])  # fmt: skip
+    single = gradient(
+        make(env_id, dtype=torch.float32),
+        {k: v.float() for k, v in state.items()},
+        [a.float() for a in actions],
+    )
     assert (single - exact).norm() < 1e-3 * exact.norm()
     for options in (dict(graph=True), *[dict(checkpoint=False)] * (env_id in PARTICLES)):
         assert torch.equal(gradient(make(env_id, **options), state, actions), exact), options
     alone = make(env_id, 1)
     for n in range(2):
-        one = gradient(alone, {k: v[n : n + 1] for k, v in state.items()}, [a[n : n + 1] for a in actions])
+        one = gradient(
+            alone, {k: v[n : n + 1] for k, v in state.items()}, [a[n : n + 1] for a in actions]
+        )
         assert one[:, 0].allclose(exact[:, n], rtol=1e-12, atol=1e-14)

@@ -11,14 +11,21 @@ import pytest
 import test_rewarped as particles
 import torch
 
-pytest.importorskip("warp", reason='needs Warp: pip install -e ".[so101]"')
+pytest.importorskip("warp", reason='needs Warp: pip install -e ".[rewarped]"')
 from envs import rewarped  # noqa: E402
 from envs.rewarped import mpm  # noqa: E402
 from envs.rewarped.fem import FEM  # noqa: E402
 from envs.rewarped.fem_tasks import table  # noqa: E402
 from envs.rewarped.rigid import Springs  # noqa: E402
 
-D, DT, G, YOUNG, POISSON, YIELD = torch.float64, 2e-4, 16, 1000.0, 0.3, 20.0  # those of particles.simulation
+D, DT, G, YOUNG, POISSON, YIELD = (
+    torch.float64,
+    2e-4,
+    16,
+    1000.0,
+    0.3,
+    20.0,
+)  # those of particles.simulation
 DX, MU, LAM = 1 / G, YOUNG / 2 / (1 + POISSON), YOUNG * POISSON / (1 + POISSON) / (1 - 2 * POISSON)
 STENCIL = list(itertools.product(range(3), repeat=3))
 
@@ -58,8 +65,10 @@ def rubbed(u, normal, friction):
 def node(v, index, pose):
     """Velocity of a node after the nearest collider and the walls."""
     x, (pos, rot, vel, omega), index = np.array(index) * DX, pose, np.array(index)
-    found = [surface(kind, np.array(size), rot[b].T @ (x - pos[b]))
-             for b, (kind, size) in enumerate(particles.COLLIDERS)]  # fmt: skip
+    found = [
+        surface(kind, np.array(size), rot[b].T @ (x - pos[b]))
+        for b, (kind, size) in enumerate(particles.COLLIDERS)
+    ]
     b = int(np.argmin([distance for distance, _ in found]))
     share, normal = min(np.exp(-666 * found[b][0]), 1), rot[b] @ found[b][1]
     body = vel[b] + np.cross(omega[b], x - pos[b])
@@ -85,16 +94,26 @@ def substep(material, density, x, v, C, F, pose):
         base = (x[p] / DX - 0.5).astype(int)
         f = x[p] / DX - base
         w = np.array((0.5 * (1.5 - f) ** 2, 0.75 - (f - 1) ** 2, 0.5 * (f - 0.5) ** 2))
-        weights.append([(tuple(base + s), w[s[0], 0] * w[s[1], 1] * w[s[2], 2], (base + s) * DX - x[p])
-                        for s in STENCIL])  # fmt: skip
+        weights.append(
+            [
+                (tuple(base + s), w[s[0], 0] * w[s[1], 1] * w[s[2], 2], (base + s) * DX - x[p])
+                for s in STENCIL
+            ]
+        )
         for index, share, way in weights[p]:
             mass[index] += share * density
             momentum[index] += share * (density * (v[p] + C[p] @ way) - DT * 4 / DX**2 * tau @ way)
-    speed = {index: node(momentum[index] / mass[index] + np.array((0, -10 * DT, 0)), index, pose)
-             for index in zip(*map(list, np.nonzero(mass)), strict=True)}  # fmt: skip
+    speed = {
+        index: node(momentum[index] / mass[index] + np.array((0, -10 * DT, 0)), index, pose)
+        for index in zip(*map(list, np.nonzero(mass)), strict=True)
+    }
     v = np.array([sum(share * speed[index] for index, share, _ in around) for around in weights])
-    C = np.array([sum(4 / DX**2 * share * np.outer(speed[index], way) for index, share, way in around)
-                  for around in weights])  # fmt: skip
+    C = np.array(
+        [
+            sum(4 / DX**2 * share * np.outer(speed[index], way) for index, share, way in around)
+            for around in weights
+        ]
+    )
     return x + DT * v, v, C, np.array(after)
 
 
@@ -103,7 +122,9 @@ def substep(material, density, x, v, C, F, pose):
 def test_substeps_are_the_formulas(material, density):
     """In contact with two colliders, that turn, and with the floor; the plasticine flows."""
     tensors = particles.scene(material)
-    found = particles.simulation(material, density=density).step(mpm.Particles(*tensors[:4]), mpm.Poses(*tensors[4:]))
+    found = particles.simulation(material, density=density).step(
+        mpm.Particles(*tensors[:4]), mpm.Poses(*tensors[4:])
+    )
     for n in range(2):
         state = [t[n].numpy() for t in tensors[:4]]
         for s in range(3):
@@ -114,15 +135,30 @@ def test_substeps_are_the_formulas(material, density):
 
 def test_forces_of_tetrahedra_are_the_slope_of_their_energy():
     """mu / 2 (tr F'F - 3) - mu / 2 log(tr F'F + 1) + lam / 2 (J - alpha + a)^2, of bodies of other sizes too."""
-    g, (rest, tets), mu, lam = torch.Generator().manual_seed(0), table((3, 2), (1, 1), 0.3), 700.0, 1300.0
-    sim = FEM(2, rest, tets, dt=1 / 4800, substeps=1, mu=mu, lam=lam, damping=0.0, gravity=0.0, dtype=D)
-    size, activation = torch.tensor((0.9, 1.1), dtype=D), 0.3 * torch.randn(2, len(tets), generator=g, dtype=D)
+    g, (rest, tets), mu, lam = (
+        torch.Generator().manual_seed(0),
+        table((3, 2), (1, 1), 0.3),
+        700.0,
+        1300.0,
+    )
+    sim = FEM(
+        2, rest, tets, dt=1 / 4800, substeps=1, mu=mu, lam=lam, damping=0.0, gravity=0.0, dtype=D
+    )
+    size, activation = (
+        torch.tensor((0.9, 1.1), dtype=D),
+        0.3 * torch.randn(2, len(tets), generator=g, dtype=D),
+    )
     x = rest * size[:, None, None] + 0.01 * torch.randn(2, *rest.shape, generator=g, dtype=D)
     x = (x + torch.tensor((0.0, 1.0, 0.0))).requires_grad_()
-    edges, sides = ((t[..., tets[:, 1:], :] - t[..., tets[:, :1], :]).mT for t in (rest * size[:, None, None], x))
+    edges, sides = (
+        (t[..., tets[:, 1:], :] - t[..., tets[:, :1], :]).mT
+        for t in (rest * size[:, None, None], x)
+    )
     F, volume = sides @ torch.linalg.inv(edges), torch.linalg.det(edges) / 6
     square, J, alpha = F.square().sum((-2, -1)), torch.linalg.det(F), 1 + mu / lam - mu / (4 * lam)
-    energy = mu / 2 * (square - 3 - torch.log(square + 1)) + lam / 2 * (J - alpha + activation).square()
+    energy = (
+        mu / 2 * (square - 3 - torch.log(square + 1)) + lam / 2 * (J - alpha + activation).square()
+    )
     expected = -torch.autograd.grad((volume * energy).sum(), x)[0]
     _, v = sim.step(x.detach(), torch.zeros_like(x), activation, size)
     forces = v * 4800 * (sim.mass[:, None] * size[:, None, None] ** 3)
@@ -130,13 +166,43 @@ def test_forces_of_tetrahedra_are_the_slope_of_their_energy():
 
 
 PUBLISHED = {  # material, action sizes
-    "RollingFlat": (dict(material="plasticine", young=5000.0, poisson=0.2, yield_stress=50.0, gravity=-90.0,
-                         friction=0.9, ground_friction=500.0), (0.01, 0.01, math.pi / 60)),
-    "FluidMove": (dict(material="fluid", young=1e5, poisson=0.3, density=1000.0, gravity=-9.8, friction=0.5,
-                       ground_friction=0.0), (0.01,) * 3),
-    "HandFlip": (dict(material="plasticine", young=4000.0, poisson=0.2, yield_stress=130.0, gravity=-90.0, friction=0.5,
-                      ground_friction=500.0), (0.0264,) * 24),
-}  # fmt: skip
+    "RollingFlat": (
+        dict(
+            material="plasticine",
+            young=5000.0,
+            poisson=0.2,
+            yield_stress=50.0,
+            gravity=-90.0,
+            friction=0.9,
+            ground_friction=500.0,
+        ),
+        (0.01, 0.01, math.pi / 60),
+    ),
+    "FluidMove": (
+        dict(
+            material="fluid",
+            young=1e5,
+            poisson=0.3,
+            density=1000.0,
+            gravity=-9.8,
+            friction=0.5,
+            ground_friction=0.0,
+        ),
+        (0.01,) * 3,
+    ),
+    "HandFlip": (
+        dict(
+            material="plasticine",
+            young=4000.0,
+            poisson=0.2,
+            yield_stress=130.0,
+            gravity=-90.0,
+            friction=0.5,
+            ground_friction=500.0,
+        ),
+        (0.0264,) * 24,
+    ),
+}
 
 
 @pytest.mark.parametrize("env_id", PUBLISHED)
@@ -149,16 +215,25 @@ def test_published_springs():
     s, ant, hand = Springs(), rewarped.tasks()["AntRun"], rewarped.tasks()["HandReorient"]
     assert (s.contact_ke, s.contact_kd, s.contact_kf, s.friction) == (4e3, 1e3, 3e2, 0.75)
     assert (s.limit, s.limit_d, s.damping) == (1e3, 10.0, 1.0)
-    assert (hand.SPRINGS.contact_ke, hand.SPRINGS.friction, hand.SPRINGS.damping) == (500.0, 0.5, 1.0)
+    assert (hand.SPRINGS.contact_ke, hand.SPRINGS.friction, hand.SPRINGS.damping) == (
+        500.0,
+        0.5,
+        1.0,
+    )
     assert (ant.TORQUE, ant.LOWEST, hand.TORQUE, hand.FALLEN) == (200.0, 0.27, 2.0, 0.24)
 
 
-@pytest.mark.parametrize("env_id, low, high, size", [
-    ("RollingFlat", (-0.1, 0.0, -0.1), (0.1, 0.05, 0.1), 0.1), ("HandFlip", (-0.1, 0.0, -0.1), (0.1, 0.1, 0.1), 0.05),
-    ("SoftJumper", (-0.8, 0.0, -0.8), (0.8, 0.4, 0.8), 0.1), ("FluidMove", (-0.2, 0.0, -0.2), (0.2, 0.3, 0.2), 0.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "env_id, low, high, size",
+    [
+        ("RollingFlat", (-0.1, 0.0, -0.1), (0.1, 0.05, 0.1), 0.1),
+        ("HandFlip", (-0.1, 0.0, -0.1), (0.1, 0.1, 0.1), 0.05),
+        ("SoftJumper", (-0.8, 0.0, -0.8), (0.8, 0.4, 0.8), 0.1),
+        ("FluidMove", (-0.2, 0.0, -0.2), (0.2, 0.3, 0.2), 0.0),
+    ],
+)
 def test_published_noise_of_a_start(env_id, low, high, size):
-    """Of 300 worlds: what is drawn fills its range, to a tenth of it, and stays inside."""
+    """Of 300 environments: what is drawn fills its range, to a tenth of it, and stays inside."""
     env = rewarped.make(env_id, 300, size="small", seed=0, graph=False)
     if env_id == "FluidMove":
         drawn, middle = env.state["target"] - env.state["x"].mean(1), torch.zeros(3)
@@ -166,8 +241,14 @@ def test_published_noise_of_a_start(env_id, low, high, size):
         x = env.state["x"]
         width = x[..., 0].amax(1) - x[..., 0].amin(1)
         scale = width / (width.amax() + width.amin()) * 2
-        assert abs(scale.amax() - 1 - size) < 0.1 * size and abs(1 - size - scale.amin()) < 0.1 * size
-        bottom = x[..., 1].amin(1) if env_id == "SoftJumper" else x[..., 1].amin(1) - env.particles0[:, 1].min() * scale
+        assert (
+            abs(scale.amax() - 1 - size) < 0.1 * size and abs(1 - size - scale.amin()) < 0.1 * size
+        )
+        bottom = (
+            x[..., 1].amin(1)
+            if env_id == "SoftJumper"
+            else x[..., 1].amin(1) - env.particles0[:, 1].min() * scale
+        )
         drawn = torch.stack([x[..., 0].mean(1), bottom, x[..., 2].mean(1)], 1)
         middle = (drawn.amax(0) + drawn.amin(0)) / 2 - (torch.tensor(low) + torch.tensor(high)) / 2
     drawn, low, high = drawn - middle, torch.tensor(low), torch.tensor(high)

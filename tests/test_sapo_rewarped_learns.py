@@ -17,7 +17,14 @@ def test_plasticine_is_flattened_on_a_cpu(tmp_path):
 
     from envs import rewarped
 
-    command = [sys.executable, str(ROOT / "algos/sapo_rewarped.py"), "--env-id", "RollingFlat", "--device", "cpu"]
+    command = [
+        sys.executable,
+        str(ROOT / "algos/sapo_rewarped.py"),
+        "--env-id",
+        "RollingFlat",
+        "--device",
+        "cpu",
+    ]
     command += ["--seed", "11", "--name", "rolling"]
     subprocess.run(command, cwd=tmp_path, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     with open(tmp_path / "runs/rolling/eval.csv", newline="") as file:

@@ -1,6 +1,6 @@
 """Batched, differentiable tetrahedra with muscles in Warp: neo-Hookean elasticity, penalty contact with the ground.
 
-One substep takes every world's vertices through two kernels:
+One substep takes every environment's vertices through two kernels:
 
     forces     a thread a tetrahedron: F = D_s D_m^-1 from its vertices, first Piola-Kirchhoff stress
                P = mu (1 - 1 / (tr F^T F + 1)) F + lam (J - alpha + a) dJ/dF + damping dF/dt,  alpha = 1 + 3 mu / 4 lam,
@@ -10,22 +10,16 @@ One substep takes every world's vertices through two kernels:
 
 The stress is the stable neo-Hookean of Smith et al. 2018, which needs no logarithm and survives inversion. Gradients:
 see substeps.py.
-Shapes: N worlds, V vertices, T tetrahedra, S substeps.
+Shapes: N environments, V vertices, T tetrahedra, S substeps.
 """
 
 import functools
 import types
 
 import torch
+import warp as wp
 
-try:
-    import warp as wp
-except ImportError as error:
-    raise ImportError(f'the rewarped tasks need Warp: pip install -e ".[so101]"  ({error})') from None
-
-from envs.rewarped.substeps import Substeps  # noqa: E402
-
-wp.config.log_level = wp.LOG_WARNING  # no line for every kernel that is loaded
+from envs.rewarped.substeps import Substeps
 
 
 # ------------------------------------------------------------------------------------------------------- kernels -----
@@ -35,12 +29,25 @@ def kernels(real) -> types.SimpleNamespace:
     name = f"rewarped_fem_{real.__name__}"
     kernel = functools.partial(wp.kernel, module=name)
     vec3, mat33 = wp.types.vector(3, real), wp.types.matrix((3, 3), real)
-    scalars, vectors, scalars2 = (wp.array(dtype=t, ndim=n) for t, n in ((real, 1), (vec3, 2), (real, 2)))
+    scalars, vectors, scalars2 = (
+        wp.array(dtype=t, ndim=n) for t, n in ((real, 1), (vec3, 2), (real, 2))
+    )
     matrices, ints = wp.array(dtype=mat33, ndim=1), wp.array(dtype=wp.int32, ndim=2)
 
     @kernel
-    def forces(x: vectors, v: vectors, activation: scalars2, size: scalars, tets: ints, inv_rest: matrices,
-               volume: scalars, mu: real, lam: real, damping: real, f: vectors):  # fmt: skip
+    def forces(
+        x: vectors,
+        v: vectors,
+        activation: scalars2,
+        size: scalars,
+        tets: ints,
+        inv_rest: matrices,
+        volume: scalars,
+        mu: real,
+        lam: real,
+        damping: real,
+        f: vectors,
+    ):
         n, t = wp.tid()
         a, b, c, d, s = tets[t, 0], tets[t, 1], tets[t, 2], tets[t, 3], size[n]
         inv = inv_rest[t] / s
@@ -63,8 +70,21 @@ def kernels(real) -> types.SimpleNamespace:
         wp.atomic_add(f, n, d, fd)
 
     @kernel
-    def integrate(x: vectors, v: vectors, f: vectors, size: scalars, mass: scalars, dt: real, gravity: real, ke: real,
-                  kd: real, kf: real, friction: real, x_next: vectors, v_next: vectors):  # fmt: skip
+    def integrate(
+        x: vectors,
+        v: vectors,
+        f: vectors,
+        size: scalars,
+        mass: scalars,
+        dt: real,
+        gravity: real,
+        ke: real,
+        kd: real,
+        kf: real,
+        friction: real,
+        x_next: vectors,
+        v_next: vectors,
+    ):
         n, i = wp.tid()
         xp, vp, s, zero = x[n, i], v[n, i], size[n], real(0.0)
         depth = wp.max(-xp[1], zero)
@@ -83,7 +103,7 @@ def kernels(real) -> types.SimpleNamespace:
 
 # ------------------------------------------------------------------------------------------------- the simulation ----
 class FEM:
-    """N worlds of one body of tetrahedra.
+    """N environments of one body of tetrahedra.
 
     rest (V, 3), tets (T, 4)    the body; a positive volume each
     dt, substeps                a step is substeps * dt
@@ -92,18 +112,38 @@ class FEM:
     Raises ValueError in one line for a choice that cannot work.
     """
 
-    def __init__(self, num_envs: int, rest: torch.Tensor, tets: torch.Tensor, *, dt: float, substeps: int, mu: float,
-                 lam: float, damping: float, density: float = 1.0, gravity: float = -9.8, ke: float = 2e3,
-                 kd: float = 0.1, kf: float = 10.0, friction: float = 0.7, device="cpu", dtype=torch.float32,
-                 graph: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        num_envs: int,
+        rest: torch.Tensor,
+        tets: torch.Tensor,
+        *,
+        dt: float,
+        substeps: int,
+        mu: float,
+        lam: float,
+        damping: float,
+        density: float = 1.0,
+        gravity: float = -9.8,
+        ke: float = 2e3,
+        kd: float = 0.1,
+        kf: float = 10.0,
+        friction: float = 0.7,
+        device="cpu",
+        dtype=torch.float32,
+        graph: bool = False,
+    ):
         rest = rest.double()
         edges = torch.stack([rest[tets[:, k]] - rest[tets[:, 0]] for k in (1, 2, 3)], -1)
         volume = torch.linalg.det(edges) / 6
         for wrong, message in (
             (dtype not in (torch.float32, torch.float64), f"dtype {dtype}: float32 or float64"),
-            (min(num_envs, substeps) < 1, "worlds and substeps: at least 1"),
+            (min(num_envs, substeps) < 1, "environments and substeps: at least 1"),
             (min(dt, mu, lam, density) <= 0, "dt, mu, lam and density must be above 0"),
-            (bool((volume <= 0).any()), f"{int((volume <= 0).sum())} tetrahedra have no positive volume"),
+            (
+                bool((volume <= 0).any()),
+                f"{int((volume <= 0).sum())} tetrahedra have no positive volume",
+            ),
         ):
             if wrong:
                 raise ValueError(message)
@@ -121,12 +161,22 @@ class FEM:
         def launches(state, inputs, scratch, following):
             (x, v), (activation, size), (f,) = state, inputs, scratch
             body = [corners, inverse, volumes, mu, lam, damping]
-            return [(k.forces, (N, T), [x, v, activation, size, *body], [f]),
-                    (k.integrate, (N, V), [x, v, f, size, masses, *world], following)]  # fmt: skip
+            return [
+                (k.forces, (N, T), [x, v, activation, size, *body], [f]),
+                (k.integrate, (N, V), [x, v, f, size, masses, *world], following),
+            ]
 
         vertices = ((N, V), k.vec3)
-        self.steps = Substeps([vertices, vertices], [((N, T), real), ((N,), real)], [vertices], launches,
-                              substeps=substeps, device=device, dtype=dtype, graph=graph)  # fmt: skip
+        self.steps = Substeps(
+            [vertices, vertices],
+            [((N, T), real), ((N,), real)],
+            [vertices],
+            launches,
+            substeps=substeps,
+            device=device,
+            dtype=dtype,
+            graph=graph,
+        )
 
     def step(self, x, v, activation, size):
         """x and v (N, V, 3) a step later, for activations (N, T) and sizes (N,) of the bodies; differentiable."""

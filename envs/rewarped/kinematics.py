@@ -1,7 +1,8 @@
 """Forward kinematics of colliders in torch: joint positions and speeds -> where each collider is and how it moves.
 
 A `Tree` is a list of joints, each with one degree of freedom, and of shapes fixed to their links. It is evaluated for
-all worlds and substeps at once, joints of one depth together, and torch differentiates it; Warp sees only its result.
+all environments and substeps at once, joints of one depth together, and torch differentiates it; Warp sees only its
+result.
 """
 
 from dataclasses import dataclass
@@ -33,7 +34,11 @@ class Shape:
     kind: int  # mpm.CAPSULE | mpm.BOX
     size: tuple[float, ...]
     offset: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    turn: tuple[tuple[float, float, float], ...] = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+    turn: tuple[tuple[float, float, float], ...] = (
+        (1.0, 0.0, 0.0),
+        (0.0, 1.0, 0.0),
+        (0.0, 0.0, 1.0),
+    )
 
 
 def skew(axis: torch.Tensor) -> torch.Tensor:
@@ -64,7 +69,10 @@ class Tree:
             return torch.tensor(rows, device=device, dtype=torch.int64)
 
         self.joints, self.shapes = joints, shapes
-        self.low, self.high = new([joint.low for joint in joints]), new([joint.high for joint in joints])
+        self.low, self.high = (
+            new([joint.low for joint in joints]),
+            new([joint.high for joint in joints]),
+        )
         depth = []
         for i, joint in enumerate(joints):
             if joint.parent >= i:
@@ -76,13 +84,22 @@ class Tree:
             index = [i for i in range(len(joints)) if depth[i] == level]
             hinge = new([float(joints[i].kind == "hinge") for i in index])
             axis = new([joints[i].axis for i in index])
-            self.levels.append((
-                whole(index), whole([row[joints[i].parent] for i in index]), new([joints[i].offset for i in index]),
-                hinge, axis, skew(axis),
-            ))  # fmt: skip
+            self.levels.append(
+                (
+                    whole(index),
+                    whole([row[joints[i].parent] for i in index]),
+                    new([joints[i].offset for i in index]),
+                    hinge,
+                    axis,
+                    skew(axis),
+                )
+            )
             row |= {i: len(row) + k for k, i in enumerate(index)}
         self.links = whole([row[shape.link] for shape in shapes])
-        self.offset, self.turn = new([shape.offset for shape in shapes]), new([shape.turn for shape in shapes])
+        self.offset, self.turn = (
+            new([shape.offset for shape in shapes]),
+            new([shape.turn for shape in shapes]),
+        )
 
     def __call__(self, q: torch.Tensor, qd: torch.Tensor) -> Poses:
         """Poses (..., B, ...) of the shapes at joint positions and speeds (..., J)."""
@@ -90,15 +107,28 @@ class Tree:
         R, p = eye.expand(*lead, 1, 3, 3), q.new_zeros(*lead, 1, 3)
         v, w = torch.zeros_like(p), torch.zeros_like(p)
         for index, parents, offset, hinge, axis, K in self.levels:
-            Rp, pp, vp, wp = R[..., parents, :, :], p[..., parents, :], v[..., parents, :], w[..., parents, :]
+            Rp, pp, vp, wp = (
+                R[..., parents, :, :],
+                p[..., parents, :],
+                v[..., parents, :],
+                w[..., parents, :],
+            )
             qi, qdi = q[..., index, None], qd[..., index, None]
             slide, turn = (1 - hinge)[:, None] * axis, hinge[:, None] * axis
             away = (Rp @ (offset + slide * qi)[..., None])[..., 0]
             angle = (qi * hinge[:, None])[..., None]
             R = torch.cat((R, Rp @ (eye + angle.sin() * K + (1 - angle.cos()) * (K @ K))), -3)
             p = torch.cat((p, pp + away), -2)
-            v = torch.cat((v, vp + torch.cross(wp, away, dim=-1) + (Rp @ (slide * qdi)[..., None])[..., 0]), -2)
+            v = torch.cat(
+                (v, vp + torch.cross(wp, away, dim=-1) + (Rp @ (slide * qdi)[..., None])[..., 0]),
+                -2,
+            )
             w = torch.cat((w, wp + (Rp @ (turn * qdi)[..., None])[..., 0]), -2)
-        R, p, v, w = R[..., self.links, :, :], p[..., self.links, :], v[..., self.links, :], w[..., self.links, :]
+        R, p, v, w = (
+            R[..., self.links, :, :],
+            p[..., self.links, :],
+            v[..., self.links, :],
+            w[..., self.links, :],
+        )
         arm = (R @ self.offset[..., None])[..., 0]
         return Poses(p + arm, R @ self.turn, v + torch.cross(w, arm, dim=-1), w)

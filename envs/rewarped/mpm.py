@@ -1,7 +1,7 @@
 """Batched, differentiable MLS-MPM in Warp: elastic solids, plasticine and fluid, pushed about by kinematic colliders.
 
-One substep takes every world's particles through four kernels (and `mark`, which lists the touched nodes). A particle
-carries position x, velocity v, the affine part C of its velocity field (APIC) and its deformation gradient F:
+One substep takes every environment's particles through four kernels (and `mark`, which lists the touched nodes). A
+particle carries position x, velocity v, the affine part C of its velocity field (APIC) and its deformation gradient F:
 
     stress_*  F <- (I + dt C) F, return to the yield surface, Kirchhoff stress tau(F);   A = C - 4 dt / (rho dx^2) tau
     p2g       particle to grid, quadratic B-splines w:   m_i = sum_p w,   (mv)_i = sum_p w (v + A (x_i - x_p))
@@ -12,14 +12,14 @@ Every particle has mass 1. Volume and mass of a particle cancel: colliders are k
 back), so that only stress over density matters. Sources: MLS-MPM, Hu et al. 2018; APIC, Jiang et al. 2015; kinematic
 colliders, PlasticineLab, Huang et al. 2021.
 
-Gradients. Warp derives an adjoint of each kernel; `_Workspace.backward` launches them by hand, last substep first. The
+Gradients. Warp derives an adjoint of each kernel; `_Workspace` launches them by hand, last substep first. The
 grids of all substeps would fill the memory long before the particles do. With `checkpoint` only the state at the start
 of a step is kept: the backward pass runs the step again to have the particles of each substep, and from these rebuilds
 the one grid that all substeps share just before its adjoint is needed. Without it every substep of the window keeps its
 own. The docs (docs/envs/rewarped.md) explain the traps that the comments below only name.
 
 `kernels(wp.float32)` and `kernels(wp.float64)` are built from the same source; the tests differentiate the latter.
-Shapes: N worlds, P particles, S substeps, B colliders, G grid nodes an axis. y is up; the domain is [0, 1]^3.
+Shapes: N environments, P particles, S substeps, B colliders, G grid nodes an axis. y is up; the domain is [0, 1]^3.
 """
 
 import functools
@@ -27,16 +27,15 @@ import types
 from typing import NamedTuple
 
 import torch
+import warp as wp
 
-try:
-    import warp as wp
-except ImportError as error:
-    raise ImportError(f'the rewarped tasks need Warp: pip install -e ".[so101]"  ({error})') from None
-
-wp.config.log_level = wp.LOG_WARNING  # no line for every kernel that is loaded
+from envs.rewarped.substeps import Launcher, all_finite, own_gradient
 
 MATERIALS = ("elastic", "plasticine", "fluid")
-CAPSULE, BOX = 0, 1  # kinds of colliders; size is (half length along local y, radius, -) and (half extents)
+CAPSULE, BOX = (
+    0,
+    1,
+)  # kinds of colliders; size is (half length along local y, radius, -) and (half extents)
 WALL = 3  # layers of nodes at each side of the domain that belong to its walls
 
 
@@ -49,7 +48,10 @@ def kernels(real) -> types.SimpleNamespace:
     wrong adjoint. Loops that only pick an index, such as the one for the nearest collider, may be dynamic.
     """
     name = f"rewarped_mpm_{real.__name__}"
-    kernel, func = functools.partial(wp.kernel, module=name), functools.partial(wp.func, module=name)
+    kernel, func = (
+        functools.partial(wp.kernel, module=name),
+        functools.partial(wp.func, module=name),
+    )
     vec3, mat33 = wp.types.vector(3, real), wp.types.matrix((3, 3), real)
     vectors, matrices = wp.array(dtype=vec3, ndim=2), wp.array(dtype=mat33, ndim=2)
     grid_scalars, grid_vectors = wp.array(dtype=real, ndim=4), wp.array(dtype=vec3, ndim=4)
@@ -62,8 +64,17 @@ def kernels(real) -> types.SimpleNamespace:
 
     # ---- constitutive models -----------------------------------------------------------------------------------------
     @kernel
-    def stress_elastic(F: matrices, C: matrices, dt: real, mu: real, lam: real, limit: real, scale: real,
-                       F_next: matrices, A: matrices):  # fmt: skip
+    def stress_elastic(
+        F: matrices,
+        C: matrices,
+        dt: real,
+        mu: real,
+        lam: real,
+        limit: real,
+        scale: real,
+        F_next: matrices,
+        A: matrices,
+    ):
         """Neo-Hookean: tau = mu (F F^T - I) + lam log(J) I."""
         n, p = wp.tid()
         Fp = (eye() + C[n, p] * dt) @ F[n, p]
@@ -73,8 +84,17 @@ def kernels(real) -> types.SimpleNamespace:
         A[n, p] = C[n, p] - tau * scale
 
     @kernel
-    def stress_fluid(F: matrices, C: matrices, dt: real, mu: real, lam: real, limit: real, scale: real,
-                     F_next: matrices, A: matrices):  # fmt: skip
+    def stress_fluid(
+        F: matrices,
+        C: matrices,
+        dt: real,
+        mu: real,
+        lam: real,
+        limit: real,
+        scale: real,
+        F_next: matrices,
+        A: matrices,
+    ):
         """Weakly compressible: tau = lam J (J - 1) I. A fluid forgets its shape, so F = diag(J, 1, 1)."""
         n, p = wp.tid()
         J = F[n, p][0, 0] * (real(1.0) + dt * wp.trace(C[n, p]))
@@ -115,7 +135,11 @@ def kernels(real) -> types.SimpleNamespace:
         strain = center + (strain - center) * factor
         tau = U @ wp.diag(strain * (mu * real(2.0)) + center * (lam * real(3.0))) @ wp.transpose(U)
         if factor < real(1.0):
-            plastic = U @ wp.diag(vec3(wp.exp(strain[0]), wp.exp(strain[1]), wp.exp(strain[2]))) @ wp.transpose(V)
+            plastic = (
+                U
+                @ wp.diag(vec3(wp.exp(strain[0]), wp.exp(strain[1]), wp.exp(strain[2])))
+                @ wp.transpose(V)
+            )
             return plastic, tau
         return F, tau
 
@@ -156,8 +180,12 @@ def kernels(real) -> types.SimpleNamespace:
             wp.exp(new[2]) * W[2, 2] + mu * real(2.0) * T[2, 2] + trace,
         )
         share = (real(1.0) - s) * (adj_new[0] + adj_new[1] + adj_new[2]) / real(3.0)
-        adj_strain = adj_new * s + vec3(share, share, share) - direction * (s * wp.dot(direction, adj_new))
-        P = wp.diag(vec3(adj_strain[0] / sigma[0], adj_strain[1] / sigma[1], adj_strain[2] / sigma[2]))
+        adj_strain = (
+            adj_new * s + vec3(share, share, share) - direction * (s * wp.dot(direction, adj_new))
+        )
+        P = wp.diag(
+            vec3(adj_strain[0] / sigma[0], adj_strain[1] / sigma[1], adj_strain[2] / sigma[2])
+        )
         for i in range(3):
             for j in range(3):
                 if i != j:
@@ -172,8 +200,17 @@ def kernels(real) -> types.SimpleNamespace:
         wp.adjoint[F] += U @ P @ wp.transpose(V)
 
     @kernel
-    def stress_plasticine(F: matrices, C: matrices, dt: real, mu: real, lam: real, limit: real, scale: real,
-                          F_next: matrices, A: matrices):  # fmt: skip
+    def stress_plasticine(
+        F: matrices,
+        C: matrices,
+        dt: real,
+        mu: real,
+        lam: real,
+        limit: real,
+        scale: real,
+        F_next: matrices,
+        A: matrices,
+    ):
         """Hencky strain with von Mises return; see `hencky`."""
         n, p = wp.tid()
         plastic, tau = hencky((eye() + C[n, p] * dt) @ F[n, p], mu, lam, limit)
@@ -205,10 +242,20 @@ def kernels(real) -> types.SimpleNamespace:
             for j in range(3):
                 for k in range(3):
                     if wp.atomic_max(seen, n, bx + i, by + j, bz + k, 1) == 0:
-                        nodes[wp.atomic_add(count, 0, 1)] = ((n * G + bx + i) * G + by + j) * G + bz + k
+                        nodes[wp.atomic_add(count, 0, 1)] = (
+                            ((n * G + bx + i) * G + by + j) * G + bz + k
+                        )
 
     @kernel
-    def p2g(x: vectors, v: vectors, A: matrices, dx: real, inv_dx: real, grid_m: grid_scalars, grid_mv: grid_vectors):
+    def p2g(
+        x: vectors,
+        v: vectors,
+        A: matrices,
+        dx: real,
+        inv_dx: real,
+        grid_m: grid_scalars,
+        grid_mv: grid_vectors,
+    ):
         n, p = wp.tid()
         xp, vp, Ap, G = x[n, p], v[n, p], A[n, p], grid_m.shape[1]
         bx, by, bz = corner(xp[0], inv_dx, G), corner(xp[1], inv_dx, G), corner(xp[2], inv_dx, G)
@@ -225,8 +272,16 @@ def kernels(real) -> types.SimpleNamespace:
                     wp.atomic_add(grid_mv, n, ix, iy, iz, (vp + Ap @ offset) * w)
 
     @kernel
-    def g2p(x: vectors, grid_v: grid_vectors, dx: real, inv_dx: real, dt: real,
-            x_next: vectors, v_next: vectors, C_next: matrices):  # fmt: skip
+    def g2p(
+        x: vectors,
+        grid_v: grid_vectors,
+        dx: real,
+        inv_dx: real,
+        dt: real,
+        x_next: vectors,
+        v_next: vectors,
+        C_next: matrices,
+    ):
         n, p = wp.tid()
         xp, G = x[n, p], grid_v.shape[1]
         bx, by, bz = corner(xp[0], inv_dx, G), corner(xp[1], inv_dx, G), corner(xp[2], inv_dx, G)
@@ -264,7 +319,9 @@ def kernels(real) -> types.SimpleNamespace:
             if most < real(0.0):
                 away = most
             else:
-                away = wp.length(vec3(wp.max(q[0], real(0.0)), wp.max(q[1], real(0.0)), wp.max(q[2], real(0.0))))
+                away = wp.length(
+                    vec3(wp.max(q[0], real(0.0)), wp.max(q[1], real(0.0)), wp.max(q[2], real(0.0)))
+                )
         return away
 
     @func
@@ -278,11 +335,19 @@ def kernels(real) -> types.SimpleNamespace:
             most = wp.max(q[0], wp.max(q[1], q[2]))
             zero = real(0.0)
             if most < zero:  # inside: the nearest face's
-                normal = vec3(wp.where(q[0] == most, wp.sign(x[0]), zero), wp.where(q[1] == most, wp.sign(x[1]), zero),
-                              wp.where(q[2] == most, wp.sign(x[2]), zero))  # fmt: skip
+                normal = vec3(
+                    wp.where(q[0] == most, wp.sign(x[0]), zero),
+                    wp.where(q[1] == most, wp.sign(x[1]), zero),
+                    wp.where(q[2] == most, wp.sign(x[2]), zero),
+                )
             else:
-                normal = wp.normalize(vec3(wp.sign(x[0]) * wp.max(q[0], zero), wp.sign(x[1]) * wp.max(q[1], zero),
-                                           wp.sign(x[2]) * wp.max(q[2], zero)))  # fmt: skip
+                normal = wp.normalize(
+                    vec3(
+                        wp.sign(x[0]) * wp.max(q[0], zero),
+                        wp.sign(x[1]) * wp.max(q[1], zero),
+                        wp.sign(x[2]) * wp.max(q[2], zero),
+                    )
+                )
         return normal
 
     @func
@@ -294,8 +359,10 @@ def kernels(real) -> types.SimpleNamespace:
         return ut * wp.max(real(1.0) + friction * un / speed, real(0.0))
 
     @func
-    def nearest(x: vec3, n: int, colliders: int, kinds: ints, size: sizes, pos: vectors, rot: matrices):
-        """The collider of world n that is nearest to x, or -1 if none is within a unit of length."""
+    def nearest(
+        x: vec3, n: int, colliders: int, kinds: ints, size: sizes, pos: vectors, rot: matrices
+    ):
+        """The collider of environment n that is nearest to x, or -1 if none is within a unit of length."""
         found = int(-1)  # noqa: UP018  (to Warp a literal is a constant)
         least = real(1.0)
         for b in range(colliders):
@@ -306,12 +373,30 @@ def kernels(real) -> types.SimpleNamespace:
         return found
 
     @wp.func_grad(nearest)
-    def adj_nearest(x: vec3, n: int, colliders: int, kinds: ints, size: sizes, pos: vectors, rot: matrices,
-                    adj_ret: int):  # fmt: skip
+    def adj_nearest(
+        x: vec3,
+        n: int,
+        colliders: int,
+        kinds: ints,
+        size: sizes,
+        pos: vectors,
+        rot: matrices,
+        adj_ret: int,
+    ):
         """An index has no gradient."""
 
     @func
-    def push(v: vec3, x: vec3, kind: int, size: vec3, pos: vec3, rot: mat33, vel: vec3, omega: vec3, friction: real):
+    def push(
+        v: vec3,
+        x: vec3,
+        kind: int,
+        size: vec3,
+        pos: vec3,
+        rot: mat33,
+        vel: vec3,
+        omega: vec3,
+        friction: real,
+    ):
         """Velocity at x after a collider has had its say: fully inside it, fading within about 2 mm outside."""
         local = wp.transpose(rot) @ (x - pos)
         influence = wp.min(wp.exp(real(-666.0) * distance(kind, size, local)), real(1.0))
@@ -342,9 +427,25 @@ def kernels(real) -> types.SimpleNamespace:
         return u
 
     @kernel
-    def grid(nodes: ints, count: ints, grid_m: grid_scalars, grid_mv: grid_vectors, dx: real, dt: real, gravity: real,
-             friction: real, ground: real, colliders: int, kinds: ints, size: sizes, pos: vectors, rot: matrices,
-             vel: vectors, omega: vectors, grid_v: grid_vectors):  # fmt: skip
+    def grid(
+        nodes: ints,
+        count: ints,
+        grid_m: grid_scalars,
+        grid_mv: grid_vectors,
+        dx: real,
+        dt: real,
+        gravity: real,
+        friction: real,
+        ground: real,
+        colliders: int,
+        kinds: ints,
+        size: sizes,
+        pos: vectors,
+        rot: matrices,
+        vel: vectors,
+        omega: vectors,
+        grid_v: grid_vectors,
+    ):
         """Momentum to velocity, gravity, the nearest collider, walls. Poses (N, B) are those of this substep."""
         t = wp.tid()
         G = grid_m.shape[1]
@@ -358,7 +459,9 @@ def kernels(real) -> types.SimpleNamespace:
             x = vec3(real(i), real(j), real(k)) * dx
             b = nearest(x, n, colliders, kinds, size, pos, rot)
             if b >= 0:
-                v = push(v, x, kinds[b], size[b], pos[n, b], rot[n, b], vel[n, b], omega[n, b], friction)
+                v = push(
+                    v, x, kinds[b], size[b], pos[n, b], rot[n, b], vel[n, b], omega[n, b], friction
+                )
             grid_v[n, i, j, k] = walls(v, i, j, k, G, ground)
 
     found = {k: v for k, v in locals().items() if isinstance(v, wp.Kernel)}
@@ -390,41 +493,66 @@ def at_rest(x: torch.Tensor) -> Particles:
     return Particles(x, torch.zeros_like(x), torch.zeros_like(F), F)
 
 
-class _Workspace:
+class _Workspace(Launcher):
     """Arrays of one step: particles of each substep, poses, grids (one, or one a substep), and adjoints of all."""
 
     def __init__(self, sim: "MPM", grids: int):
-        N, P, S, G, B = sim.num_envs, sim.num_particles, sim.substeps, sim.grid, max(len(sim.kinds), 1)
-        self.sim, self.serial, self.graphs = sim, 0, {}
+        N, P, S, G, B = (
+            sim.num_envs,
+            sim.num_particles,
+            sim.substeps,
+            sim.grid,
+            max(len(sim.kinds), 1),
+        )
+        super().__init__(S, sim.device, sim.graph)
+        self.sim, self.serial = sim, 0
         self.shared = grids == 1 and S > 1
 
         def new(*shape):
             return torch.zeros(shape, dtype=sim.dtype, device=sim.device)
 
         shapes = ((N, P, 3), (N, P, 3), (N, P, 3, 3), (N, P, 3, 3))
-        self.particles, self.adj_particles = (Particles(*(new(S + 1, *shape) for shape in shapes)) for _ in range(2))
+        self.particles, self.adj_particles = (
+            Particles(*(new(S + 1, *shape) for shape in shapes)) for _ in range(2)
+        )
         shapes = ((S, N, B, 3), (S, N, B, 3, 3), (S, N, B, 3), (S, N, B, 3))
         self.poses, self.adj_poses = (Poses(*(new(*shape) for shape in shapes)) for _ in range(2))
         self.poses.rot[:] = torch.eye(3, dtype=sim.dtype)
 
         def wrap(tensor):
-            return wp.from_torch(tensor, dtype={3: sim.k.vec3, 4: sim.k.mat33}[tensor.dim()], requires_grad=False)
+            return wp.from_torch(
+                tensor, dtype={3: sim.k.vec3, 4: sim.k.mat33}[tensor.dim()], requires_grad=False
+            )
 
         def split(tensors):  # one list of warp arrays a substep
-            return [type(tensors)(*(wrap(tensor[s]) for tensor in tensors)) for s in range(len(tensors[0]))]
+            return [
+                type(tensors)(*(wrap(tensor[s]) for tensor in tensors))
+                for s in range(len(tensors[0]))
+            ]
 
         self.w, self.adj_w = split(self.particles), split(self.adj_particles)
         self.p, self.adj_p = split(self.poses), split(self.adj_poses)
 
-        def arrays(count):  # what a substep computes on its way: A of the particles; mass, momentum, velocity of nodes
+        def arrays(
+            count,
+        ):  # what a substep computes on its way: A of the particles; mass, momentum, velocity of nodes
             make = functools.partial(wp.zeros, device=str(sim.device))
-            return [(make((N, P), dtype=sim.k.mat33), make((N, G, G, G), dtype=sim.real),
-                     make((N, G, G, G), dtype=sim.k.vec3), make((N, G, G, G), dtype=sim.k.vec3))
-                    for _ in range(count)]  # fmt: skip
+            return [
+                (
+                    make((N, P), dtype=sim.k.mat33),
+                    make((N, G, G, G), dtype=sim.real),
+                    make((N, G, G, G), dtype=sim.k.vec3),
+                    make((N, G, G, G), dtype=sim.k.vec3),
+                )
+                for _ in range(count)
+            ]
 
         self.grids, self.adj_grid = arrays(grids), arrays(1)[0]
         ints = functools.partial(wp.zeros, dtype=wp.int32, device=str(sim.device))
-        self.seen, self.touched = ints((N, G, G, G)), [(ints(N * G**3), ints(1)) for _ in range(grids)]
+        self.seen, self.touched = (
+            ints((N, G, G, G)),
+            [(ints(N * G**3), ints(1)) for _ in range(grids)],
+        )
         # The host may ask for the number of touched nodes where that costs nothing: not on a GPU, nor inside a graph.
         self.ask = sim.device.type == "cpu" and not sim.graph
         self.launches = [self._launches(s) for s in range(S)]
@@ -435,73 +563,68 @@ class _Workspace:
         sim, k = self.sim, self.sim.k
         N, P = sim.num_envs, sim.num_particles
         (x, v, C, F), (x1, v1, C1, F1), pose = self.w[s], self.w[s + 1], self.p[s]
-        (ax, av, aC, aF), (ax1, av1, aC1, aF1), adj_pose = self.adj_w[s], self.adj_w[s + 1], self.adj_p[s]
+        (ax, av, aC, aF), (ax1, av1, aC1, aF1), adj_pose = (
+            self.adj_w[s],
+            self.adj_w[s + 1],
+            self.adj_p[s],
+        )
         A, m, mv, gv = self.grids[s % len(self.grids)]
         touched = self.touched[s % len(self.grids)]
         aA, am, amv, agv = self.adj_grid
         material = [sim.dt, sim.mu, sim.lam, sim.limit, sim.scale]
         world = [sim.dx, sim.dt, sim.gravity, sim.friction, sim.ground_friction, len(sim.kinds)]
-        shapes = [sim.kinds_, sim.sizes_]  # without an adjoint; were they their own, it would be added to them
+        shapes = [
+            sim.kinds_,
+            sim.sizes_,
+        ]  # without an adjoint; were they their own, it would be added to them
         spacing = [sim.dx, 1.0 / sim.dx]
         return [
             (sim.stress, (N, P), [F, C, *material], [F1, A], [aF, aC, *material], [aF1, aA]),
             (k.p2g, (N, P), [x, v, A, *spacing], [m, mv], [ax, av, aA, *spacing], [am, amv]),
-            (k.grid, None, [*touched, m, mv, *world, *shapes, *pose], [gv],
-             [None, None, am, amv, *world, None, None, *adj_pose], [agv]),
-            (k.g2p, (N, P), [x, gv, *spacing, sim.dt], [x1, v1, C1], [ax, agv, *spacing, sim.dt], [ax1, av1, aC1]),
-        ]  # fmt: skip
+            (
+                k.grid,
+                None,
+                [*touched, m, mv, *world, *shapes, *pose],
+                [gv],
+                [None, None, am, amv, *world, None, None, *adj_pose],
+                [agv],
+            ),
+            (
+                k.g2p,
+                (N, P),
+                [x, gv, *spacing, sim.dt],
+                [x1, v1, C1],
+                [ax, agv, *spacing, sim.dt],
+                [ax1, av1, aC1],
+            ),
+        ]
 
-    def _dim(self, dim, s: int):
-        """The launch dimension, of the grid too."""
-        if dim is not None:
-            return dim
-        nodes, count = self.touched[s % len(self.grids)]
-        return int(count.numpy()[0]) if self.ask else len(nodes)
+    def sized(self, launch: tuple, s: int) -> tuple:
+        """The launch, with a dimension where it has none: that of the grid."""
+        kernel, dim, *rest = launch
+        if dim is None:
+            nodes, count = self.touched[s % len(self.grids)]
+            dim = int(count.numpy()[0]) if self.ask else len(nodes)
+        return kernel, dim, *rest
 
-    def _forward(self, s: int, particles: bool = True) -> None:
+    def forward_substep(self, s: int, particles: bool = True) -> None:
         """Substep s; without `particles` only its grid is built."""
         sim, touched = self.sim, self.touched[s % len(self.grids)]
         for array in (*self.grids[s % len(self.grids)][1:], self.seen, touched[1]):
             array.zero_()
-        wp.launch(sim.k.mark, (sim.num_envs, sim.num_particles), [self.w[s].x, 1.0 / sim.dx, self.seen, *touched],
-                  device=str(sim.device), record_tape=False)  # fmt: skip
-        for kernel, dim, inputs, outputs, _, _ in self.launches[s][: 4 if particles else 3]:
-            wp.launch(kernel, self._dim(dim, s), inputs, outputs, device=str(sim.device), record_tape=False)
+        mark = [self.w[s].x, 1.0 / sim.dx, self.seen, *touched]
+        self.launch((sim.k.mark, (sim.num_envs, sim.num_particles), mark, []))
+        for launch in self.launches[s][: 4 if particles else 3]:
+            self.launch(self.sized(launch, s))
 
-    def _backward(self, s: int) -> None:
-        """Adjoint of substep s, whose grid is there."""
+    def backward_substep(self, s: int) -> None:
+        """Adjoint of substep s. A grid that all substeps share is first built again, in place of that of s + 1."""
+        if self.shared:
+            self.forward_substep(s, particles=False)
         for array in self.adj_grid:
             array.zero_()
-        for kernel, dim, inputs, outputs, adj_inputs, adj_outputs in reversed(self.launches[s]):
-            wp.launch(kernel, self._dim(dim, s), inputs, outputs, adj_inputs, adj_outputs, adjoint=True,
-                      device=str(self.sim.device), record_tape=False)  # fmt: skip
-
-    def _forward_all(self) -> None:
-        for s in range(self.sim.substeps):
-            self._forward(s)
-
-    def _backward_all(self) -> None:
-        """From the adjoint of the last particles to that of the first, and of the poses."""
-        for s in reversed(range(self.sim.substeps)):
-            if self.shared:
-                self._forward(s, particles=False)  # the grid of substep s takes the place of that of s + 1
-            self._backward(s)
-
-    def run(self, name: str) -> None:
-        """Runs `_forward_all` or `_backward_all`: as a captured graph if the simulation has `graph`."""
-        work, device = getattr(self, name), self.sim.device
-        # Captured once, since the arrays stay where they are; on Warp's own stream, since CUDA refuses to capture the
-        # one that torch has by default.
-        if self.sim.graph and name not in self.graphs:
-            with wp.ScopedCapture(device=str(device), force_module_load=False) as capture:
-                work()
-            self.graphs[name] = capture.graph
-        stream = wp.stream_from_torch(torch.cuda.current_stream(device)) if device.type == "cuda" else None
-        with wp.ScopedStream(stream):
-            if self.sim.graph:
-                wp.capture_launch(self.graphs[name], stream=stream)
-            else:
-                work()
+        for launch in reversed(self.launches[s]):
+            self.launch(self.sized(launch, s), adjoint=True)
 
     def forward(self, particles: Particles, poses: Poses | None) -> Particles:
         """Particles after a step, views into the workspace."""
@@ -510,7 +633,7 @@ class _Workspace:
         if poses is not None:
             for own, given in zip(self.poses, poses, strict=True):
                 own.copy_(given)
-        self.run("_forward_all")
+        self.run("forward_all")
         return Particles(*(tensor[-1] for tensor in self.particles))
 
     def backward(self, adj: tuple[torch.Tensor, ...]) -> tuple[Particles, Poses]:
@@ -519,7 +642,7 @@ class _Workspace:
             tensor.zero_()
         for own, given in zip(self.adj_particles, adj, strict=True):
             own[-1].copy_(given)
-        self.run("_backward_all")
+        self.run("backward_all")
         return Particles(*(tensor[0] for tensor in self.adj_particles)), self.adj_poses
 
 
@@ -529,7 +652,10 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, sim, keep, *tensors):
-        particles, poses = Particles(*tensors[:4]), Poses(*tensors[4:]) if len(tensors) > 4 else None
+        particles, poses = (
+            Particles(*tensors[:4]),
+            Poses(*tensors[4:]) if len(tensors) > 4 else None,
+        )
         space = sim.workspace(keep)
         ctx.sim, ctx.space, ctx.serial = sim, space, space.serial
         if sim.checkpoint:
@@ -545,28 +671,23 @@ class _Step(torch.autograd.Function):
             saved = ctx.saved_tensors
             space.forward(Particles(*saved[:4]), Poses(*saved[4:]) if ctx.has_poses else None)
         elif space.serial != ctx.serial:
-            raise RuntimeError("backward() came after detach(): the substeps of that window are overwritten")
+            raise RuntimeError(
+                "backward() came after detach(): the substeps of that window are overwritten"
+            )
         adj_particles, adj_poses = space.backward(adj)
-        # A world that has blown up has no gradient: zero, so that it does not reach the weights that all worlds share.
-        finite = functools.reduce(
-            torch.logical_and, (t.isfinite().flatten(1).all(1) for t in adj_particles),
-        )  # fmt: skip
+        found = list(adj_particles)
         if ctx.has_poses:
-            for t in adj_poses:
-                finite &= t.isfinite().movedim(1, 0).flatten(1).all(1)
+            found += adj_poses
+        # poses are (S, N, ...): their environments come second
+        by_env = [*adj_particles, *(pose.movedim(1, 0) for pose in found[4:])]
+        finite = all_finite(by_env)
         sim.bad_gradients += (~finite).sum()
-        found = [torch.where(_like(finite, t), t, 0.0) for t in adj_particles]
-        if ctx.has_poses:
-            found += [torch.where(_like(finite, t[0]), t, 0.0) for t in adj_poses]
-        return None, None, *found
-
-
-def _like(mask: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return mask.view(-1, *[1] * (value.dim() - 1))
+        kept = [own_gradient(finite, adjoint) for adjoint in by_env]
+        return None, None, *kept[:4], *(pose.movedim(0, 1) for pose in kept[4:])
 
 
 class MPM:
-    """N worlds of P particles of one material.
+    """N environments of P particles of one material.
 
     material         "elastic", "plasticine" or "fluid"
     grid             nodes an axis; the spacing is 1 / grid and three layers at each side are wall
@@ -581,26 +702,59 @@ class MPM:
     Raises ValueError in one line for a choice that cannot work.
     """
 
-    def __init__(self, num_envs: int, num_particles: int, *, material: str, grid: int = 48, dt: float, substeps: int,
-                 young: float, poisson: float, density: float = 1.0, yield_stress: float = 0.0, gravity: float = -9.8,
-                 friction: float = 0.5, ground_friction: float = 0.0, colliders=(), device="cpu",
-                 dtype=torch.float32, checkpoint: bool = True, window: int = 32, graph: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        num_envs: int,
+        num_particles: int,
+        *,
+        material: str,
+        grid: int = 48,
+        dt: float,
+        substeps: int,
+        young: float,
+        poisson: float,
+        density: float = 1.0,
+        yield_stress: float = 0.0,
+        gravity: float = -9.8,
+        friction: float = 0.5,
+        ground_friction: float = 0.0,
+        colliders=(),
+        device="cpu",
+        dtype=torch.float32,
+        checkpoint: bool = True,
+        window: int = 32,
+        graph: bool = False,
+    ):
         for wrong, message in (
             (material not in MATERIALS, f"material {material!r}: known are {', '.join(MATERIALS)}"),
             (dtype not in (torch.float32, torch.float64), f"dtype {dtype}: float32 or float64"),
-            (grid < 2 * WALL + 3, f"grid {grid}: at least {2 * WALL + 3} nodes, since {WALL} at each side are wall"),
-            (min(num_envs, num_particles, substeps, window) < 1, "worlds, particles, substeps, window: at least 1"),
+            (
+                grid < 2 * WALL + 3,
+                f"grid {grid}: at least {2 * WALL + 3} nodes, since {WALL} at each side are wall",
+            ),
+            (
+                min(num_envs, num_particles, substeps, window) < 1,
+                "environments, particles, substeps, window: at least 1",
+            ),
             (dt <= 0 or young <= 0 or density <= 0, "dt, young and density must be above 0"),
             (not -1 < poisson < 0.5, f"poisson {poisson}: between -1 and 0.5"),
         ):
             if wrong:
                 raise ValueError(message)
-        self.num_envs, self.num_particles, self.grid, self.substeps = num_envs, num_particles, grid, substeps
+        self.num_envs, self.num_particles, self.grid, self.substeps = (
+            num_envs,
+            num_particles,
+            grid,
+            substeps,
+        )
         self.device, self.dtype = torch.device(device), dtype
         self.checkpoint, self.window, self.graph = checkpoint, window, graph
         self.dx, self.dt, self.gravity = 1.0 / grid, dt, gravity
         self.friction, self.ground_friction = friction, ground_friction
-        self.mu, self.lam = young / (2 * (1 + poisson)), young * poisson / ((1 + poisson) * (1 - 2 * poisson))
+        self.mu, self.lam = (
+            young / (2 * (1 + poisson)),
+            young * poisson / ((1 + poisson) * (1 - 2 * poisson)),
+        )
         self.limit = yield_stress / (2 * self.mu)  # of the deviator of the log strain
         self.scale = 4 * dt / (density * self.dx**2)
         self.real = wp.float32 if dtype == torch.float32 else wp.float64
@@ -609,8 +763,12 @@ class MPM:
         self.kinds = [kind for kind, _ in colliders]
         padded = [(*size, 0.0, 0.0, 0.0)[:3] for _, size in colliders]
         self.kinds_ = wp.array(self.kinds or [0], dtype=wp.int32, device=str(self.device))
-        self.sizes_ = wp.array(padded or [(0.0, 0.0, 0.0)], dtype=self.k.vec3, device=str(self.device))
-        wp.load_module(self.stress.module, device=str(self.device))  # before any capture, which cannot compile
+        self.sizes_ = wp.array(
+            padded or [(0.0, 0.0, 0.0)], dtype=self.k.vec3, device=str(self.device)
+        )
+        wp.load_module(
+            self.stress.module, device=str(self.device)
+        )  # before any capture, which cannot compile
         self.spaces, self.used = [], 0
         self.bad_gradients = torch.zeros((), dtype=torch.int64, device=self.device)
 
@@ -618,7 +776,9 @@ class MPM:
         """Arrays for a step. Those of a step whose gradient is wanted are kept until `detach`, unless checkpointed."""
         keep = keep and not self.checkpoint
         if keep and self.used == self.window:
-            raise RuntimeError(f"{self.window + 1} steps without detach(): more than window={self.window}")
+            raise RuntimeError(
+                f"{self.window + 1} steps without detach(): more than window={self.window}"
+            )
         if self.used == len(self.spaces):
             self.spaces.append(_Workspace(self, 1 if self.checkpoint else self.substeps))
         space = self.spaces[self.used]
@@ -633,7 +793,9 @@ class MPM:
     def step(self, particles: Particles, poses: Poses | None = None) -> Particles:
         """Particles a step later; differentiable with respect to particles and poses."""
         if (poses is None) != (not self.kinds):
-            raise ValueError(f"{len(self.kinds)} colliders, but poses {'are missing' if poses is None else 'given'}")
+            raise ValueError(
+                f"{len(self.kinds)} colliders, but poses {'are missing' if poses is None else 'given'}"
+            )
         tensors = (*particles, *(poses or ()))
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         return Particles(*_Step.apply(self, keep, *tensors))

@@ -61,13 +61,24 @@ class MPMEnv(DifferentiableEnv):
         self.floor, self.max_episode_steps = mpm.WALL / s["grid"], s["steps"]
         self.robot, self.particles0 = self.tree(), self.body().to(self.device, self.dtype)
         self.sim = mpm.MPM(
-            self.num_envs, len(self.particles0), grid=s["grid"], dt=s["dt"], substeps=s["substeps"],
-            colliders=[(shape.kind, shape.size) for shape in self.robot.shapes], device=self.device, dtype=self.dtype,
-            checkpoint=self.checkpoint, window=self.window, graph=self.graph, **self.MATERIAL,
-        )  # fmt: skip
+            self.num_envs,
+            len(self.particles0),
+            grid=s["grid"],
+            dt=s["dt"],
+            substeps=s["substeps"],
+            colliders=[(shape.kind, shape.size) for shape in self.robot.shapes],
+            device=self.device,
+            dtype=self.dtype,
+            checkpoint=self.checkpoint,
+            window=self.window,
+            graph=self.graph,
+            **self.MATERIAL,
+        )
         self.action_dim, self.control_hz = len(self.SCALE), 1 / (s["dt"] * s["substeps"])
         self.scale = torch.tensor(self.SCALE, device=self.device, dtype=self.dtype)
-        self.phase = (torch.arange(s["substeps"], device=self.device) / s["substeps"]).to(self.dtype)[:, None, None]
+        self.phase = (torch.arange(s["substeps"], device=self.device) / s["substeps"]).to(
+            self.dtype
+        )[:, None, None]
         self.observed = self.observed_particles().to(self.device)
         # Tensors of the state that a fresh episode has in common with every other.
         state = self.observe(self.fresh())
@@ -90,10 +101,14 @@ class MPMEnv(DifferentiableEnv):
         q = state["joints"]
         # The room that is left depends on q. As published q is detached here: then a joint that stops at its limit
         # passes on a gradient that is not there, 1 % of that of four steps of HandFlip.
-        move = torch.minimum(torch.maximum(actions * self.scale, self.robot.low - q), self.robot.high - q)
+        move = torch.minimum(
+            torch.maximum(actions * self.scale, self.robot.low - q), self.robot.high - q
+        )
         path = q + move * self.phase  # (S, N, A): joints at the start of each substep
         speed = (move / (self.sim.dt * self.sim.substeps)).expand_as(path)
-        particles = self.sim.step(mpm.Particles(*(state[k] for k in "xvCF")), self.robot(path, speed))
+        particles = self.sim.step(
+            mpm.Particles(*(state[k] for k in "xvCF")), self.robot(path, speed)
+        )
         return {**state, **particles._asdict(), "joints": q + move}
 
     def observe(self, state):
@@ -105,14 +120,18 @@ class MPMEnv(DifferentiableEnv):
         return ()
 
     def shapes(self, world: int):
-        """(kind, size, position, rotation) of each collider of a world, for drawing."""
+        """(kind, size, position, rotation) of each collider of an environment, for drawing."""
         with torch.no_grad():
-            poses = self.robot(self.state["joints"][world], torch.zeros_like(self.state["joints"][world]))
-        return [(shape.kind, shape.size, p.cpu().numpy(), R.cpu().numpy())
-                for shape, p, R in zip(self.robot.shapes, poses.pos, poses.rot, strict=True)]  # fmt: skip
+            poses = self.robot(
+                self.state["joints"][world], torch.zeros_like(self.state["joints"][world])
+            )
+        return [
+            (shape.kind, shape.size, p.cpu().numpy(), R.cpu().numpy())
+            for shape, p, R in zip(self.robot.shapes, poses.pos, poses.rot, strict=True)
+        ]
 
     def render(self, world: int = 0, size: int = 256):
-        """A picture for people, uint8 (size, size, 3)."""
+        """An image for people, uint8 (size, size, 3)."""
         from envs.rewarped import render
 
         return render.draw(self, world, size)
@@ -130,13 +149,36 @@ class RollingFlat(MPMEnv):
     """
 
     SIZES = {
-        "full": dict(grid=48, dt=5e-5, substeps=40, steps=300, observed=250, counts=(18, 8, 18), spacing=1 / 64,
-                     pin=(0.3, 0.03)),
-        "small": dict(grid=24, dt=2e-4, substeps=10, steps=100, observed=64, counts=(9, 4, 9), spacing=1 / 32,
-                      pin=(0.3, 0.045)),
-    }  # fmt: skip
-    MATERIAL = dict(material="plasticine", young=5000.0, poisson=0.2, yield_stress=50.0, gravity=-90.0, friction=0.9,
-                    ground_friction=500.0)  # fmt: skip
+        "full": dict(
+            grid=48,
+            dt=5e-5,
+            substeps=40,
+            steps=300,
+            observed=250,
+            counts=(18, 8, 18),
+            spacing=1 / 64,
+            pin=(0.3, 0.03),
+        ),
+        "small": dict(
+            grid=24,
+            dt=2e-4,
+            substeps=10,
+            steps=100,
+            observed=64,
+            counts=(9, 4, 9),
+            spacing=1 / 32,
+            pin=(0.3, 0.045),
+        ),
+    }
+    MATERIAL = dict(
+        material="plasticine",
+        young=5000.0,
+        poisson=0.2,
+        yield_stress=50.0,
+        gravity=-90.0,
+        friction=0.9,
+        ground_friction=500.0,
+    )
     SCALE = (0.01, 0.01, math.pi / 60)
 
     def tree(self):
@@ -188,13 +230,36 @@ class FluidMove(MPMEnv):
     MARGIN, HOLLOW = 0.03, True
 
     SIZES = {
-        "full": dict(grid=48, dt=5e-4, substeps=40, steps=300, observed=250, counts=(16, 12, 15), spacing=1 / 80,
-                     inner=(0.11, 0.11, 0.105)),
-        "small": dict(grid=24, dt=2e-3, substeps=10, steps=100, observed=64, counts=(7, 5, 7), spacing=1 / 34,
-                      inner=(0.125, 0.11, 0.125)),
-    }  # fmt: skip
-    MATERIAL = dict(material="fluid", young=1e5, poisson=0.3, density=1000.0, gravity=-9.8, friction=0.5,
-                    ground_friction=0.0)  # fmt: skip
+        "full": dict(
+            grid=48,
+            dt=5e-4,
+            substeps=40,
+            steps=300,
+            observed=250,
+            counts=(16, 12, 15),
+            spacing=1 / 80,
+            inner=(0.11, 0.11, 0.105),
+        ),
+        "small": dict(
+            grid=24,
+            dt=2e-3,
+            substeps=10,
+            steps=100,
+            observed=64,
+            counts=(7, 5, 7),
+            spacing=1 / 34,
+            inner=(0.125, 0.11, 0.125),
+        ),
+    }
+    MATERIAL = dict(
+        material="fluid",
+        young=1e5,
+        poisson=0.3,
+        density=1000.0,
+        gravity=-9.8,
+        friction=0.5,
+        ground_friction=0.0,
+    )
     SCALE = (0.01, 0.01, 0.01)
 
     def tree(self):
@@ -207,14 +272,25 @@ class FluidMove(MPMEnv):
             Joint("z", 1, "slide", (0.0, 0.0, 0.0), (0.0, 0.0, 1.0), -0.25, 0.25),
         ]
         A, B = a + 2 * t, b + 2 * t
-        walls = [((0.0, -h - t, 0.0), (A, t, B))]  # walls and bottom overlap: between them nothing gets out
+        walls = [
+            ((0.0, -h - t, 0.0), (A, t, B))
+        ]  # walls and bottom overlap: between them nothing gets out
         walls += [((side * (a + t), -t, 0.0), (t, h + t, B)) for side in (-1, 1)]
         walls += [((0.0, -t, side * (b + t)), (A, h + t, t)) for side in (-1, 1)]
-        return Tree(joints, [Shape(2, mpm.BOX, size, offset) for offset, size in walls], self.device, self.dtype)
+        return Tree(
+            joints,
+            [Shape(2, mpm.BOX, size, offset) for offset, size in walls],
+            self.device,
+            self.dtype,
+        )
 
     def body(self):
         inner = self.s["inner"][1]
-        return lattice(self.s["counts"], self.s["spacing"]) + torch.tensor(self.start) - torch.tensor((0, inner, 0))
+        return (
+            lattice(self.s["counts"], self.s["spacing"])
+            + torch.tensor(self.start)
+            - torch.tensor((0, inner, 0))
+        )
 
     def spawn(self):
         x = self.particles0.expand(self.num_envs, -1, -1).clone()
@@ -242,7 +318,11 @@ def shadow_hand(wrist: tuple[float, float, float], enlarge: float, device, dtype
     Joints, their limits and the lengths of the bones are the published ones of the Shadow hand, enlarged; the shapes
     are ours, so that no mesh is needed.
     """
-    across, along, up = (-1.0, 0.0, 0.0), (0.0, 0.0, 1.0), (0.0, 1.0, 0.0)  # across: towards the thumb
+    across, along, up = (
+        (-1.0, 0.0, 0.0),
+        (0.0, 0.0, 1.0),
+        (0.0, 1.0, 0.0),
+    )  # across: towards the thumb
     joints, shapes = [], []
 
     def at(a: float, b: float, c: float = 0.0):
@@ -266,7 +346,11 @@ def shadow_hand(wrist: tuple[float, float, float], enlarge: float, device, dtype
 
     link = joint("WRJ2", -1, wrist, up, -0.489, 0.140)
     palm = joint("WRJ1", link, at(0.0, 0.010), across, -0.698, 0.489)
-    shapes.append(Shape(palm, mpm.BOX, tuple(enlarge * v for v in (0.042, 0.011, 0.045)), at(0.0, 0.079 - 0.034)))
+    shapes.append(
+        Shape(
+            palm, mpm.BOX, tuple(enlarge * v for v in (0.042, 0.011, 0.045)), at(0.0, 0.079 - 0.034)
+        )
+    )
     finger("FF", palm, at(0.033, 0.095))
     finger("MF", palm, at(0.011, 0.099))
     finger("RF", palm, at(-0.011, 0.095))
@@ -281,7 +365,9 @@ def shadow_hand(wrist: tuple[float, float, float], enlarge: float, device, dtype
     thumb = joint("THJ3", thumb, next_bone, bend, -0.209, 0.209)
     thumb = joint("THJ2", thumb, (0.0, 0.0, 0.0), (0.0, -1.0, 0.0), -0.524, 0.524)
     bone(thumb, out, 0.032, 0.010)
-    thumb = joint("THJ1", thumb, tuple(enlarge * 0.032 * v for v in out), (0.0, -1.0, 0.0), -1.571, 0.0)
+    thumb = joint(
+        "THJ1", thumb, tuple(enlarge * 0.032 * v for v in out), (0.0, -1.0, 0.0), -1.571, 0.0
+    )
     bone(thumb, out, 0.0275, 0.009)
     return Tree(joints, shapes, device, dtype)
 
@@ -297,11 +383,22 @@ class HandFlip(MPMEnv):
     """
 
     SIZES = {
-        "full": dict(grid=48, dt=5e-5, substeps=40, steps=300, observed=250, layers=5, layer=250, thick=0.02),
-        "small": dict(grid=24, dt=2e-4, substeps=10, steps=100, observed=64, layers=2, layer=64, thick=0.03),
+        "full": dict(
+            grid=48, dt=5e-5, substeps=40, steps=300, observed=250, layers=5, layer=250, thick=0.02
+        ),
+        "small": dict(
+            grid=24, dt=2e-4, substeps=10, steps=100, observed=64, layers=2, layer=64, thick=0.03
+        ),
     }
-    MATERIAL = dict(material="plasticine", young=4000.0, poisson=0.2, yield_stress=130.0, gravity=-90.0, friction=0.5,
-                    ground_friction=500.0)  # fmt: skip
+    MATERIAL = dict(
+        material="plasticine",
+        young=4000.0,
+        poisson=0.2,
+        yield_stress=130.0,
+        gravity=-90.0,
+        friction=0.5,
+        ground_friction=500.0,
+    )
     SCALE = (0.0264,) * 24
     RADIUS, WRIST, ENLARGE = 0.1, (0.5, 0.30, 0.26), 2.5
 
@@ -312,7 +409,10 @@ class HandFlip(MPMEnv):
         """Layers of half disks, evenly filled by the golden ratio, then their mirror images in the same order."""
         s = self.s
         i = torch.arange(s["layer"], dtype=torch.float64)
-        radius, angle = self.RADIUS * ((i + 0.5) / s["layer"]).sqrt(), math.pi * ((i * (math.sqrt(5) - 1) / 2) % 1)
+        radius, angle = (
+            self.RADIUS * ((i + 0.5) / s["layer"]).sqrt(),
+            math.pi * ((i * (math.sqrt(5) - 1) / 2) % 1),
+        )
         x, z = radius * angle.cos(), radius * angle.sin()
         heights = (torch.arange(s["layers"]) + 0.5) / s["layers"] * s["thick"]
         half = torch.cat([torch.stack((x, torch.full_like(x, h), z), 1) for h in heights.tolist()])
@@ -326,8 +426,16 @@ class HandFlip(MPMEnv):
     def spawn(self):
         scale = self.uniform(0.95, 1.05, 1, 1)
         where = self.uniform((-0.1, 0.0, -0.1), (0.1, 0.1, 0.1), 1, 3)
-        above = (self.WRIST[0], self.WRIST[1] + self.ENLARGE * 0.011 + 0.01, self.WRIST[2] + self.ENLARGE * 0.105)
-        x = self.particles0 * scale + where + torch.tensor(above, device=self.device, dtype=self.dtype)
+        above = (
+            self.WRIST[0],
+            self.WRIST[1] + self.ENLARGE * 0.011 + 0.01,
+            self.WRIST[2] + self.ENLARGE * 0.105,
+        )
+        x = (
+            self.particles0 * scale
+            + where
+            + torch.tensor(above, device=self.device, dtype=self.dtype)
+        )
         begun = torch.zeros(self.num_envs, device=self.device, dtype=self.dtype)
         return x, {"d0": self.gap(x), "begun": begun}
 

@@ -1,4 +1,4 @@
-"""Pictures for people, by Matplotlib. Needs no display.
+"""Images for people, by Matplotlib. Needs no display.
 
 Particles, and the surfaces of colliders and bodies sampled as points, are dots of one scatter plot, which sorts them by
 depth; so what is in front hides what is behind. y is up; in plot order the axes are z, x, y.
@@ -44,7 +44,7 @@ def shade(colour: np.ndarray, normals: np.ndarray) -> np.ndarray:
 
 
 def stage(size: int, low, high, floor: float):
-    """An empty picture: canvas and axes of the region from low to high (3,), with a floor."""
+    """An empty image: canvas and axes of the region from low to high (3,), with a floor."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -61,8 +61,17 @@ def stage(size: int, low, high, floor: float):
 
 
 def dots(axes, x: np.ndarray, colours: np.ndarray, width) -> None:
-    """Points (M, 3) as dots; width in points of 1/72 inch, of a picture 4 inches wide."""
-    axes.scatter(x[:, 2], x[:, 0], x[:, 1], c=colours, s=np.square(width), linewidths=0, depthshade=False, zorder=2)
+    """Points (M, 3) as dots; width in points of 1/72 inch, of an image 4 inches wide."""
+    axes.scatter(
+        x[:, 2],
+        x[:, 0],
+        x[:, 1],
+        c=colours,
+        s=np.square(width),
+        linewidths=0,
+        depthshade=False,
+        zorder=2,
+    )
 
 
 def pixels(canvas) -> np.ndarray:
@@ -71,14 +80,19 @@ def pixels(canvas) -> np.ndarray:
 
 
 def draw(env, world: int = 0, size: int = 256) -> np.ndarray:
-    """A picture of one world of a task on particles, uint8 (size, size, 3)."""
+    """An image of one environment of a task on particles, uint8 (size, size, 3)."""
     from matplotlib import colormaps
 
     low, high, gap = (0.1, env.floor - 0.02, 0.1), (0.9, env.floor + 0.56, 0.9), 0.008
-    canvas, axes = stage(size, low, high, env.floor - 0.5 / env.s["grid"])  # where particles come to rest
+    canvas, axes = stage(
+        size, low, high, env.floor - 0.5 / env.s["grid"]
+    )  # where particles come to rest
     x = env.state["x"][world].detach().cpu().numpy()
     span = np.ptp(x[:, 1]) + 0.02
-    points, colours = [x], [colormaps["viridis"](0.15 + 0.8 * (x[:, 1] - x[:, 1].min()) / span)[:, :3]]
+    points, colours = (
+        [x],
+        [colormaps["viridis"](0.15 + 0.8 * (x[:, 1] - x[:, 1].min()) / span)[:, :3]],
+    )
     widths = [np.full(len(x), 260 * (0.35 / env.s["grid"]))]
     for kind, extent, position, rotation in env.shapes(world):
         surface, normals = capsule(*extent[:2], gap) if kind == mpm.CAPSULE else box(extent, gap)
@@ -98,23 +112,31 @@ def draw(env, world: int = 0, size: int = 256) -> np.ndarray:
 
 
 def draw_body(env, world: int = 0, size: int = 256) -> np.ndarray:
-    """A picture of one world's body of tetrahedra, uint8 (size, size, 3), 3.8 units wide."""
+    """An image of one environment's body of tetrahedra, uint8 (size, size, 3), 3.8 units wide."""
     from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
     x = env.state["x"][world].detach().cpu().numpy()
-    faces = env.tets[:, [[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]]].reshape(-1, 3).numpy()  # seen from outside
+    faces = (
+        env.tets[:, [[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]]].reshape(-1, 3).numpy()
+    )  # seen from outside
     _, first, count = np.unique(np.sort(faces, 1), axis=0, return_index=True, return_counts=True)
     low, high = x.mean(0) - 1.9, x.mean(0) + 1.9
     low[1], high[1] = -0.05, 2.75
     canvas, axes = stage(size, low, high, 0.0)
-    skin = Poly3DCollection(x[faces[first[count == 1]]][..., [2, 0, 1]], facecolors="tab:green", edgecolors="0.2",
-                            linewidths=0.3, shade=True, zorder=2)  # fmt: skip
+    skin = Poly3DCollection(
+        x[faces[first[count == 1]]][..., [2, 0, 1]],
+        facecolors="tab:green",
+        edgecolors="0.2",
+        linewidths=0.3,
+        shade=True,
+        zorder=2,
+    )
     axes.add_collection3d(skin)
     return pixels(canvas)
 
 
 def draw_solids(size: int, low, high, floor: float, solids) -> np.ndarray:
-    """A picture of solids, each of them points (M, 3) of its surface, normals, colours, position and quaternion."""
+    """An image of solids, each of them points (M, 3) of its surface, normals, colours, position and quaternion."""
     import torch
 
     from envs.rewarped.rigid import rotate
@@ -131,7 +153,7 @@ def draw_solids(size: int, low, high, floor: float, solids) -> np.ndarray:
 
 
 def draw_ant(env, world: int, size: int, ball: float, radius: float, parts) -> np.ndarray:
-    """A picture of one ant, 2.6 m wide: a ball, and capsules along x axes; parts: (length, first of four bodies)."""
+    """An image of one ant, 2.6 m wide: a ball, and capsules along x axes; parts: (length, first of four bodies)."""
     p, q = env.state["p"][world].detach().cpu(), env.state["q"][world].detach().cpu()
     low, high = p[0].numpy() - 1.3, p[0].numpy() + 1.3
     low[1], high[1] = -0.05, 1.8
@@ -143,7 +165,7 @@ def draw_ant(env, world: int, size: int, ball: float, radius: float, parts) -> n
 
 
 def draw_hand(env, world: int, size: int, side: float) -> np.ndarray:
-    """A picture of one hand with its cube, 0.32 m wide; beside it a cube that is turned as the goal is."""
+    """An image of one hand with its cube, 0.32 m wide; beside it a cube that is turned as the goal is."""
     from envs.rewarped.kinematics import turn_to
 
     p, q, goal = (env.state[name][world].detach().cpu() for name in ("p", "q", "goal"))
@@ -155,11 +177,17 @@ def draw_hand(env, world: int, size: int, side: float) -> np.ndarray:
         colour = np.array((0.35, 0.37, 0.42)) if body == 0 else ORANGE
         solids.append((surface @ turn.T + middle, normals @ turn.T, colour, p[body], q[body]))
     surface, normals = box((side / 2,) * 3, 0.0022)
-    face = (np.abs(surface) > side / 2 - 1e-6).sum(1) == 1  # not on an edge, which is of two colours
+    face = (np.abs(surface) > side / 2 - 1e-6).sum(
+        1
+    ) == 1  # not on an edge, which is of two colours
     surface, normals = surface[face], normals[face]
-    paint = np.array(((0.85, 0.2, 0.2), (0.2, 0.65, 0.3), (0.2, 0.4, 0.85)))  # of the faces across x, y, z
+    paint = np.array(
+        ((0.85, 0.2, 0.2), (0.2, 0.65, 0.3), (0.2, 0.4, 0.85))
+    )  # of the faces across x, y, z
     colours = paint[np.abs(normals).argmax(1)]
-    colours = np.where(normals.sum(1, keepdims=True) < 0, 0.45 * colours + 0.55, colours)  # the opposite ones paler
+    colours = np.where(
+        normals.sum(1, keepdims=True) < 0, 0.45 * colours + 0.55, colours
+    )  # the opposite ones paler
     solids.append((surface, normals, colours, p[env.cube], q[env.cube]))
     away = p.new_tensor((-0.02, 0.11, -0.115))
     solids.append((0.6 * surface, normals, colours, away, goal))

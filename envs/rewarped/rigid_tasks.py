@@ -13,7 +13,11 @@ from envs.rewarped.rigid import Body, Box, Hinge, Rigid, Sphere, Springs, about,
 
 # ------------------------------------------------------------------------------------------------- AntRun ------------
 DENSITY, TORSO, LEG = 1000.0, 0.25, 0.08  # kg/m^3; radii, metres
-REACH, THIGH, SHIN = 0.2 * math.sqrt(2), 0.2 * math.sqrt(2), 0.4 * math.sqrt(2)  # torso to hip, hip to knee, to foot
+REACH, THIGH, SHIN = (
+    0.2 * math.sqrt(2),
+    0.2 * math.sqrt(2),
+    0.4 * math.sqrt(2),
+)  # torso to hip, hip to knee, to foot
 YAW = tuple(math.radians(45 + 90 * i) for i in range(4))  # of the legs
 ARMATURE = 0.005  # kg m^2, of the motor at a hinge
 KNEE = (0.0, 0.0, -1.0)  # axis about which a positive angle bends the shin down; the leg is along x
@@ -24,13 +28,19 @@ def capsule(length: float, radius: float) -> tuple[float, float, float]:
     rod, ball = DENSITY * math.pi * radius**2 * length, DENSITY * 4 / 3 * math.pi * radius**3
     along = rod * radius**2 / 2 + ball * 0.4 * radius**2
     across = rod * (length**2 / 12 + radius**2 / 4)
-    return rod + ball, along, across + ball * (0.4 * radius**2 + length**2 / 4 + 3 / 8 * length * radius)
+    return (
+        rod + ball,
+        along,
+        across + ball * (0.4 * radius**2 + length**2 / 4 + 3 / 8 * length * radius),
+    )
 
 
 def ant() -> tuple[list[Body], list[Hinge], list[Sphere]]:
     """Torso, then four thighs, then four shins; hinges in the order hip, knee of each leg."""
     ball, (stub, along, across) = DENSITY * 4 / 3 * math.pi * TORSO**3, capsule(REACH, LEG)
-    away = REACH / 2  # the torso is a ball with four stubs, which point along the legs, 45 degrees between the axes
+    away = (
+        REACH / 2
+    )  # the torso is a ball with four stubs, which point along the legs, 45 degrees between the axes
     up = 0.4 * ball * TORSO**2 + 4 * (across + stub * away**2)
     flat = 0.4 * ball * TORSO**2 + 4 * ((along + across) / 2 + stub * away**2 / 2)
     bodies = [Body(ball + 4 * stub, (flat, up, flat))]
@@ -41,11 +51,33 @@ def ant() -> tuple[list[Body], list[Hinge], list[Sphere]]:
         bodies += [Body(mass, tuple(moments))] * 4
     hinges, spheres = [], [Sphere(0, (0.0, 0.0, 0.0), TORSO)]
     for i, yaw in enumerate(YAW):
-        out, turn = (math.cos(yaw), -math.sin(yaw)), (0.0, math.sin(yaw / 2), 0.0, math.cos(yaw / 2))
-        hinges.append(Hinge(0, 1 + i, (REACH * out[0], 0.0, REACH * out[1]), (-THIGH / 2, 0.0, 0.0), (0.0, 1.0, 0.0),
-                            turn, math.radians(-40), math.radians(40)))  # fmt: skip
-        hinges.append(Hinge(1 + i, 5 + i, (THIGH / 2, 0.0, 0.0), (-SHIN / 2, 0.0, 0.0), KNEE,
-                            low=math.radians(30), high=math.radians(100)))  # fmt: skip
+        out, turn = (
+            (math.cos(yaw), -math.sin(yaw)),
+            (0.0, math.sin(yaw / 2), 0.0, math.cos(yaw / 2)),
+        )
+        hinges.append(
+            Hinge(
+                0,
+                1 + i,
+                (REACH * out[0], 0.0, REACH * out[1]),
+                (-THIGH / 2, 0.0, 0.0),
+                (0.0, 1.0, 0.0),
+                turn,
+                math.radians(-40),
+                math.radians(40),
+            )
+        )
+        hinges.append(
+            Hinge(
+                1 + i,
+                5 + i,
+                (THIGH / 2, 0.0, 0.0),
+                (-SHIN / 2, 0.0, 0.0),
+                KNEE,
+                low=math.radians(30),
+                high=math.radians(100),
+            )
+        )
         spheres += [Sphere(5 + i, (side * SHIN / 2, 0.0, 0.0), LEG) for side in (-1, 1)]
     return bodies, hinges, spheres
 
@@ -64,8 +96,15 @@ class AntRun(DifferentiableEnv):
     LOWEST, TORQUE, START = 0.27, 200.0, 0.75
 
     def setup(self) -> None:
-        self.sim = Rigid(self.num_envs, *ant(), dt=1 / 960, substeps=16, device=self.device, dtype=self.dtype,
-                         graph=self.graph)  # fmt: skip
+        self.sim = Rigid(
+            self.num_envs,
+            *ant(),
+            dt=1 / 960,
+            substeps=16,
+            device=self.device,
+            dtype=self.dtype,
+            graph=self.graph,
+        )
         self.action_dim, self.control_hz = 8, 60.0
         self.max_episode_steps = {"full": 1000, "small": 200}[self.size]
         self.obs_dims = {"state": (37,)}
@@ -83,7 +122,9 @@ class AntRun(DifferentiableEnv):
         return {**self.sim.place(p, q, v, w, angles, rates), "actions": idle}
 
     def physics(self, state, actions):
-        p, q, v, w = self.sim.step(state["p"], state["q"], state["v"], state["w"], self.TORQUE * actions)
+        p, q, v, w = self.sim.step(
+            state["p"], state["q"], state["v"], state["w"], self.TORQUE * actions
+        )
         return {"p": p, "q": q, "v": v, "w": w, "actions": actions}
 
     def posture(self, state) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -95,8 +136,22 @@ class AntRun(DifferentiableEnv):
     def observe(self, state):
         height, up, heading = self.posture(state)
         angles, rates = self.sim.angles(state["q"], state["w"])
-        return {"state": torch.cat((height, state["q"][:, 0], state["v"][:, 0], state["w"][:, 0], angles, 0.1 * rates,
-                                    up, heading, state["actions"]), 1)}  # fmt: skip
+        return {
+            "state": torch.cat(
+                (
+                    height,
+                    state["q"][:, 0],
+                    state["v"][:, 0],
+                    state["w"][:, 0],
+                    angles,
+                    0.1 * rates,
+                    up,
+                    heading,
+                    state["actions"],
+                ),
+                1,
+            )
+        }
 
     def reward(self, state, actions):
         height, up, heading = self.posture(state)
@@ -104,7 +159,7 @@ class AntRun(DifferentiableEnv):
         return rewards, height[:, 0].detach() < self.LOWEST
 
     def render(self, world: int = 0, size: int = 256):
-        """A picture for people, uint8 (size, size, 3)."""
+        """An image for people, uint8 (size, size, 3)."""
         from envs.rewarped import render
 
         parts = [(THIGH, 1), (SHIN, 5)]
@@ -126,7 +181,9 @@ THUMB = (
     ((0.0, 1.0, 0.0), (-0.189, 1.644), (0.0, 0.0, 0.0514), 0.011, 0.038),
     ((0.0, 1.0, 0.0), (-0.162, 1.719), (0.0, 0.0, 0.0423), 0.012, 0.0388),
 )
-SPLAY = math.sin(math.radians(2.5))  # half of the angle between a finger and the one beside it, 5 degrees
+SPLAY = math.sin(
+    math.radians(2.5)
+)  # half of the angle between a finger and the one beside it, 5 degrees
 FINGERS = (  # index, middle, ring, thumb: links, place on the palm, turn of the first link's frame in the palm's
     (FINGER, (0.0, 0.0435, -0.001542), (-SPLAY, 0.0, 0.0, math.sqrt(1 - SPLAY**2))),
     (FINGER, (0.0, 0.0, 0.0007), (0.0, 0.0, 0.0, 1.0)),
@@ -143,20 +200,41 @@ def allegro() -> tuple[list[Body], list[Hinge], list[tuple]]:
 
     A link's frame is at the middle of its capsule, with the axes of its joint's frame.
     """
-    bodies, hinges, capsules = [Body(1.0, (1.0, 1.0, 1.0), fixed=True)], [], [(0, *ends) for ends in PALM]
+    bodies, hinges, capsules = (
+        [Body(1.0, (1.0, 1.0, 1.0), fixed=True)],
+        [],
+        [(0, *ends) for ends in PALM],
+    )
     for links, where, turn in FINGERS:
         parent, anchor = 0, where
         for axis, (low, high), way, radius, mass in links:
             half = tuple(x / 2 for x in way)
-            across, along = mass * (sum(x * x for x in way) / 12 + radius**2 / 4), mass * radius**2 / 2
+            across, along = (
+                mass * (sum(x * x for x in way) / 12 + radius**2 / 4),
+                mass * radius**2 / 2,
+            )
             bodies.append(Body(mass, (ROTOR + across, ROTOR + across, ROTOR + along)))
-            hinges.append(Hinge(parent, len(bodies) - 1, anchor, tuple(-x for x in half), axis, turn, low, high))
+            hinges.append(
+                Hinge(
+                    parent, len(bodies) - 1, anchor, tuple(-x for x in half), axis, turn, low, high
+                )
+            )
             capsules.append((len(bodies) - 1, tuple(-x for x in half), half, radius))
             parent, anchor, turn = len(bodies) - 1, half, (0.0, 0.0, 0.0, 1.0)
     # A hinge's axis is in its parent's frame, the published ones are in the child's, which its turn takes there.
-    hinges = [Hinge(h.parent, h.child, h.anchor_a, h.anchor_b,
-                    tuple(rotate(torch.tensor(h.turn).double(), torch.tensor(h.axis).double()).tolist()),
-                    h.turn, h.low, h.high) for h in hinges]  # fmt: skip
+    hinges = [
+        Hinge(
+            h.parent,
+            h.child,
+            h.anchor_a,
+            h.anchor_b,
+            tuple(rotate(torch.tensor(h.turn).double(), torch.tensor(h.axis).double()).tolist()),
+            h.turn,
+            h.low,
+            h.high,
+        )
+        for h in hinges
+    ]
     return bodies, hinges, capsules
 
 
@@ -164,8 +242,10 @@ def row(capsule: tuple, gap: float = 0.019) -> list[Sphere]:
     """A capsule's spheres, at most `gap` apart."""
     body, a, b, radius = capsule
     count = math.ceil(math.dist(a, b) / gap)
-    return [Sphere(body, tuple(x + (y - x) * i / count for x, y in zip(a, b, strict=True)), radius)
-            for i in range(count + 1)]  # fmt: skip
+    return [
+        Sphere(body, tuple(x + (y - x) * i / count for x, y in zip(a, b, strict=True)), radius)
+        for i in range(count + 1)
+    ]
 
 
 class HandReorient(DifferentiableEnv):
@@ -184,23 +264,52 @@ class HandReorient(DifferentiableEnv):
     `small` has 150 steps of 32 substeps.
     """
 
-    SIZES = {"full": dict(dt=1 / 7680, substeps=64, steps=600), "small": dict(dt=1 / 3840, substeps=32, steps=150)}
+    SIZES = {
+        "full": dict(dt=1 / 7680, substeps=64, steps=600),
+        "small": dict(dt=1 / 3840, substeps=32, steps=150),
+    }
     TORQUE, FALLEN, NEAR, BONUS = 2.0, 0.24, 0.1, 250.0
     BEND = (0.0, 0.35, 0.45, 0.45) * 3 + (0.9, 0.3, 0.3, 0.3)  # joints at the start, before noise
     LIE = (0.5, 0.5, 0.5, 0.5)  # the palm looks up (y), the fingers point along x
     GOAL = (-0.01, 0.045, 0.0)
-    SPRINGS = Springs(ke=5e4, kd=10.0, align=500.0, align_d=1.0, limit=200.0, limit_d=0.0, damping=1.0,
-                      contact_ke=500.0, contact_kd=30.0, contact_kf=30.0, friction=0.5)  # fmt: skip
+    SPRINGS = Springs(
+        ke=5e4,
+        kd=10.0,
+        align=500.0,
+        align_d=1.0,
+        limit=200.0,
+        limit_d=0.0,
+        damping=1.0,
+        contact_ke=500.0,
+        contact_kd=30.0,
+        contact_kf=30.0,
+        friction=0.5,
+    )
 
     def setup(self) -> None:
         s, (bodies, hinges, self.capsules) = self.SIZES[self.size], allegro()
         mass, self.cube = CUBE_DENSITY * SIDE**3, len(bodies)
         bodies.append(Body(mass, (mass * SIDE**2 / 6,) * 3))
         spheres = [sphere for capsule in self.capsules for sphere in row(capsule)]
-        self.sim = Rigid(self.num_envs, bodies, hinges, spheres, dt=s["dt"], substeps=s["substeps"], ground=False,
-                         boxes=(Box(self.cube, (SIDE / 2,) * 3),), springs=self.SPRINGS, device=self.device,
-                         dtype=self.dtype, graph=self.graph)  # fmt: skip
-        self.action_dim, self.control_hz, self.max_episode_steps = 16, 1 / (s["dt"] * s["substeps"]), s["steps"]
+        self.sim = Rigid(
+            self.num_envs,
+            bodies,
+            hinges,
+            spheres,
+            dt=s["dt"],
+            substeps=s["substeps"],
+            ground=False,
+            boxes=(Box(self.cube, (SIDE / 2,) * 3),),
+            springs=self.SPRINGS,
+            device=self.device,
+            dtype=self.dtype,
+            graph=self.graph,
+        )
+        self.action_dim, self.control_hz, self.max_episode_steps = (
+            16,
+            1 / (s["dt"] * s["substeps"]),
+            s["steps"],
+        )
         self.obs_dims = {"state": (72,)}
         self.goal_position = self.vector(*self.GOAL)
 
@@ -215,12 +324,21 @@ class HandReorient(DifferentiableEnv):
 
     def fresh(self):
         bend = self.vector(*self.BEND)
-        anywhere = self.uniform([h.low for h in self.sim.hinges], [h.high for h in self.sim.hinges], 16)
+        anywhere = self.uniform(
+            [h.low for h in self.sim.hinges], [h.high for h in self.sim.hinges], 16
+        )
         angles = bend + 0.2 * (anywhere - bend)
-        still, idle = (torch.zeros(self.num_envs, n, device=self.device, dtype=self.dtype) for n in (3, 16))
-        hand = self.sim.place(still, self.vector(*self.LIE).expand(self.num_envs, 4), still, still, angles, idle)
+        still, idle = (
+            torch.zeros(self.num_envs, n, device=self.device, dtype=self.dtype) for n in (3, 16)
+        )
+        hand = self.sim.place(
+            still, self.vector(*self.LIE).expand(self.num_envs, 4), still, still, angles, idle
+        )
         above = self.goal_position + self.vector(0.0, 0.04, 0.0) + self.uniform(-0.01, 0.01, 3)
-        cube, goal = {"p": above, "q": self.orientation(), "v": still, "w": still}, self.orientation()
+        cube, goal = (
+            {"p": above, "q": self.orientation(), "v": still, "w": still},
+            self.orientation(),
+        )
         both = {name: torch.cat((hand[name], cube[name][:, None]), 1) for name in "pqvw"}
         return {**both, "actions": idle, "goal": goal, "aim": goal}
 
@@ -231,8 +349,13 @@ class HandReorient(DifferentiableEnv):
         return turn, 2 * sine.clamp_max(1 - 1e-3).asin()
 
     def physics(self, state, actions):
-        p, q, v, w = self.sim.step(state["p"], state["q"], state["v"], state["w"], self.TORQUE * actions)
-        new, goal = {"p": p, "q": q, "v": v, "w": w, "actions": actions, "aim": state["goal"]}, state["goal"]
+        p, q, v, w = self.sim.step(
+            state["p"], state["q"], state["v"], state["w"], self.TORQUE * actions
+        )
+        new, goal = (
+            {"p": p, "q": q, "v": v, "w": w, "actions": actions, "aim": state["goal"]},
+            state["goal"],
+        )
         reached = self.off(new, goal)[1].detach() <= self.NEAR
         if reached.any():
             goal = torch.where(reached[:, None], self.orientation(), goal)
@@ -242,17 +365,34 @@ class HandReorient(DifferentiableEnv):
         angles, rates = self.sim.angles(state["q"], state["w"])
         p, q, v, w = (state[name][:, self.cube] for name in "pqvw")
         goal = self.goal_position.expand(self.num_envs, 3)
-        return {"state": torch.cat((angles, 0.2 * rates, p, q, v, 0.2 * w, goal, state["goal"],
-                                    self.off(state, state["goal"])[0], state["actions"]), 1)}  # fmt: skip
+        return {
+            "state": torch.cat(
+                (
+                    angles,
+                    0.2 * rates,
+                    p,
+                    q,
+                    v,
+                    0.2 * w,
+                    goal,
+                    state["goal"],
+                    self.off(state, state["goal"])[0],
+                    state["actions"],
+                ),
+                1,
+            )
+        }
 
     def reward(self, state, actions):
         away = ((state["p"][:, self.cube] - self.goal_position).square().sum(1) + 1e-12).sqrt()
         theta = self.off(state, state["aim"])[1]
         rewards = -10 * away + 1 / (theta + 0.1) - 2e-4 * actions.square().sum(1)
-        return rewards + self.BONUS * torch.sigmoid((self.NEAR - theta) / 1e-3), away.detach() >= self.FALLEN
+        return rewards + self.BONUS * torch.sigmoid(
+            (self.NEAR - theta) / 1e-3
+        ), away.detach() >= self.FALLEN
 
     def render(self, world: int = 0, size: int = 256):
-        """A picture for people, uint8 (size, size, 3); the goal's orientation is that of the cube on the left."""
+        """An image for people, uint8 (size, size, 3); the goal's orientation is that of the cube on the left."""
         from envs.rewarped import render
 
         return render.draw_hand(self, world, size, SIDE)
