@@ -144,18 +144,18 @@ class DotReach:
         )
         self.returns, self.once = self.returns.masked_fill(where, 0.0), self.once & ~where
 
-    def _draw(self, size: int | None = None) -> torch.Tensor:
+    def _draw(self, size: int | None = None, numbers=slice(None)) -> torch.Tensor:
         """Images (N, size, size, 3) uint8 of the present state; a pixel has the share that the disk covers of it."""
         size = size or self.image_size
         if not self.images:
             return torch.zeros(self.num_envs, 0, 0, 3, dtype=torch.uint8, device=self.device)
         pixel = 2 / size
         axis = (torch.arange(size, device=self.device) + 0.5) * pixel - 1
-        disks = torch.stack((self.agent, self.goal), 1)  # (N, 2, 2)
+        disks = torch.stack((self.agent[numbers], self.goal[numbers]), 1)  # (N, 2, 2)
         dx, dy = axis - disks[..., :1], -axis - disks[..., 1:]  # rows run downwards, y upwards
         away = (dx.square()[:, :, None, :] + dy.square()[:, :, :, None]).sqrt()  # (N, 2, H, W)
         cover = ((RADIUS - away) / pixel + 0.5).clamp(0, 1)
-        rgb = torch.zeros(self.num_envs, size, size, 3, dtype=torch.uint8, device=self.device)
+        rgb = torch.zeros(len(disks), size, size, 3, dtype=torch.uint8, device=self.device)
         rgb[..., :2] = (cover * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
         return rgb
 
@@ -212,7 +212,7 @@ class DotReach:
 
     def render(self, worlds=(0,), size: int = 256, camera: str | None = None):
         """Images for people, uint8 (len(worlds), size, size, 3); `camera` is ignored, there is one view."""
-        return self._draw(size)[list(worlds)].cpu().numpy()
+        return self._draw(size, list(worlds)).cpu().numpy()
 
     _TENSORS = ("agent", "goal", "returns", "clock", "length", "once")
 
