@@ -5,11 +5,11 @@ Data-Augmented Reinforcement Learning", arXiv 2107.09645.
 
     target   y = sum of g^i r_(t+i), i < n, + g^n min_k Q'_k(h(o_(t+n)), mu(h(o_(t+n))) + e), where
              h encodes a shifted image
-    critic   sum over k = 1, 2 of E[(Q_k(h(o_t), a_t) - y)^2], also through the encoder h   (eqs. 1, 2)
-    actor    -E[min_k Q_k(h(o_t), mu(h(o_t)) + e)], without a gradient into h                   (eq. 3)
-    noise    e = clip(N(0, s^2), -c, c) in the losses, N(0, s^2) while acting; s falls linearly (eq. 4)
+    critic   sum over k = 1, 2 of E[(Q_k(h(o_t), a_t) - y)^2], also through h             (eqs. 1, 2)
+    actor    -E[min_k Q_k(h(o_t), mu(h(o_t)) + e)], without a gradient into h             (eq. 3)
+    noise    e = clip(N(0, s^2), -c, c) in the losses, N(0, s^2) while acting, s falling  (eq. 4)
 
-Differences from the authors' code; with one environment (1) to (4) are all that changes the numbers:
+Differences from the authors' code; with one environment only (1) to (4) change the numbers:
  1. A true end of an episode stays one: its discount of 0 is kept (theirs turns it into 1).
  2. Steps within n of an episode's end are trained on too, with the fewer rewards that are left.
  3. Transitions are drawn uniformly and as soon as they are complete; theirs by episode, from a
@@ -56,17 +56,14 @@ from functools import partial
 from pathlib import Path
 
 import imageio.v2 as imageio
-import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
 START = time.time()  # `wall_time` counts from here
 EVAL_SEED = 10_000
 CLOCK = ("global_step", "wall_time", "train_time")  # first columns of the CSV files
-WARMUP = 5  # updates that compile and capture: their time is not training
 
 # --- Args -----------------------------------------------------------------------------------------
 MEDIUM = (
@@ -87,8 +84,8 @@ TUNED = {
     ),
     ("walker_*", ""): dict(n_step=1, batch_size=512),
     ("quadruped_run", ""): dict(buffer_size=100_000),
-    # What follows is ours. A small critic learns more slowly at an equal learning rate, and until it
-    # tells states apart the actor must not follow it.
+    # What follows is ours. A small critic learns more slowly at an equal learning rate, and until
+    # it tells states apart the actor must not follow it.
     ("*", "cpu"): dict(
         image_size=48,
         pad=2,
@@ -197,19 +194,24 @@ def need(holds, message: str):
 def check(args: Args):
     """Raises ValueError, one line, for a choice that would fail late, silently or unreadably."""
     need(args.num_envs > 0, "--num-envs must be at least 1")
-    counts = (args.n_step, args.frame_stack, args.update_every)
-    need(min(counts) > 0, "--n-step, --frame-stack and --update-every must be at least 1")
-    divides = args.eval_episodes % args.eval_envs == 0
-    need(divides, "--eval-episodes must be a multiple of --eval-envs")
-    filled = (args.n_step + 1) * args.num_envs
-    message = "--learning-starts must be at least (--n-step + 1) x --num-envs"
-    need(args.learning_starts >= filled, message)
-    smallest = (args.n_step + args.frame_stack + 2) * args.num_envs
-    message = "--buffer-size must be at least (--n-step + --frame-stack + 2) x --num-envs"
-    need(args.buffer_size >= smallest, message)
+    need(min(args.n_step, args.frame_stack) > 0, "--n-step and --frame-stack must be at least 1")
+    need(
+        args.eval_episodes % args.eval_envs == 0,
+        "--eval-episodes must be a multiple of --eval-envs",
+    )
+    need(
+        args.learning_starts >= (args.n_step + 1) * args.num_envs,
+        "--learning-starts must be at least (--n-step + 1) x --num-envs",
+    )
+    need(
+        args.buffer_size >= (args.n_step + args.frame_stack + 2) * args.num_envs,
+        "--buffer-size must be at least (--n-step + --frame-stack + 2) x --num-envs",
+    )
     need(args.checkpoint or not args.evaluate, "--evaluate needs --checkpoint FILE")
-    there = torch.cuda.is_available() or args.device == "cpu"
-    need(there, "there is no CUDA device here: use --device cpu")
+    need(
+        torch.cuda.is_available() or args.device == "cpu",
+        "there is no CUDA device here: use --device cpu",
+    )
 
 
 def tuned(env_id: str, device: str) -> dict:
@@ -223,19 +225,18 @@ def tuned(env_id: str, device: str) -> dict:
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Command line -> Args. Defaults, and so --help, are those of the task and device, or a file's."""
+    """Command line -> Args. Defaults, and so --help, are those of the task and device or file."""
     argv = sys.argv[1:] if argv is None else argv
     given = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
     if given.resume:
         return resumed_args(given.resume, argv)
-    defaults = dict(env_id=given.env_id, device=given.device)
     if given.checkpoint:
-        defaults = load(given.checkpoint)["args"] | dict(name="", resume=None)
-        defaults["device"] = given.device
+        values = load(given.checkpoint)["args"] | dict(name="", resume=None, device=given.device)
     else:
-        defaults |= tuned(given.env_id, given.device)
+        values = dict(env_id=given.env_id, device=given.device)
+        values |= tuned(given.env_id, given.device)
     about = __doc__.split("\n\n")[0]
-    return tyro.cli(Args, args=argv, default=Args(**defaults), description=about)
+    return tyro.cli(Args, args=argv, default=Args(**values), description=about)
 
 
 # same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, resfit.py, bc_chunk.py
@@ -285,30 +286,25 @@ def make_envs(args: Args) -> tuple:
 
 
 # --- Networks -------------------------------------------------------------------------------------
-def random_shift(rgb, offsets, pad: int):
-    """Crops of images whose edges are repeated `pad` pixels outwards: uint8 (B, H, W, C), the same.
-
-    offsets (B, 2): integers from 0 to 2 pad, down and right; `pad` in both is the image itself.
-    """
-    b, h, w, _ = rgb.shape
-    image = torch.arange(b, device=rgb.device)
-    down, right = offsets[:, :1] - pad, offsets[:, 1:] - pad
-    y = (torch.arange(h, device=rgb.device) + down).clamp(0, h - 1)  # (B, H)
-    x = (torch.arange(w, device=rgb.device) + right).clamp(0, w - 1)
-    return rgb[image[:, None, None], y[:, :, None], x[:, None, :]]  # differs (4)
+def random_shift(rgb, pad: int):
+    """Square images (B, H, H, C), edges repeated `pad` pixels outwards, cropped at random."""
+    count, size = rgb.shape[:2]
+    offsets = torch.randint(2 * pad + 1, (count, 2, 1), device=rgb.device) - pad  # down, right
+    pixels = (torch.arange(size, device=rgb.device) + offsets).clamp(0, size - 1)  # (B, 2, H)
+    image = torch.arange(count, device=rgb.device)[:, None, None]
+    return rgb[image, pixels[:, 0, :, None], pixels[:, 1, None, :]]  # differs (4)
 
 
-def init_orthogonal(module: nn.Module):
-    """Orthogonal weights, gain sqrt 2 for convolutions (ReLUs follow), 1 for the rest; zero biases."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            gain = math.sqrt(2) if isinstance(layer, nn.Conv2d) else 1.0
-            nn.init.orthogonal_(layer.weight, gain)
-            nn.init.zeros_(layer.bias)
+def init_orthogonal(layer: nn.Module):
+    """Orthogonal weights, gain sqrt 2 for convolutions (ReLUs follow), else 1; zero biases."""
+    if isinstance(layer, nn.Conv2d | nn.Linear):
+        gain = math.sqrt(2) if isinstance(layer, nn.Conv2d) else 1.0
+        nn.init.orthogonal_(layer.weight, gain)
+        nn.init.zeros_(layer.bias)
 
 
 class Encoder(nn.Module):
-    """uint8 (B, H, W, C) -> (B, D). Shared by both, trained by the critic alone, without a target."""
+    """uint8 (B, H, W, C) -> (B, D). Shared, but trained by the critic alone; it has no target."""
 
     def __init__(self, channels: int, args: Args):
         super().__init__()
@@ -320,8 +316,6 @@ class Encoder(nn.Module):
         need(size > 0, "--image-size is too small for --encoder-strides")
         self.convs = nn.Sequential(*layers)
         self.features = size * size * channels
-        init_orthogonal(self)
-        self.to(memory_format=torch.channels_last)
 
     def forward(self, rgb):
         x = rgb.permute(0, 3, 1, 2).float().div_(255).sub_(0.5)  # channels last, as a view
@@ -352,7 +346,6 @@ class Actor(nn.Module):
         super().__init__()
         self.trunk = make_trunk(features, args.feature_dim)
         self.policy = mlp(args.feature_dim + shapes["state"], args.hidden, shapes["action"])
-        init_orthogonal(self)
 
     def forward(self, features, state):
         x = torch.cat([self.trunk(features), state], -1)
@@ -368,11 +361,10 @@ class Critic(nn.Module):
         inputs = args.feature_dim + shapes["state"] + shapes["action"]
         self.q1 = mlp(inputs, args.hidden, 1)
         self.q2 = mlp(inputs, args.hidden, 1)
-        init_orthogonal(self)
 
     def forward(self, features, state, actions):
         x = torch.cat([self.trunk(features), state, actions], -1)
-        return torch.stack([self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)]).float()
+        return torch.stack([self.q1(x), self.q2(x)]).squeeze(-1).float()
 
 
 class Agent(nn.Module):
@@ -383,15 +375,18 @@ class Agent(nn.Module):
         self.encoder = Encoder(shapes["channels"] * args.frame_stack, args)
         self.actor = Actor(self.encoder.features, shapes, args)
         self.critic = Critic(self.encoder.features, shapes, args)
+        self.apply(init_orthogonal)
+        self.encoder.to(memory_format=torch.channels_last)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
 
 
-def make_optimizers(agent: Agent, args: Args) -> tuple:
-    """-> Adam of encoder and critic, Adam of the actor."""
+def make_optimizers(agent: Agent, args: Args) -> dict:
     options = dict(fused=True, capturable=args.device.startswith("cuda"))
-    parameters = [*agent.encoder.parameters(), *agent.critic.parameters()]  # differs (6)
-    critic_optimizer = torch.optim.Adam(parameters, args.lr, **options)
-    return critic_optimizer, torch.optim.Adam(agent.actor.parameters(), args.actor_lr, **options)
+    critic_side = [*agent.encoder.parameters(), *agent.critic.parameters()]  # differs (6)
+    return dict(
+        critic_optimizer=torch.optim.Adam(critic_side, args.lr, **options),
+        actor_optimizer=torch.optim.Adam(agent.actor.parameters(), args.actor_lr, **options),
+    )
 
 
 # --- Storage --------------------------------------------------------------------------------------
@@ -411,13 +406,13 @@ def free_memory(device: torch.device) -> float:
 
 # same in: drqv2.py, sac_pixels.py
 class Replay:
-    """A ring of F slots for each of N environments, on the device of `obs`. Every frame is stored once.
+    """A ring of F slots for each of N environments, where `obs` is. Every frame is stored once.
 
-    An episode of L steps takes L + 1 slots in a row: each has an observation, with the action that
-    followed, its reward and its discount (0 where it terminates); the final observation stands alone
-    in the last one. `age` counts from the episode's first slot, so a slot is final if the next one's
-    age is 0. `head` (N,) numbers the slots of the present observations since the run began; modulo F
-    it is their place in the ring.
+    An episode of L steps takes L + 1 slots in a row: each has an observation, with the action
+    that followed, its reward and its discount (0 where it terminates); the final observation
+    stands alone in the last one. `age` counts from the episode's first slot, so a slot is final
+    if the next one's age is 0. `head` (N,) numbers the slots of the present observations since
+    the run began; modulo F it is their place in the ring.
     """
 
     def __init__(
@@ -428,23 +423,21 @@ class Replay:
         self.envs = torch.arange(num_envs, device=device)
         self.head = torch.zeros_like(self.envs)
         zeros = torch.zeros(num_envs, device=device)
-        actions = zeros[:, None].repeat(1, action_dim)
-        slot = dict(
+        first = dict(
             rgb=obs["rgb"],
             state=obs["state"],
-            actions=actions,
+            actions=torch.zeros((num_envs, action_dim), device=device),
             rewards=zeros,
             discounts=zeros,
             age=zeros.int(),
         )
-        size = slots * sum(value.nbytes for value in slot.values()) / 2**30
+        size = slots * sum(value.nbytes for value in first.values()) / 2**30
         free = free_memory(device) / 2**30
         message = f"the replay buffer needs {size:.1f} GiB of {free:.1f}: lower --buffer-size"
         need(size < free, message)  # now, and not when it fills up after hours
         self.data = {}
-        for name, value in slot.items():
-            shape = (slots * num_envs, *value.shape[1:])
-            self.data[name] = torch.zeros(shape, dtype=value.dtype, device=device)
+        for name, value in first.items():
+            self.data[name] = value.new_zeros((slots * num_envs, *value.shape[1:]))
             self.data[name][:num_envs] = value
 
     def row(self, slot, env):
@@ -454,14 +447,14 @@ class Replay:
     def add(self, actions, rewards, discounts, dones, final_obs: dict, next_obs: dict):
         """Store a step of every environment, all (N, ...), without waiting for the device.
 
-        final_obs: the true next observation; next_obs: the one to act on, of another episode where `dones`.
+        final_obs: the true next observation; next_obs: the one to act on, of another
+        episode where `dones`.
         """
         data = self.data
         now = self.row(self.head, self.envs)
         after = self.row(self.head + 1, self.envs)
-        begin = self.row(
-            self.head + 1 + dones, self.envs
-        )  # of a new episode where `dones`, else = after
+        self.head += 1 + dones
+        begin = self.row(self.head, self.envs)  # of a new episode where `dones`, else = after
         data["actions"][now] = actions
         data["rewards"][now] = rewards
         data["discounts"][now] = discounts
@@ -471,7 +464,6 @@ class Replay:
         for name in ("rgb", "state"):
             data[name][after] = final_obs[name]
             data[name][begin] = next_obs[name]
-        self.head += 1 + dones
 
     def is_final(self, slot, env):
         return self.data["age"][self.row(slot + 1, env)] == 0
@@ -495,8 +487,8 @@ class Replay:
     def transitions(self, slot, env) -> dict:
         """Of n steps from slots (B,) on, or of as many as the episode still has.
 
-        -> obs, next_obs (dicts), actions (B, A), rewards (B,) = sum of gamma^i x discounts before x r_i,
-        discounts (B,) = gamma^n x product of the n discounts.
+        -> obs, next_obs (dicts), actions (B, A), rewards (B,) = sum of gamma^i x discounts before
+        x r_i, discounts (B,) = gamma^n x product of the n discounts.
         """
         data, end = self.data, slot
         rewards = torch.zeros(len(slot), device=slot.device)
@@ -517,7 +509,7 @@ class Replay:
         )
 
     def sample(self, batch_size: int) -> dict:
-        """B transitions, uniform over environments and their stored steps, without waiting for the device."""
+        """B transitions, uniform over environments and steps, without waiting for the device."""
         draws = torch.rand((5, batch_size), dtype=torch.float64, device=self.head.device)
         env = (draws[0] * len(self.envs)).long()
         newest = self.head[env] - self.n_step  # the latest start whose n steps are stored
@@ -533,9 +525,7 @@ class Replay:
     def state_dict(self) -> dict:
         state = dict(self.data, head=self.head)
         used = int(self.head.max()) + 1
-        if (
-            used < self.slots
-        ):  # torch.save writes whole storages, so the used rows need one of their own
+        if used < self.slots:  # torch.save would write the rows that are not used yet, too
             for name, value in self.data.items():
                 state[name] = value[: used * len(self.envs)].clone()
         return state
@@ -547,35 +537,23 @@ class Replay:
 
 
 # --- Update functions -----------------------------------------------------------------------------
-def noise_std(args: Args, global_step: int) -> float:
-    """Standard deviation of the exploration noise, falling linearly with the agent's steps. Eq. 4"""
+def noise_std(args: Args, global_step: int):
+    """Standard deviation () of the exploration noise: it falls linearly with agent steps. Eq. 4"""
     share = min(global_step / args.std_steps, 1.0)
-    return args.std_start + (args.std_end - args.std_start) * share
+    std = args.std_start + (args.std_end - args.std_start) * share
+    return torch.full((), std, device=args.device)
 
 
-def draw_noise(args: Args, batch_size: int, action_dim: int) -> dict:
-    """What is random in an update but the batch: shifts (B, 2) and noise (B, A), on the device."""
-    offsets = torch.randint(2 * args.pad + 1, (2, batch_size, 2), device=args.device)
-    noise = torch.randn((2, batch_size, action_dim), device=args.device)
-    return dict(
-        shift=offsets[0],
-        next_shift=offsets[1],
-        noise=noise[0],
-        next_noise=noise[1],
-    )
-
-
-def noisy_actions(mean, std, noise, clip: float = math.inf):
-    """mean + std x noise, the noise cut off at +-clip, the sum at +-1 but for its gradient; (B, A)."""
-    actions = mean + (std * noise).clamp(-clip, clip)
+def noisy_actions(mean, std, clip: float = math.inf):
+    """mean (B, A) + noise cut off at +-clip, the sum at +-1 without losing its gradient."""
+    actions = mean + (std * torch.randn_like(mean)).clamp(-clip, clip)
     return actions + (actions.clamp(-1 + 1e-6, 1 - 1e-6) - actions).detach()
 
 
 @torch.no_grad()
-def explore(agent: Agent, obs: dict, std: float):
+def explore(agent: Agent, obs: dict, std):
     """Noisy actions (N, A) for stacked observations."""
-    mean = agent.actor(agent.encoder(obs["rgb"]), obs["state"])
-    return noisy_actions(mean, std, torch.randn_like(mean))
+    return noisy_actions(agent.actor(agent.encoder(obs["rgb"]), obs["state"]), std)
 
 
 def critic_loss(agent: Agent, batch: dict, std, args: Args):
@@ -583,13 +561,12 @@ def critic_loss(agent: Agent, batch: dict, std, args: Args):
     obs, next_obs = batch["obs"], batch["next_obs"]
     with torch.autocast(std.device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False):
         with torch.no_grad():
-            image = random_shift(next_obs["rgb"], batch["next_shift"], args.pad)
-            next_features = agent.encoder(image)
+            next_features = agent.encoder(random_shift(next_obs["rgb"], args.pad))
             mean = agent.actor(next_features, next_obs["state"])
-            next_actions = noisy_actions(mean, std, batch["next_noise"], args.std_clip)
+            next_actions = noisy_actions(mean, std, args.std_clip)
             next_q = agent.target(next_features, next_obs["state"], next_actions).amin(0)
             targets = batch["rewards"] + batch["discounts"] * next_q
-        features = agent.encoder(random_shift(obs["rgb"], batch["shift"], args.pad))
+        features = agent.encoder(random_shift(obs["rgb"], args.pad))
         q = agent.critic(features, obs["state"], batch["actions"])  # (2, B)
         loss = (q - targets).square().mean(-1).sum()
     metrics = {
@@ -606,7 +583,7 @@ def actor_loss(agent: Agent, batch: dict, features, std, args: Args):
     state = batch["obs"]["state"]
     with torch.autocast(std.device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False):
         mean = agent.actor(features, state)
-        actions = noisy_actions(mean, std, batch["noise"], args.std_clip)
+        actions = noisy_actions(mean, std, args.std_clip)
         loss = -agent.critic(features, state, actions).amin(0).mean()
     return loss, {"loss/actor": loss.detach(), "train/saturation": mean.detach().abs().mean()}
 
@@ -617,24 +594,22 @@ def descend(loss, optimizer):
     optimizer.step()
 
 
-def update(agent: Agent, optimizers: tuple, losses: tuple, args: Args, batch: dict, std) -> dict:
+def update(agent: Agent, optimizers: dict, losses: tuple, args: Args, batch: dict, std) -> dict:
     """One step of everything: critic and encoder, actor on the features from before it, target."""
-    loss_of_critic, loss_of_actor = losses
-    critic_optimizer, actor_optimizer = optimizers
-    loss, features, metrics = loss_of_critic(agent, batch, std, args)
-    descend(loss, critic_optimizer)
+    loss, features, metrics = losses[0](agent, batch, std, args)
+    descend(loss, optimizers["critic_optimizer"])
     agent.critic.requires_grad_(False)  # spares the critic's own gradients, which nobody would use
-    loss, more = loss_of_actor(agent, batch, features, std, args)
+    loss, more = losses[1](agent, batch, features, std, args)
     agent.critic.requires_grad_(True)
-    descend(loss, actor_optimizer)
-    with torch.no_grad():
-        pairs = list(agent.target.parameters()), list(agent.critic.parameters())
-        torch._foreach_lerp_(*pairs, args.tau)  # the encoder has no target
+    descend(loss, optimizers["actor_optimizer"])
+    with torch.no_grad():  # the encoder has no target
+        targets, sources = list(agent.target.parameters()), list(agent.critic.parameters())
+        torch._foreach_lerp_(targets, sources, args.tau)
     return metrics | more
 
 
-def make_update(agent: Agent, optimizers: tuple, args: Args):
-    """-> a function of batch and std, `update` by the fastest way that `args` allows."""
+def make_update(agent: Agent, optimizers: dict, args: Args):
+    """-> `update` as a function of (batch, std), by the fastest way that `args` allows."""
     losses = critic_loss, actor_loss
     if args.compile:
         losses = torch.compile(critic_loss), torch.compile(actor_loss)
@@ -642,19 +617,12 @@ def make_update(agent: Agent, optimizers: tuple, args: Args):
     if args.cudagraphs and args.device.startswith("cuda"):
         from tensordict.nn import CudaGraphModule
 
-        one_update = CudaGraphModule(one_update, warmup=WARMUP)
+        one_update = CudaGraphModule(one_update, warmup=5)
     return one_update
 
 
-def mean_metrics(history: list[dict]) -> dict[str, float]:
-    """The mean of each metric over updates; waits for the device."""
-    rows = [torch.stack(list(metrics.values())) for metrics in history]
-    means = torch.stack(rows).mean(0).tolist()
-    return dict(zip(history[0], means, strict=True))
-
-
 # --- evaluate -------------------------------------------------------------------------------------
-def evaluate(policy, env, args: Args, video: Path | None = None) -> dict:
+def evaluate(policy, env, args: Args, video: Path) -> dict:
     """Whole episodes, mean actions, fixed seeds -> metrics. The video shows the first episode."""
     returns, successes, frames = [], [], []
     for batch in range(args.eval_episodes // env.num_envs):
@@ -662,21 +630,21 @@ def evaluate(policy, env, args: Args, video: Path | None = None) -> dict:
         policy.reset()
         running = torch.ones(env.num_envs, dtype=torch.bool, device=args.device)
         for _ in range(env.max_episode_steps):
-            if video and batch == 0:
+            if args.capture_video and batch == 0:
                 frames.append(env.render()[0])
             obs, _, terminations, truncations, info = env.step(policy.act(obs))
             ended = (terminations | truncations) & running  # each environment counts once
             returns.append(info["episode"]["return"][ended])
             successes.append(info["episode"]["success_at_end"][ended])
             running &= ~ended
-    if video:
+    if args.capture_video:
         video.parent.mkdir(parents=True, exist_ok=True)
-        imageio.mimwrite(video, frames, fps=max(1, round(env.control_hz)), macro_block_size=1)
+        imageio.mimwrite(video, frames, fps=env.control_hz)
     returns = torch.cat(returns).double()
-    mean, std = float(returns.mean()), float(returns.std(correction=min(1, len(returns) - 1)))
-    half = 1.96 * std / math.sqrt(len(returns))
-    results = {"eval/return": mean, "eval/return_std": std}
-    results |= {"eval/ci_low": mean - half, "eval/ci_high": mean + half}
+    results = {
+        "eval/return": float(returns.mean()),
+        "eval/return_std": float(returns.std(correction=0)),
+    }
     if getattr(env, "has_success", True):
         results["eval/success_rate"] = float(torch.cat(successes).double().mean())
     return results
@@ -773,7 +741,8 @@ def cut_back(run: Path, sizes: dict[str, int]):
 
 
 def save_run(run: Path, facts: dict, progress: dict, parts: dict):
-    """checkpoint.pt: all that --resume needs. `facts` is what stays the same during a run."""
+    """checkpoint.pt, all that --resume needs. `facts` is what stays the same during a run."""
+    (run / "args.json").write_text(json.dumps(facts["args"], indent=1))
     content = facts | dict(progress=progress, csv_sizes=csv_sizes(run))
     for name, part in parts.items():
         content[name] = part.state_dict()
@@ -781,43 +750,32 @@ def save_run(run: Path, facts: dict, progress: dict, parts: dict):
 
 
 # --- Policy ---------------------------------------------------------------------------------------
-class Policy(nn.Module):
+class Policy:
     """Observation in, action out, from one checkpoint (file or its content) and no simulator.
 
     `spec` describes the robot: what the environment says of its actions, cameras, rates and state.
     """
 
     def __init__(self, source: str | Path | dict, device: str = "cpu"):
-        super().__init__()
         checkpoint = source if isinstance(source, dict) else load(source)
         self.args, self.spec = Args(**checkpoint["args"]), checkpoint["spec"]
-        self.device, self.stack = device, []
         with torch.device("meta"):  # shapes only: no random number is drawn
             agent = Agent(self.args, checkpoint["shapes"])
         agent.load_state_dict(checkpoint["agent"], assign=True)
-        self.encoder, self.actor = agent.encoder.to(device), agent.actor.to(device)
+        self.agent, self.stack = agent.to(device), []
 
     def reset(self):
         """Forget the earlier images; call at the start of every episode."""
         self.stack = []
 
-    def preprocess(self, frame: np.ndarray) -> torch.Tensor:
-        """A camera's uint8 (H, W, 3) of any size -> its middle square, area mean: (1, h, h, 3)."""
-        side, size = min(frame.shape[:2]), (self.args.image_size, self.args.image_size)
-        top, left = (frame.shape[0] - side) // 2, (frame.shape[1] - side) // 2
-        square = torch.from_numpy(frame[None, top : top + side, left : left + side].copy())
-        planes = square.to(self.device).permute(0, 3, 1, 2).float()
-        small = F.interpolate(planes, size=size, mode="area")
-        return small.round().to(torch.uint8).permute(0, 2, 3, 1)
-
     @torch.no_grad()
     def act(self, obs: dict) -> torch.Tensor:
-        """ "rgb" uint8 (N, H, W, C), the newest frame alone, "state" (N, S) -> mean actions (N, A)."""
-        rgb = torch.as_tensor(obs["rgb"], device=self.device).clone()
-        past = self.stack[1:] or [rgb] * (self.args.frame_stack - 1)
-        self.stack = [*past, rgb]
-        state = torch.as_tensor(obs["state"], dtype=torch.float32, device=self.device)
-        return self.actor(self.encoder(torch.cat(self.stack, -1)), state)
+        """obs: "rgb" uint8 (N, H, W, 3), the newest image alone, and "state" (N, S), tensors on the
+        device -> mean actions (N, A)."""
+        past = self.stack[1:] or [obs["rgb"]] * (self.args.frame_stack - 1)
+        self.stack = [*past, obs["rgb"]]
+        features = self.agent.encoder(torch.cat(self.stack, -1))
+        return self.agent.actor(features, obs["state"])
 
 
 # --- train ----------------------------------------------------------------------------------------
@@ -853,8 +811,46 @@ def open_run(args: Args) -> Path:
     return run
 
 
+def log_row(run: Path, progress: dict, metrics: dict, episodes, env, args: Args):
+    """A row of metrics.csv. episodes (3,): how many ended since the last row, their sums."""
+    count, returns, successes = episodes.tolist()
+    row = {name: progress[name] for name in CLOCK}
+    for name, value in metrics.items():
+        row[name] = float(value)
+    row["train/return"] = returns / max(count, 1)
+    row["train/success_at_end"] = successes / max(count, 1)
+    row["train/episodes"] = count
+    row["train/std"] = float(noise_std(args, progress["global_step"]))
+    row["train/nan_resets"] = int(env.nan_resets)
+    row["time/sps"] = progress["global_step"] / progress["train_time"]
+    write_row(run / "metrics.csv", row, args.track)
+
+
+def evaluate_now(run: Path, facts: dict, progress: dict, agent: Agent, env, args: Args) -> dict:
+    """A row of eval.csv, the video, and best.pt if it is the best so far. -> metrics"""
+    snapshot = facts | dict(progress=progress, agent=agent.state_dict())
+    step = progress["global_step"]
+    video = run / f"videos/step_{step:09d}.mp4"
+    results = evaluate(Policy(snapshot, args.device), env, args, video)
+    clock = {name: progress[name] for name in CLOCK}
+    write_row(run / "eval.csv", clock | results, args.track)
+    tqdm.write(f"{step} steps: return {results['eval/return']:.3f}")
+    if results["eval/return"] > progress["best"]:
+        progress["best"] = results["eval/return"]
+        save(run / "best.pt", snapshot)
+    return results
+
+
+def evaluate_checkpoint(args: Args, env) -> dict:
+    video = Path(args.checkpoint).parent / "videos/evaluate.mp4"
+    results = evaluate(Policy(args.checkpoint, args.device), env, args, video)
+    print(json.dumps(results))
+    env.close()
+    return results
+
+
 def train(args: Args) -> dict:
-    """Train, or with --evaluate only evaluate. -> metrics of the last evaluation, `run`, progress.
+    """Train, or with --evaluate only evaluate. -> metrics of the last evaluation, progress, `run`.
 
     Raises ValueError or FileNotFoundError for arguments that do not fit, FloatingPointError at the
     first NaN, SystemExit after Ctrl-C.
@@ -864,12 +860,7 @@ def train(args: Args) -> dict:
     torch.manual_seed(args.seed)
     env, eval_env = make_envs(args)
     if args.evaluate:
-        policy = Policy(args.checkpoint, args.device)
-        video = Path(args.checkpoint).parent / "videos/evaluate.mp4"
-        results = evaluate(policy, eval_env, args, video if args.capture_video else None)
-        print(json.dumps(results))
-        eval_env.close()
-        return results
+        return evaluate_checkpoint(args, eval_env)
 
     progress = dict(global_step=0, wall_time=0.0, train_time=0.0, best=-math.inf)
     if args.resume:
@@ -877,41 +868,38 @@ def train(args: Args) -> dict:
         progress = checkpoint["progress"]
     # without a saved buffer a resumed run begins with other episodes than at first
     obs = env.reset(seed=args.seed + progress["global_step"])
-    channels = env.image_shape[2]
-    shapes = dict(channels=channels, state=env.state_dim, action=env.action_dim)
+    shapes = dict(channels=env.image_shape[2], state=env.state_dim, action=env.action_dim)
+    facts = dict(algo="drqv2", args=asdict(args), shapes=shapes, spec=env.spec)
     agent = Agent(args, shapes).to(args.device)
     optimizers = make_optimizers(agent, args)
     one_update = make_update(agent, optimizers, args)
     slots = args.buffer_size // args.num_envs
     replay = Replay(obs, env.action_dim, slots, args.frame_stack, args.n_step, args.gamma)
-    parts = dict(agent=agent, critic_optimizer=optimizers[0], actor_optimizer=optimizers[1])
-    parts["random"] = GlobalRandom()
-    learning_starts = args.learning_starts
+    parts = dict(agent=agent, random=GlobalRandom(), **optimizers)
+    filled_since = progress["global_step"]
     if args.save_buffer:
         parts |= dict(env=env, replay=replay)
-    else:
-        learning_starts += progress["global_step"]
-    facts = dict(algo="drqv2", args=asdict(args), shapes=shapes, spec=env.spec)
+        filled_since = 0
 
     run = open_run(args)
-    (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
     if args.resume:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
         cut_back(run, checkpoint["csv_sizes"])
         del checkpoint  # its mapped tensors are released
-    else:
-        if args.checkpoint:
-            agent.load_state_dict(load(args.checkpoint)["agent"])
-        save_run(run, facts, progress, parts)
+    elif args.checkpoint:
+        agent.load_state_dict(load(args.checkpoint)["agent"])
+    save_run(run, facts, progress, parts)  # from now on it can be resumed
 
     born = START - progress["wall_time"]
     begin = time.perf_counter() - progress["train_time"]  # moved on by what is no training
-    logged, updates, history, results = progress["global_step"], 0, [], {}
-    episodes = torch.zeros(3, device=args.device)  # since the last row: ended, returns, successes
-    bar = tqdm(total=args.total_timesteps, initial=logged, unit="step", mininterval=1)
+    episodes = torch.zeros(
+        3, device=args.device
+    )  # since the last row: how many, returns, successes
+    metrics, results = {}, {}
+    bar = tqdm(total=args.total_timesteps, initial=progress["global_step"], unit="step")
     interrupt = Interrupt()
-    stop = logged >= args.total_timesteps
+    stop = progress["global_step"] >= args.total_timesteps
     while not stop:
         # act
         before = progress["global_step"]
@@ -937,13 +925,12 @@ def train(args: Args) -> dict:
 
         # update
         due = now // args.update_every - before // args.update_every
-        for _ in range(due if now >= learning_starts else 0):
-            pause = time.perf_counter()
-            batch = replay.sample(args.batch_size)
-            batch |= draw_noise(args, args.batch_size, env.action_dim)
-            history.append(one_update(batch, torch.full((), std, device=args.device)))
-            updates += 1
-            if updates <= WARMUP:
+        if now - filled_since < args.learning_starts:
+            due = 0
+        for _ in range(due):
+            pause, first = time.perf_counter(), not metrics
+            metrics = one_update(replay.sample(args.batch_size), std)
+            if first:  # compiles
                 begin += time.perf_counter() - pause
 
         # log
@@ -952,39 +939,16 @@ def train(args: Args) -> dict:
         eval_due = last or now % args.eval_freq < args.num_envs
         if not (stop or eval_due or now % args.log_freq < args.num_envs):
             continue
-        metrics = mean_metrics(history) if history else {}
         check_finite(agent, metrics, now, run)
-        trained = time.perf_counter() - begin
-        count, returns, successes = episodes.tolist()
-        metrics |= {
-            "train/return": returns / max(count, 1),
-            "train/success_at_end": successes / max(count, 1),
-            "train/episodes": count,
-            "train/std": std,
-            "train/nan_resets": int(env.nan_resets),
-            "time/sps": (now - logged) / (trained - progress["train_time"]),
-        }
-        progress |= dict(wall_time=time.time() - born, train_time=trained)
-        clock = {name: progress[name] for name in CLOCK}
-        if history:  # the first row names the columns, so it waits for an update
-            write_row(run / "metrics.csv", clock | metrics, args.track)
-        bar.set_postfix_str(f"return {metrics['train/return']:.2f}")
-        logged = now
-        history.clear()
+        pause = time.perf_counter()
+        progress |= dict(wall_time=time.time() - born, train_time=pause - begin)
+        if metrics:  # the first row names the columns, so it waits for an update
+            log_row(run, progress, metrics, episodes, env, args)
         episodes.zero_()
 
         # evaluate
-        pause = time.perf_counter()
         if eval_due:
-            snapshot = facts | dict(progress=progress, agent=agent.state_dict())
-            policy = Policy(snapshot, args.device)
-            video = run / f"videos/step_{now:09d}.mp4" if args.capture_video else None
-            results = evaluate(policy, eval_env, args, video)
-            write_row(run / "eval.csv", clock | results, args.track)
-            bar.write(f"{now} steps: return {results['eval/return']:.3f}")
-            if results["eval/return"] > progress["best"]:
-                progress["best"] = results["eval/return"]
-                save(run / "best.pt", snapshot)
+            results = evaluate_now(run, facts, progress, agent, eval_env, args)
 
         # save
         if eval_due or stop:
