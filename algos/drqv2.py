@@ -811,12 +811,24 @@ def open_run(args: Args) -> Path:
     return run
 
 
+def mean_metrics(history: list[dict]) -> dict[str, float]:
+    """Means over the updates since the last row; waits for the device."""
+    means = {}
+    for name in history[0] if history else ():
+        means[name] = float(torch.stack([metrics[name] for metrics in history]).mean())
+    return means
+
+
+def ended(dones, episode: dict):
+    """(3,): how many episodes ended, the sums of their returns and successes."""
+    values = torch.stack([dones, episode["return"], episode["success_at_end"]])
+    return torch.where(dones, values, 0.0).sum(-1)
+
+
 def log_row(run: Path, progress: dict, metrics: dict, episodes, env, args: Args):
-    """A row of metrics.csv. episodes (3,): how many ended since the last row, their sums."""
+    """A row of metrics.csv; episodes: the sum of `ended` since the last one."""
     count, returns, successes = episodes.tolist()
-    row = {name: progress[name] for name in CLOCK}
-    for name, value in metrics.items():
-        row[name] = float(value)
+    row = {name: progress[name] for name in CLOCK} | metrics
     row["train/return"] = returns / max(count, 1)
     row["train/success_at_end"] = successes / max(count, 1)
     row["train/episodes"] = count
@@ -827,14 +839,12 @@ def log_row(run: Path, progress: dict, metrics: dict, episodes, env, args: Args)
 
 
 def evaluate_now(run: Path, facts: dict, progress: dict, agent: Agent, env, args: Args) -> dict:
-    """A row of eval.csv, the video, and best.pt if it is the best so far. -> metrics"""
+    """A row of eval.csv, a video, and best.pt if it is the best so far. -> metrics"""
     snapshot = facts | dict(progress=progress, agent=agent.state_dict())
-    step = progress["global_step"]
-    video = run / f"videos/step_{step:09d}.mp4"
+    video = run / f"videos/step_{progress['global_step']:09d}.mp4"
     results = evaluate(Policy(snapshot, args.device), env, args, video)
     clock = {name: progress[name] for name in CLOCK}
     write_row(run / "eval.csv", clock | results, args.track)
-    tqdm.write(f"{step} steps: return {results['eval/return']:.3f}")
     if results["eval/return"] > progress["best"]:
         progress["best"] = results["eval/return"]
         save(run / "best.pt", snapshot)
@@ -893,13 +903,12 @@ def train(args: Args) -> dict:
 
     born = START - progress["wall_time"]
     begin = time.perf_counter() - progress["train_time"]  # moved on by what is no training
-    episodes = torch.zeros(
-        3, device=args.device
-    )  # since the last row: how many, returns, successes
-    metrics, results = {}, {}
-    bar = tqdm(total=args.total_timesteps, initial=progress["global_step"], unit="step")
+    episodes = torch.zeros(3, device=args.device)  # sums of `ended` since the last row
+    updates, history, results = 0, [], {}  # history: metrics of each update since the last row
+    first, last = progress["global_step"], args.total_timesteps
+    bar = tqdm(total=last, initial=first, unit="step", mininterval=1)
     interrupt = Interrupt()
-    stop = progress["global_step"] >= args.total_timesteps
+    stop = first >= last
     while not stop:
         # act
         before = progress["global_step"]
@@ -919,36 +928,37 @@ def train(args: Args) -> dict:
         dones = terminations | truncations
         discounts = info.get("discount", torch.ones_like(rewards)) * ~terminations  # differs (1)
         replay.add(actions, rewards, discounts, dones, info["final_obs"], obs)
-        episode = info["episode"]
-        ended = torch.stack([dones, episode["return"], episode["success_at_end"]])
-        episodes += torch.where(dones, ended, 0.0).sum(-1)
+        episodes += ended(dones, info["episode"])
 
         # update
         due = now // args.update_every - before // args.update_every
         if now - filled_since < args.learning_starts:
             due = 0
         for _ in range(due):
-            pause, first = time.perf_counter(), not metrics
-            metrics = one_update(replay.sample(args.batch_size), std)
-            if first:  # compiles
+            pause = time.perf_counter()
+            history.append(one_update(replay.sample(args.batch_size), std))
+            updates += 1
+            if updates == 1:  # it compiles
                 begin += time.perf_counter() - pause
 
         # log
-        last = now >= args.total_timesteps
-        stop = last or interrupt.asked
-        eval_due = last or now % args.eval_freq < args.num_envs
+        stop = interrupt.asked or now >= last
+        eval_due = now >= last or now % args.eval_freq < args.num_envs
         if not (stop or eval_due or now % args.log_freq < args.num_envs):
             continue
+        metrics = mean_metrics(history)
         check_finite(agent, metrics, now, run)
         pause = time.perf_counter()
         progress |= dict(wall_time=time.time() - born, train_time=pause - begin)
-        if metrics:  # the first row names the columns, so it waits for an update
+        if history:  # the first row names the columns, so it waits for an update
             log_row(run, progress, metrics, episodes, env, args)
+        history.clear()
         episodes.zero_()
 
         # evaluate
         if eval_due:
             results = evaluate_now(run, facts, progress, agent, eval_env, args)
+            bar.set_postfix_str(f"return {results['eval/return']:.2f}")
 
         # save
         if eval_due or stop:

@@ -630,6 +630,17 @@ def test_a_short_run_from_end_to_end(fake):
     assert differences(start, trained) == {"encoder", "actor", "critic", "target"}
 
 
+def test_returns_are_of_the_episodes_that_ended():
+    episode = {
+        "return": torch.tensor([2.0, math.nan, 5.0]),
+        "success_at_end": torch.tensor([True, True, False]),
+    }
+    sums = dq.ended(torch.tensor([True, False, True]), episode)
+    assert sums.tolist() == [2.0, 7.0, 1.0]
+    metrics = dq.mean_metrics([{"loss/qf": torch.tensor(1.0)}, {"loss/qf": torch.tensor(4.0)}])
+    assert metrics == {"loss/qf": 2.5} and dq.mean_metrics([]) == {}
+
+
 class Ending(FakeEnv):
     """A task that says discount 1 at a termination and 0.5 elsewhere, and knows no success."""
 
