@@ -668,9 +668,7 @@ def load(path: str | Path) -> dict:
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (
-        Exception
-    ) as error:  # torch raises many kinds for a damaged file; a reader needs one line
+    except Exception as error:  # torch raises many kinds; a reader needs one line
         raise ValueError(f"{path} is no checkpoint: damaged, or another kind of file") from error
     need(
         isinstance(checkpoint, dict) and checkpoint.get("algo") == "drqv2", f"{path} is not drqv2's"
