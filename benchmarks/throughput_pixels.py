@@ -1,15 +1,15 @@
-"""How fast DeepMind Control is simulated, drawn and learnt from on the machine at hand, in one run.
+"""How fast DeepMind Control is simulated, drawn and trained on, on the machine at hand, in one run.
 
     python benchmarks/throughput_pixels.py                           print the table
     python benchmarks/throughput_pixels.py --out docs/results/throughput/pixels__cpu2.csv
 
 Parts, each with a baseline that its ratios refer to, measured in the same run; a frame is one control step of the
 task, of which the agent's step has --action-repeat:
-    physics       frames per second without pictures, in one process and in --processes of them
-    pictures      pictures per second of one state, --image-size pixels a side: OpenGL by EGL with its defaults (the
+    physics       frames per second without images, in one process and in --processes of them
+    pictures      images per second of one state, --image-size pixels a side: OpenGL by EGL with its defaults (the
                   baseline, and what was published), OSMesa, with fast_render, and MuJoCo Warp with 4 and 1 rays a
-                  pixel, one world and --batch worlds at once (worlds in the middle of random episodes)
-    environment   frames per second of env.step, pictures and episodes' ends included, random actions: one environment
+                  pixel, one environment and --batch at once (environments in the middle of random episodes)
+    environment   frames per second of env.step, images and episodes' ends included, random actions: one environment
                   here, then several in processes, by each renderer
     learning      updates per second, sampling and augmentation included, of algos/drqv2.py and algos/sac_pixels.py: at
                   the published sizes (84 pixels, batch 256 for both) and at the defaults of a CPU; plain float32
@@ -59,13 +59,13 @@ class Args:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """where Warp, learning and training run; physics and OpenGL choose for themselves"""
     image_size: int = 84
-    """pixels a side, in pictures and environment"""
+    """pixels a side, of images and of environments"""
     action_repeat: int = 2
     """frames for which an action is held"""
     processes: int | None = None
     """processes of environments; None: one for each core, but no more than 16"""
     batch: int = 64
-    """worlds that Warp draws at once"""
+    """environments that Warp draws at once"""
     seconds: float = 10.0
     """time measured for a row, without its warm-up; training takes the learning starts on top"""
     blocks: int = 5
@@ -86,9 +86,18 @@ class Args:
     def check(self) -> None:
         """Raises ValueError at the first choice that cannot work. (In __post_init__ tyro would reword it.)"""
         for wrong, message in (
-            (self.seconds <= 0 or self.blocks < 1, "--seconds must be above 0, --blocks at least 1"),
-            (min(self.batch, self.processes or 1) < 1, "--batch and --processes must be at least 1"),
-            (self.device.startswith("cuda") and not torch.cuda.is_available(), "no CUDA device here: use --device cpu"),
+            (
+                self.seconds <= 0 or self.blocks < 1,
+                "--seconds must be above 0, --blocks at least 1",
+            ),
+            (
+                min(self.batch, self.processes or 1) < 1,
+                "--batch and --processes must be at least 1",
+            ),
+            (
+                self.device.startswith("cuda") and not torch.cuda.is_available(),
+                "no CUDA device here: use --device cpu",
+            ),
         ):
             if wrong:
                 raise ValueError(message)
@@ -101,13 +110,16 @@ def machine(args: Args) -> dict[str, str]:
         facts["OpenGL"] = opengl.detail.partition(" drawn by ")[2]
     facts["versions"] += f", dm-control {version('dm-control')}"
     facts["load"] = f"{os.getloadavg()[0]:.1f} programs wanted a core in the minute before"
-    options = [f"--{f.name.replace('_', '-')} {' '.join(value) if isinstance(value, tuple) else value}"
-               for f in fields(args) if f.name != "out" and (value := getattr(args, f.name)) != f.default]
+    options = [
+        f"--{f.name.replace('_', '-')} {' '.join(value) if isinstance(value, tuple) else value}"
+        for f in fields(args)
+        if f.name != "out" and (value := getattr(args, f.name)) != f.default
+    ]
     facts["command"] = " ".join(["python benchmarks/throughput_pixels.py", *options])
     return facts
 
 
-# --- Simulation and pictures ------------------------------------------------------------------------------------------
+# --- Simulation and images --------------------------------------------------------------------------------------------
 def renderers() -> dict[str, tuple[dict, str]]:
     """Name -> options of `dmc.make`, and why it cannot be measured here, or nothing."""
     found = {}
@@ -124,7 +136,14 @@ def renderers() -> dict[str, tuple[dict, str]]:
 def make(args: Args, num_envs: int, **options) -> dmc.DMCEnv:
     """The task's environment; OpenGL of any backend works beside any other because each gets a process."""
     options = {"workers": 1, "image_size": args.image_size} | options
-    return dmc.make(args.env_id, num_envs, args.device, seed=args.seed, action_repeat=args.action_repeat, **options)
+    return dmc.make(
+        args.env_id,
+        num_envs,
+        args.device,
+        seed=args.seed,
+        action_repeat=args.action_repeat,
+        **options,
+    )
 
 
 def random_actions(args: Args, env: dmc.DMCEnv):
@@ -137,16 +156,20 @@ def physics(args: Args, table: throughput.Table) -> None:
     """Frames per second of the simulation: the parts of env.step that are left when nothing is drawn."""
     for processes in dict.fromkeys((1, args.processes)):
         env = make(args, processes, renderer="warp", workers=processes, image_size=4)
-        env._tensor = lambda views: torch.zeros(len(views), 4, 4, 3, dtype=torch.uint8)  # no pictures
+        env._tensor = lambda views: torch.zeros(len(views), 4, 4, 3, dtype=torch.uint8)  # no images
         act = random_actions(args, env)
-        values = speeds(lambda env=env, act=act: env.step(act()), processes * args.action_repeat, args)
+        values = speeds(
+            lambda env=env, act=act: env.step(act()), processes * args.action_repeat, args
+        )
         plural = "es" if processes > 1 else ""
-        table.measured("physics", "MuJoCo C, no pictures", f"{processes} process{plural}", "frames", values)
+        table.measured(
+            "physics", "MuJoCo C, no pictures", f"{processes} process{plural}", "frames", values
+        )
         env.close()
 
 
 def pictures(args: Args, table: throughput.Table) -> None:
-    """Pictures per second of each renderer."""
+    """Images per second of each renderer."""
     for name, (options, why_not) in renderers().items():
         for n in (1, args.batch) if "Warp" in name else (1,):
             at = f"{n} world{'s' * (n > 1)}, {args.image_size} px"
@@ -163,7 +186,9 @@ def pictures(args: Args, table: throughput.Table) -> None:
                 values = speeds(lambda scene=scene, things=things: scene.draw(things), n, args)
             else:
 
-                def draw(env=env, times=8):  # several in one request, so that the pipe does not count
+                def draw(
+                    env=env, times=8
+                ):  # several in one request, so that the pipe does not count
                     env._all("views", lambda share: (times,))
 
                 values = speeds(draw, 8, args)
@@ -188,43 +213,42 @@ def environment(args: Args, table: throughput.Table) -> None:
 
 
 # --- Learning ---------------------------------------------------------------------------------------------------------
-def learner(algo, hyper, device: str):
-    """What does updates from a full buffer of random transitions -> a function, critic updates of one call of it."""
-    device, action = torch.device(device), 6
+def learner(algo, hyper):
+    """What updates from a full buffer of random transitions -> a function, critic updates of one call of it."""
+    device, action_dim = hyper.device, 6
     torch.manual_seed(hyper.seed)
-    shapes = dict(channels=3, state=0, action=action)
+    shapes = dict(channels=3, state=0, action=action_dim)
     size = getattr(hyper, "render_size", hyper.image_size)
-    place = torch.device(getattr(hyper, "buffer_device", "") or device)
-    slots = 50_000 if place.type == "cuda" else 4_000
-    obs = {"rgb": torch.zeros((1, size, size, 3), dtype=torch.uint8, device=device),
-           "state": torch.zeros((1, 0), device=device)}  # fmt: skip
-    replay = algo.Replay(obs, action, slots, hyper.frame_stack, hyper.n_step, hyper.gamma, place)
-    generator, sampler = (torch.Generator(where).manual_seed(hyper.seed) for where in (device, place))
-    replay.data["rgb"].random_(0, 256, generator=sampler)
-    replay.data["actions"].uniform_(-1, 1, generator=sampler)
-    replay.data["rewards"].uniform_(0, 1, generator=sampler)
+    slots = 50_000 if device.startswith("cuda") else 4_000
+    rgb = torch.zeros((1, size, size, 3), dtype=torch.uint8, device=device)
+    obs = {"rgb": rgb, "state": torch.zeros((1, 0), device=device)}
+    n_step = getattr(hyper, "n_step", 1)
+    replay = algo.Replay(obs, action_dim, slots, hyper.frame_stack, n_step, hyper.gamma)
+    replay.data["rgb"].random_(0, 256)
+    replay.data["actions"].uniform_(-1, 1)
+    replay.data["rewards"].uniform_(0, 1)
     replay.data["discounts"].fill_(1)
-    replay.data["age"].copy_(torch.arange(slots)[:, None] % 501)
-    replay.data["last"].copy_(replay.data["age"] == 500)
+    replay.data["age"].copy_(torch.arange(slots) % 501)  # episodes of 500 steps
     replay.head += slots - 1
-    agent = algo.Agent(hyper, shapes, device)
     if algo is drqv2:
-        one = algo.Learner(agent, replay, hyper, generator, sampler)
-        return lambda: one.run(hyper.update_every, 0.5), 1
-    one = algo.Learner(agent, replay, hyper, generator)
-
-    def block():
-        one.owed = 1 - 1 / hyper.policy_frequency  # run() adds the rest of a whole block
-        one.run()
-
-    return block, hyper.policy_frequency
+        agent = drqv2.Agent(hyper, shapes).to(device)
+        one_update = drqv2.make_update(agent, drqv2.make_optimizers(agent, hyper), hyper)
+        std = torch.full((), 0.5, device=device)
+        return lambda: one_update(replay.sample(hyper.batch_size), std), 1
+    agent = sac_pixels.Agent(shapes, hyper).to(device, memory_format=torch.channels_last)
+    learn = sac_pixels.make_update(agent, sac_pixels.make_optimizers(agent, hyper), hyper)
+    count = hyper.policy_frequency
+    return lambda: learn([replay.sample(hyper.batch_size) for _ in range(count)]), count
 
 
 def learning(args: Args, table: throughput.Table) -> None:
     """Updates per second of both algorithms, plain and by each of the faster routes."""
     cuda = args.device.startswith("cuda")
-    no_compiler = "" if cuda or shutil.which("g++") or shutil.which("clang++") else \
-        "torch.compile needs a C++ compiler on a CPU: install g++"
+    no_compiler = (
+        ""
+        if cuda or shutil.which("g++") or shutil.which("clang++")
+        else "torch.compile needs a C++ compiler on a CPU: install g++"
+    )
     no_cuda = "" if cuda else "CUDA graphs need a CUDA device"
     routes = [
         ("plain, float32", dict(), ""),
@@ -232,20 +256,27 @@ def learning(args: Args, table: throughput.Table) -> None:
         ("compiled", dict(compile=True), no_compiler),
         ("compiled, bfloat16", dict(compile=True, amp=True), no_compiler),
         ("CUDA graph", dict(cudagraphs=True), no_cuda),
-        ("CUDA graph, compiled, bfloat16", dict(cudagraphs=True, compile=True, amp=True), no_cuda or no_compiler),
+        (
+            "CUDA graph, compiled, bfloat16",
+            dict(cudagraphs=True, compile=True, amp=True),
+            no_cuda or no_compiler,
+        ),
     ]
     for algo in (algo for algo in (drqv2, sac_pixels) if algo.__name__ in args.algos):
         name = algo.__name__
-        for label, of in (("published", "cuda"), ("CPU's", "cpu")):  # whose defaults; they run on args.device
+        for label, of in (
+            ("published", "cuda"),
+            ("CPU's", "cpu"),
+        ):  # whose defaults; they run on args.device
             if {"cuda": "published", "cpu": "cpu"}[of] not in args.sizes:
                 continue
             hyper = algo.parse_args(["--env-id", "cartpole_swingup", "--device", of])
-            batch = 256 if of == "cuda" else hyper.batch_size  # sac_pixels' own is 512: the same for both here
+            batch = (
+                256 if of == "cuda" else hyper.batch_size
+            )  # sac_pixels' own is 512: the same for both here
             hyper = replace(hyper, device=args.device, num_envs=1, update_every=1, batch_size=batch)
             at = f"{name}, {label}: {hyper.image_size} px, batch {batch}"
-            more = [("CUDA graph, compiled, bfloat16, buffer on the CPU",
-                     dict(cudagraphs=True, compile=True, amp=True, buffer_device="cpu"), "")]  # fmt: skip
-            for what, route, why_not in routes + more * (cuda and algo is drqv2 and of == "cuda"):
+            for what, route, why_not in routes:
                 if not what.startswith(args.routes):
                     continue
                 if why_not:
@@ -254,7 +285,7 @@ def learning(args: Args, table: throughput.Table) -> None:
                 torch.compiler.reset()
                 plain = dict(amp=False, compile=False, cudagraphs=False)
                 try:
-                    work, updates = learner(algo, replace(hyper, **plain | route), args.device)
+                    work, updates = learner(algo, replace(hyper, **plain | route))
                     values = speeds(work, updates, args)
                 except (InductorError, torch.OutOfMemoryError) as error:
                     table.missing("learning", what, at, str(error).splitlines()[0])
@@ -269,7 +300,16 @@ def learning(args: Args, table: throughput.Table) -> None:
 def training(args: Args, table: throughput.Table) -> None:
     """drqv2.train itself; its own log gives the times of the blocks."""
     for n in dict.fromkeys((1, args.processes)):
-        words = ["--env-id", args.env_id, "--device", args.device, "--seed", str(args.seed), "--num-envs", str(n)]
+        words = [
+            "--env-id",
+            args.env_id,
+            "--device",
+            args.device,
+            "--seed",
+            str(args.seed),
+            "--num-envs",
+            str(n),
+        ]
         hyper = drqv2.parse_args([*words, "--action-repeat", str(args.action_repeat)])
         at = f"{n} environment{'s' * (n > 1)}, {hyper.image_size} px, batch {hyper.batch_size}"
         steps = max(n, 8)  # how long a block has to be is found out first
@@ -281,7 +321,9 @@ def training(args: Args, table: throughput.Table) -> None:
 def loop(hyper: drqv2.Args, blocks: int, block: int) -> list[float]:
     """Frames per second of `blocks` blocks of training of so many transitions, after the learning starts."""
     block = -(-block // hyper.num_envs) * hyper.num_envs
-    first = -(-hyper.learning_starts // block) * block + block  # compiling and capturing fall into the block before
+    first = (
+        -(-hyper.learning_starts // block) * block + block
+    )  # compiling and capturing fall into the block before
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), \
             contextlib.redirect_stderr(io.StringIO()):  # fmt: skip
         run = Path(folder) / "run"
@@ -291,9 +333,15 @@ def loop(hyper: drqv2.Args, blocks: int, block: int) -> list[float]:
             buffer_size=min(hyper.buffer_size, max(20_000, 4 * (first + blocks * block))),
         ))  # fmt: skip
         with (run / "metrics.csv").open() as file:
-            times = {int(float(row["global_step"])): float(row["train_time"]) for row in csv.DictReader(file)}
+            times = {
+                int(float(row["global_step"])): float(row["train_time"])
+                for row in csv.DictReader(file)
+            }
     marks = [first + k * block for k in range(blocks + 1)]
-    return [block * hyper.action_repeat / (times[b] - times[a]) for a, b in zip(marks, marks[1:], strict=False)]
+    return [
+        block * hyper.action_repeat / (times[b] - times[a])
+        for a, b in zip(marks, marks[1:], strict=False)
+    ]
 
 
 def main(args: Args) -> None:
