@@ -118,7 +118,7 @@ class Args:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # of everything
 
 
-# same in: sac_pixels, sapo_rewarped, bc_chunk
+# same in: drqv2, sac_pixels, sapo_rewarped, bc_chunk
 def need(holds, message: str):
     """Raises ValueError with the message unless something holds."""
     if not holds:
@@ -160,7 +160,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return tyro.cli(Args, args=argv, default=defaults, description=__doc__.split("\n\n")[0])
 
 
-# same in: sac_pixels, sapo_rewarped, bc_chunk
+# same in: drqv2, sac_pixels, sapo_rewarped, bc_chunk
 def resumed_args(run: str, argv: list[str]) -> Args:
     """The arguments of a run. Only its length, tracking and a device of the same kind may change.
 
@@ -462,7 +462,7 @@ def evaluate(
 
 
 # --- save / load --------------------------------------------------------------------------------
-# same in: sac_pixels, sapo_rewarped, bc_chunk
+# same in: drqv2, sac_pixels, sapo_rewarped, bc_chunk
 def save(path: Path, content: dict):
     """Write under a temporary name, then rename: an interrupted save leaves the old file whole."""
     temporary = path.with_suffix(".tmp")
@@ -509,7 +509,7 @@ def export(checkpoint: str | Path, path: Path):
     torch.export.save(program, path, extra_files={"base.json": json.dumps(about)})
 
 
-# same in: sac_pixels, sapo_rewarped, bc_chunk
+# same in: drqv2, sac_pixels, sapo_rewarped, bc_chunk
 class GlobalRandom:
     """torch's global generators, as a part of a checkpoint."""
 
@@ -521,7 +521,7 @@ class GlobalRandom:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-# same in: sac_pixels, sapo_rewarped, bc_chunk
+# same in: drqv2, sac_pixels, sapo_rewarped, bc_chunk
 class Interrupt:
     """Ctrl-C or SIGTERM sets `asked`: the loop finishes its step and saves. Twice ends at once."""
 
@@ -540,7 +540,7 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-# same in: sac_pixels, sapo_rewarped, bc_chunk
+# same in: drqv2, sac_pixels, sapo_rewarped, bc_chunk
 def write_row(path: Path, row: dict, track: bool):
     """Append to a CSV file, whose first row names the columns; `track`: to Weights & Biases too."""
     with path.open("a", newline="") as file:
@@ -554,20 +554,20 @@ def write_row(path: Path, row: dict, track: bool):
         wandb.log(row, step=row["global_step"])
 
 
-# same in: sac_pixels, sapo_rewarped, bc_chunk
+# same in: drqv2, sac_pixels, sapo_rewarped, bc_chunk
 def csv_sizes(run: Path) -> dict[str, int]:
     """Bytes of each CSV file of the run: what a checkpoint has not seen is cut off on --resume."""
     return {path.name: path.stat().st_size for path in run.glob("*.csv")}
 
 
-# same in: sac_pixels, sapo_rewarped, bc_chunk
+# same in: drqv2, sac_pixels, sapo_rewarped, bc_chunk
 def cut_back(run: Path, sizes: dict[str, int]):
     """Shorten each CSV file to its size at the checkpoint; a later one is emptied."""
     for path in run.glob("*.csv"):
         os.truncate(path, sizes.get(path.name, 0))
 
 
-# same in: sac_pixels, sapo_rewarped, bc_chunk
+# same in: drqv2, sac_pixels, sapo_rewarped, bc_chunk
 def open_run(args: Args) -> Path:
     """The run's folder, made or found. Raises ValueError if another run has the name."""
     stamp = time.strftime("%Y%m%d-%H%M%S")

@@ -796,13 +796,13 @@ def test_checkpoint_starts_from_weights_alone(fake):
 def test_resume_refuses_what_it_cannot_honour(fake, option):
     dq.train(arguments(name="run", total_timesteps=60, save_buffer=True))
     flag = option.split()[0].replace("--no-", "--")
-    with pytest.raises(ValueError, match=f"^{flag} belongs to runs/run: it cannot change"):
+    with pytest.raises(ValueError, match=f"^{flag} cannot change on --resume of runs/run"):
         dq.parse_args(["--resume", "runs/run", *option.split()])
 
 
 def test_a_device_of_another_kind_is_refused_on_resume(fake):
     dq.train(arguments(name="run", total_timesteps=60))
-    with pytest.raises(ValueError, match="^--device must stay a cpu"):
+    with pytest.raises(ValueError, match="^--device must stay cpu"):
         dq.parse_args(["--resume", "runs/run", "--device", "cuda"])
 
 

@@ -663,11 +663,11 @@ def test_resume_without_buffer_first_fills_it(fake):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--lr", "0.5"], "--lr belongs to runs/run: it cannot change on --resume"),
-    (["--buffer-size", "800"], "--buffer-size belongs to"),
-    (["--no-save-buffer"], "--save-buffer belongs to"),
-    (["--encoder", "separate"], "--encoder belongs to"),
-    (["--device", "cuda"], "--device must stay a cpu"),
+    (["--lr", "0.5"], "--lr cannot change on --resume of runs/run"),
+    (["--buffer-size", "800"], "--buffer-size cannot change on --resume"),
+    (["--no-save-buffer"], "--save-buffer cannot change on --resume"),
+    (["--encoder", "separate"], "--encoder cannot change on --resume"),
+    (["--device", "cuda"], "--device must stay cpu"),
 ])  # fmt: skip
 def test_resume_refuses_what_it_cannot_honour(fake, words, message):
     sp.train(arguments(name="run", total_timesteps=20, save_buffer=True))
