@@ -713,3 +713,11 @@ def test_bad_input_is_one_line(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr == "error: --evaluate needs --checkpoint FILE\n"
+
+
+def test_plot_critic_draws_an_episode(fake):
+    import plot_critic
+
+    sq.train(arguments(name="run", total_timesteps=60, asymmetric=True))
+    path = plot_critic.main(plot_critic.Args("runs/run/best.pt"))
+    assert path == Path("runs/run/best_critic.png") and path.read_bytes().startswith(b"\x89PNG")
