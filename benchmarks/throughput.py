@@ -183,7 +183,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# --- Physics and images ------------------------------------------------------------------------------------------------
+# --- Physics and images -----------------------------------------------------------------------------------------------
 def worlds(args: Args, device: str, **options) -> so101.SO101Env:
     """The task's environment with equal starts whatever the options; it draws only when asked to."""
     return so101.make(args.env_id, args.num_envs, device, seed=args.seed, stagger=False, pictures=False, **options)
