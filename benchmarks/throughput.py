@@ -1,17 +1,17 @@
-"""How fast physics, pictures, learning and the whole of Squint SAC are on the machine at hand, in one run.
+"""How fast physics, images, learning and the whole of Squint SAC are on the machine at hand, in one run.
 
     python benchmarks/throughput.py                                  print the table
     python benchmarks/throughput.py --out docs/results/throughput/squint_sac__cpu2.csv
 
 Parts, each with a baseline that its ratios refer to, measured in the same run:
-    physics       control steps per second over all worlds (10 substeps of 10 ms each), random actions, no pictures,
+    physics       control steps per second over all worlds (10 substeps of 10 ms each), random actions, no images,
                   rewards or resets: MuJoCo's C library on one and on all cores, MuJoCo Warp on --device
-    pictures      pictures per second of the wrist camera, poses from the middle of random episodes, refitting of the
+    images        images per second of the wrist camera, poses from the middle of random episodes, refitting of the
                   renderer's trees and averaging included: 16 pixels with 1, 4 and 16 rays each, the same by the
                   renderer's own samples_per_pixel, and 128 pixels with area mean (the published way, and the baseline)
     learning      critic updates per second, with the actor's every fourth, sampling included: at the published sizes
                   (batch 512, critic 512 wide) and at this device's defaults; plain float32 and each way to be faster
-    environment   env.step alone, with pictures, rewards and resets, random actions
+    environment   env.step alone, with images, rewards and resets, random actions
     training      environment steps per second of the training loop of algos/squint_sac.py after the random phase;
                   set-up and evaluation are not in it
 
@@ -49,9 +49,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "algos"))
 import squint_sac  # noqa: E402  (algos/ is a folder of files to run; the line above lets this script import one)
 
-Part = Literal["physics", "pictures", "learning", "environment", "training"]
+Part = Literal["physics", "images", "learning", "environment", "training"]
 COLUMNS = ("part", "what", "at", "unit", "per_second", "range", "ratio", "remark")
-SMALL, LARGE = 16, 128  # pixels a side: what is learnt from, what the paper renders
+SMALL, LARGE = 16, 128  # pixels a side: what is trained on, what the paper renders
 
 
 @dataclass
@@ -59,14 +59,14 @@ class Args:
     env_id: str = "SO101ReachCube-v1"
     """an SO-101 task"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """where Warp, pictures, learning and training run; MuJoCo's C library runs on the CPU in any case"""
+    """where Warp, images, learning and training run; MuJoCo's C library runs on the CPU in any case"""
     num_envs: int | None = None
     """worlds; None: the default of algos/squint_sac.py on this device"""
     seconds: float = 10.0
     """time measured for a row, without its warm-up; training takes the learning starts on top"""
     blocks: int = 5
     """parts that a row's time is divided into"""
-    parts: tuple[Part, ...] = ("physics", "pictures", "learning", "environment", "training")
+    parts: tuple[Part, ...] = ("physics", "images", "learning", "environment", "training")
     """what to measure"""
     out: Path | None = None
     """CSV file to write; docs/results/throughput/squint_sac__<hardware>.csv is what the docs show"""
@@ -183,7 +183,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# --- Physics and pictures ---------------------------------------------------------------------------------------------
+# --- Physics and images -----------------------------------------------------------------------------------------------
 def worlds(args: Args, device: str, **options) -> so101.SO101Env:
     """The task's environment with equal starts whatever the options; it draws only when asked to."""
     return so101.make(args.env_id, args.num_envs, device, seed=args.seed, stagger=False, images=False, **options)
@@ -225,8 +225,8 @@ def physics(args: Args, table: Table) -> None:
         table.missing("physics", "MuJoCo Warp, cuda", f"{args.num_envs} worlds", "no CUDA device here")
 
 
-def pictures(args: Args, table: Table) -> None:
-    """Pictures per second of each way to a 16-pixel picture."""
+def images(args: Args, table: Table) -> None:
+    """Images per second of each way to a 16-pixel image."""
     walker = worlds(args, args.device)
     for target in random_targets(walker, args.seed)[1 : so101.HORIZON // 2]:
         walker.step((target - walker.target) / walker.action_scale)
@@ -239,20 +239,20 @@ def pictures(args: Args, table: Table) -> None:
         env.scene.kinematics()
         return env.scene
 
-    at, unit = f"{args.num_envs} worlds", "pictures"
+    at, unit = f"{args.num_envs} worlds", "images"
     large = scene(LARGE, 1)
     values = speeds(lambda: squint_sac.squint(large.draw(), SMALL), args.num_envs, args)
-    table.measured("pictures", f"{LARGE} px, 1 ray a pixel, area mean to {SMALL}", at, unit, values)
+    table.measured("images", f"{LARGE} px, 1 ray a pixel, area mean to {SMALL}", at, unit, values)
     for rays in (1, 4, 16):
         fine = scene(SMALL, rays)
         values = speeds(fine.draw, args.num_envs, args)
-        table.measured("pictures", f"{SMALL} px, {rays} ray{'s' * (rays > 1)} a pixel", at, unit, values)
+        table.measured("images", f"{SMALL} px, {rays} ray{'s' * (rays > 1)} a pixel", at, unit, values)
     for per_axis in (2, 4):
         fine = scene(SMALL, 1)
         draw = own_samples(fine, per_axis)
         values = speeds(draw, args.num_envs, args)
         what = f"{SMALL} px, {per_axis**2} rays, renderer's own samples_per_pixel"
-        table.measured("pictures", what, at, unit, values, "one field of view for all worlds")
+        table.measured("images", what, at, unit, values, "one field of view for all worlds")
 
 
 def own_samples(scene, per_axis: int) -> Callable[[], torch.Tensor]:
@@ -284,23 +284,21 @@ def training_args(args: Args, *options: str) -> squint_sac.Args:
     return squint_sac.parse_args(words)
 
 
-def learner(hyper: squint_sac.Args) -> squint_sac.Learner:
-    """A learner over a full buffer of random transitions; one `run` is one block of updates."""
-    device = torch.device(hyper.device)
-    generator = torch.Generator(device).manual_seed(hyper.seed)
+def learner(hyper: squint_sac.Args) -> Callable[[], dict]:
+    """A function that does one block of updates, sampling included, on a full buffer of random transitions."""
     torch.manual_seed(hyper.seed)
+    n, device = hyper.num_envs, hyper.device
     shapes = dict(channels=3, state=so101.SO101Env.state_dim, privileged=0, action=so101.SO101Env.action_dim)
-    obs = {"rgb": torch.zeros((hyper.num_envs, SMALL, SMALL, 3), dtype=torch.uint8, device=device),
-           "state": torch.zeros((hyper.num_envs, shapes["state"]), device=device)}
-    replay = squint_sac.Replay(obs, shapes["action"], so101.HORIZON, hyper)
-    replay.data["rgb"].random_(0, 256, generator=generator)
-    replay.data["state"].normal_(generator=generator)
-    replay.data["actions"].uniform_(-1, 1, generator=generator)
-    replay.data["rewards"].uniform_(0, 1, generator=generator)
-    replay.head = replay.size = replay.rows - 1
-    replay.cursor.fill_(replay.rows - 1)
-    agent = squint_sac.Agent(hyper, shapes, device)
-    return squint_sac.Learner(agent, replay, hyper, generator)
+    obs = {"rgb": torch.zeros((n, SMALL, SMALL, 3), dtype=torch.uint8, device=device),
+           "state": torch.zeros((n, shapes["state"]), device=device)}  # fmt: skip
+    obs["critic_state"] = obs["state"]
+    actions, rewards = torch.zeros((n, shapes["action"]), device=device), torch.zeros(n, device=device)
+    replay = squint_sac.Replay(squint_sac.transition(obs, obs, actions, rewards), hyper.buffer_size // n)
+    for value in replay.data.values():
+        value.random_(0, 256) if value.dtype == torch.uint8 else value.uniform_(-1, 1)
+    replay.added = replay.rows
+    update = squint_sac.make_update(squint_sac.Agent(hyper, shapes), hyper)
+    return lambda: update(replay.sample(hyper.policy_frequency, hyper.batch_size))
 
 
 def learning(args: Args, table: Table) -> None:
@@ -325,17 +323,17 @@ def learning(args: Args, table: Table) -> None:
             if why_not:
                 table.missing("learning", what, at, why_not)
                 continue
-            plain = dict(amp=False, compile=False, cudagraphs=False, utd_mode="fixed")
-            hyper = replace(hyper, num_updates=hyper.policy_frequency, **(plain | route))
+            plain = dict(amp=False, compile=False, cudagraphs=False)
+            hyper = replace(hyper, **(plain | route))
             torch.compiler.reset()
-            one = learner(hyper)
+            block = learner(hyper)
             try:
-                values = speeds(lambda one=one: one.run(SMALL), hyper.num_updates, args)
+                values = speeds(block, hyper.policy_frequency, args)
             except (InductorError, torch.OutOfMemoryError) as error:
                 table.missing("learning", what, at, str(error).splitlines()[0])
             else:
                 table.measured("learning", what, at, "critic updates", values)
-            del one
+            del block
             torch.cuda.empty_cache()
 
 
@@ -360,9 +358,7 @@ def environment(args: Args, table: Table) -> None:
 
 def training(args: Args, table: Table) -> None:
     """squint_sac.train itself; its own log gives the times of the blocks."""
-    plain = ("--no-amp", "--no-compile", "--no-cudagraphs")
-    ways = {"defaults": (), "defaults, --overlap": ("--overlap",), "plain, float32": plain,
-            "plain, float32, --overlap": (*plain, "--overlap")}
+    ways = {"defaults": (), "plain, float32": ("--no-amp", "--no-compile", "--no-cudagraphs")}
     seen = []
     for what, options in ways.items():
         hyper = training_args(args, "--num-envs", str(args.num_envs), *options)
@@ -384,7 +380,7 @@ def loop(hyper: squint_sac.Args, blocks: int, vector_steps: int = 4) -> list[flo
         run = Path(folder) / "run"
         squint_sac.train(replace(
             hyper, name=str(run), total_timesteps=first + blocks * block, log_freq=block, eval_freq=1 << 60,
-            eval_episodes=1, eval_envs=1, capture_video=False, plot_critic=False, track=False, save_buffer=False,
+            eval_episodes=1, eval_envs=1, capture_video=False, track=False, save_buffer=False,
         ))  # fmt: skip
         with (run / "metrics.csv").open() as file:
             times = {int(float(row["global_step"])): float(row["train_time"]) for row in csv.DictReader(file)}
@@ -399,7 +395,7 @@ def main(args: Args) -> None:
     table = Table(args.out, machine(args))
     args.num_envs = args.num_envs or training_args(args).num_envs
     for part in args.parts:
-        {"physics": physics, "pictures": pictures, "learning": learning, "environment": environment,
+        {"physics": physics, "images": images, "learning": learning, "environment": environment,
          "training": training}[part](args, table)  # fmt: skip
     if args.out:
         print(f"wrote {len(table.rows)} rows to {args.out}")

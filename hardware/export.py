@@ -3,8 +3,8 @@
     python -m hardware.export --checkpoint runs/NAME/best.pt      # writes runs/NAME/best.onnx and best.npz
 
 Both files hold the network and its description (`meta`, JSON): algorithm, `spec` of the robot (joints, limits, control
-rate, action scale, cameras, layout of the state), how pictures are prepared, the maps between servos and joints, the
-servos' gains, the digest of the checkpoint, and a picture of the start view for `hardware/align_camera.py`. The
+rate, action scale, cameras, layout of the state), how images are prepared, the maps between servos and joints, the
+servos' gains, the digest of the checkpoint, and an image of the start view for `hardware/align_camera.py`. The
 deployer refuses a file whose description does not fit the robot.
 
 The outputs are compared with the checkpoint's own policy before anything is written, to 1e-5; then the time of one
@@ -41,7 +41,7 @@ class Args:
     checkpoint: str  # file to export
     out: str | None = None  # where to write, without ending; None: beside the checkpoint, with its name
     format: Literal["both", "onnx", "numpy"] = "both"
-    start_view: bool = True  # put the simulator's picture of the start pose into the description (SO-101)
+    start_view: bool = True  # put the simulator's image of the start pose into the description (SO-101)
     repeats: int = 200  # actions timed for the table
 
 
@@ -84,8 +84,6 @@ def numpy_program(policy: TorchPolicy) -> tuple[list[dict], dict[str, np.ndarray
 
     net, weights = policy.net, {}
     if hasattr(net, "encoder"):
-        if net.size not in (16, 32, 64):
-            raise ExportError(f"NumPy does not pool the features of {net.size} pixels: export with --format onnx")
         projection = net.actor.projection
         steps = [{"op": "pixels", "in": ["rgb"], "out": "rgb"}, *sequential(net.encoder.convs, "rgb", weights, "convs"),
                  {"op": "flatten", "in": ["rgb"], "out": "rgb"},
@@ -98,7 +96,7 @@ def numpy_program(policy: TorchPolicy) -> tuple[list[dict], dict[str, np.ndarray
 
 
 def torch_network(policy: TorchPolicy):
-    """(module, names of its inputs): what `policy.act` computes once the picture has the network's size."""
+    """(module, names of its inputs): what `policy.act` computes once the image has its size."""
     import torch
 
     class Network(torch.nn.Module):
@@ -107,7 +105,8 @@ def torch_network(policy: TorchPolicy):
             self.net = net
 
         def forward(self, rgb, state):
-            return torch.tanh(self.net.actor(self.net.encoder(rgb), {"state": state})[0])
+            mean, _ = self.net.actor(self.net.encoder(rgb), state)
+            return torch.tanh(mean)
 
     class StateNetwork(Network):
         def forward(self, state):
@@ -124,13 +123,12 @@ def torch_network(policy: TorchPolicy):
 
 
 def example(policy: TorchPolicy, names: tuple[str, ...], batch: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random inputs of the network: pictures over all bytes, states of a few radians."""
+    """Random inputs of the network: images over all bytes, states of a few radians."""
     draw, spec = np.random.default_rng(seed), policy.spec
     inputs = {"state": draw.normal(0, 1.5, (batch, len(spec["state_layout"]))).astype(np.float32)}
     if "rgb" in names:
-        net = policy.net
-        channels = 3 * len(spec["cameras"]) * net.args.frame_stack
-        inputs["rgb"] = draw.integers(0, 256, (batch, net.size, net.size, channels), dtype=np.uint8)
+        size, channels = policy.net.args.image_size, 3 * len(spec["cameras"])
+        inputs["rgb"] = draw.integers(0, 256, (batch, size, size, channels), dtype=np.uint8)
     return inputs
 
 
@@ -156,18 +154,18 @@ def git_revision() -> str:
 
 
 def start_view(spec: dict) -> str:
-    """The simulator's picture of the start pose, a PNG in base64. Raises ExportError where there is no simulator."""
+    """The simulator's image of the start pose, a PNG in base64. Raises ExportError where there is no simulator."""
     import imageio.v2 as imageio
 
     from hardware.emulate import EmulationError, StartView
 
     camera = next(iter(spec["cameras"]))
     try:
-        picture = StartView(spec, camera).draw(spec["cameras"][camera])
+        image = StartView(spec, camera).draw(spec["cameras"][camera])
     except EmulationError as error:
         raise ExportError(f"{error}; or leave the start view out with --no-start-view") from None
     buffer = io.BytesIO()
-    imageio.imwrite(buffer, picture, format="png")
+    imageio.imwrite(buffer, image, format="png")
     return base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -182,11 +180,10 @@ def servo_maps() -> dict:
 
 def describe(policy: TorchPolicy, names: tuple[str, ...], view: str | None) -> dict:
     """The description that travels in the file."""
-    net, pixels = policy.net, "rgb" in names
+    image_size = policy.net.args.image_size if "rgb" in names else None
     return {
         "format": FORMAT, "algo": policy.algo, "spec": policy.spec, "inputs": list(names),
-        "store_size": net.store_size if pixels else None, "size": net.size if pixels else None,
-        "frame_stack": net.args.frame_stack if pixels else 1, "preprocess": PREPROCESS,
+        "image_size": image_size, "preprocess": PREPROCESS,
         "maps": servo_maps() if policy.spec.get("robot") == "so101" else {},
         "checkpoint": {"name": policy.path.name, "digest": policy.digest},
         "commit": git_revision(), "start_view": view,
@@ -224,14 +221,16 @@ def write_numpy(path: Path, steps: list[dict], weights: dict[str, np.ndarray], m
 
 
 def largest_difference(policy: TorchPolicy, network, names: tuple[str, ...], exported) -> float:
-    """Over batches of 1, 2 and 7, and over pictures all black and all white: |exported - torch|, at most."""
+    """Over batches of 1, 2 and 7, and over images all black and all white: |exported - torch|, at most."""
     worst = 0.0
     for seed, batch in enumerate((1, 2, 7, 64)):
         inputs = example(policy, names, batch, seed)
-        pictures = [inputs["rgb"], *(np.full_like(inputs["rgb"], v) for v in (0, 255))] if "rgb" in inputs else [None]
-        for picture in pictures:
-            inputs |= {"rgb": picture} if picture is not None else {}
-            worst = max(worst, float(np.abs(exported.run(inputs) - torch_action(network, inputs)).max()))
+        variants = [inputs]
+        if "rgb" in inputs:
+            variants += [inputs | {"rgb": np.full_like(inputs["rgb"], level)} for level in (0, 255)]
+        for variant in variants:
+            difference = np.abs(exported.run(variant) - torch_action(network, variant)).max()
+            worst = max(worst, float(difference))
     return worst
 
 
@@ -268,7 +267,7 @@ def export(args: Args) -> dict[str, float]:
 
 # ---------------------------------------------------------------------------------------------------------- latency ---
 def latency_table(policies: dict[str, object], repeats: int) -> str:
-    """Microseconds for one picture and one action, batch 1: a frame of 640 x 480, then `act` on what comes of it."""
+    """Microseconds for one image and one action, batch 1: a frame of 640 x 480, then `act` on what comes of it."""
     lines = [f"{'us on one thread':24}{'preprocess: min':>16}{'median':>8}{'act: min':>16}{'median':>8}"]
     frame = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
     for name, policy in policies.items():

@@ -1,9 +1,9 @@
 """A trained policy for the robot: from a checkpoint (torch), or from an exported file (ONNX or NumPy, without torch).
 
-    policy = load_policy("runs/NAME/best.pt")        # or NAME.onnx, or NAME.npz: see hardware/export.py
-    policy.reset()                                   # at the start of every episode
-    picture = policy.preprocess(frame)               # uint8 (H, W, 3), any size -> uint8 (1, h, h, 3), as in training
-    action = policy.act({"rgb": picture, "state": state})     # NumPy in, NumPy out: (1, A) in [-1, 1]
+    policy = load_policy("runs/NAME/best.pt")    # or NAME.onnx, or NAME.npz: see hardware/export.py
+    policy.reset()                               # at the start of every episode
+    image = policy.preprocess(frame)             # uint8 (H, W, 3), any size -> (1, h, h, 3), as in training
+    action = policy.act({"rgb": image, "state": state})    # NumPy in, NumPy out: (1, A) in [-1, 1]
 
 Every policy has `spec`, the robot that it was trained for: joints, limits, control rate, action scale, cameras, layout
 of the state (see `envs/__init__.py`). Nothing here imports a simulator. A checkpoint names its algorithm, and the class
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 ALGOS = Path(__file__).resolve().parent.parent / "algos"
-FORMAT = 1  # of exported files; raised when older readers would go wrong
+FORMAT = 2  # of exported files; raised when older readers would go wrong
 PREPROCESS = "middle square, area mean in float32, rounded half to even"
 
 
@@ -56,7 +56,7 @@ def area_mean(rgb: np.ndarray, size: int) -> np.ndarray:
     if h == w == size:
         return rgb
     if min(h, w) < size:
-        raise PolicyError(f"the policy sees {size} x {size} pixels, the picture has only {w} x {h}")
+        raise PolicyError(f"the policy sees {size} x {size} pixels, the image has only {w} x {h}")
     i = np.arange(size)
     (top, bottom), (left, right) = ((i * m // size, -(-(i + 1) * m // size)) for m in (h, w))
     # reduceat adds from each index up to the next: every second sum is a window, and the last runs to the edge
@@ -67,7 +67,7 @@ def area_mean(rgb: np.ndarray, size: int) -> np.ndarray:
 
 
 def middle_square(frame: np.ndarray) -> np.ndarray:
-    """The middle square of a picture (H, W, C)."""
+    """The middle square of an image (H, W, C)."""
     side = min(frame.shape[:2])
     top, left = (frame.shape[0] - side) // 2, (frame.shape[1] - side) // 2
     return frame[top:top + side, left:left + side]
@@ -116,27 +116,27 @@ class TorchPolicy:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise PolicyError(f"{path} does not fit algos/{self.algo}.py of this version: {reason}") from None
         if not hasattr(self.net, "preprocess"):
-            raise PolicyError(f"{path}: the policy of {self.algo} does not take a camera's picture")
+            raise PolicyError(f"{path}: the policy of {self.algo} does not take a camera's image")
         self.path, self.digest, self.view = Path(path), file_digest(path), None
 
     def reset(self) -> None:
-        """Forget the earlier pictures; call at the start of every episode."""
-        self.net.reset()
+        """Call at the start of every episode: a policy may remember the one before."""
+        if hasattr(self.net, "reset"):
+            self.net.reset()
 
     def preprocess(self, frame: np.ndarray) -> np.ndarray:
-        """A camera's picture, uint8 (H, W, 3) of any size -> its middle square, area mean: uint8 (1, h, h, 3)."""
+        """A camera's frame, uint8 (H, W, 3) of any size -> its middle square, area mean: uint8 (1, h, h, 3)."""
         return self.net.preprocess(frame).cpu().numpy()
 
     def act(self, obs: dict) -> np.ndarray:
         """obs "rgb" uint8 (N, h, h, C), cameras on channels, "state" (N, S) -> actions (N, A) in [-1, 1]."""
-        action = self.net.act(obs).cpu().numpy()
-        self.view = self.net.view.cpu().numpy()
-        return action
+        self.view = area_mean(np.asarray(obs["rgb"]), self.net.args.image_size)
+        return self.net.act({**obs, "rgb": self.view}).cpu().numpy()
 
 
 # ----------------------------------------------------------------------------------------------------- from exports ---
 class ExportedPolicy:
-    """What ONNX and NumPy exports share: the description, the pictures. `run` is the network."""
+    """What ONNX and NumPy exports share: the description, the images. `run` is the network."""
 
     def __init__(self, path: str | Path, meta: str | None):
         try:
@@ -146,32 +146,27 @@ class ExportedPolicy:
         if meta.get("format") != FORMAT:
             raise PolicyError(f"{path} has format {meta.get('format')}, this version reads {FORMAT}: export it again")
         if meta["preprocess"] != PREPROCESS:
-            raise PolicyError(f"{path} wants pictures prepared by {meta['preprocess']!r}, which is unknown here")
+            raise PolicyError(f"{path} wants images prepared by {meta['preprocess']!r}, which is unknown here")
         self.path, self.digest, self.meta = Path(path), file_digest(path), meta
         self.algo, self.spec = meta["algo"], meta["spec"]
-        self.store_size, self.size, self.frame_stack = meta["store_size"], meta["size"], meta["frame_stack"]
-        self.stack, self.view = None, None
+        self.image_size, self.view = meta["image_size"], None  # image_size: None without a camera
 
     def run(self, inputs: dict) -> np.ndarray:
         """The network itself; each file format has its own."""
         raise NotImplementedError
 
     def reset(self) -> None:
-        """Forget the earlier pictures; call at the start of every episode."""
-        self.stack = None
+        """Nothing to forget: an export acts on the present observation alone."""
 
     def preprocess(self, frame: np.ndarray) -> np.ndarray:
-        """A camera's picture, uint8 (H, W, 3) of any size -> its middle square, area mean: uint8 (1, h, h, 3)."""
-        return area_mean(middle_square(frame)[None], self.store_size)
+        """A camera's frame, uint8 (H, W, 3) of any size -> its middle square, area mean: uint8 (1, h, h, 3)."""
+        return area_mean(middle_square(frame)[None], self.image_size)
 
     def act(self, obs: dict) -> np.ndarray:
         """obs "rgb" uint8 (N, h, h, C), cameras on channels, "state" (N, S) -> actions (N, A) in [-1, 1]."""
         inputs = {"state": np.asarray(obs["state"], np.float32)}
-        if self.size is not None:
-            rgb = area_mean(np.asarray(obs["rgb"]), self.store_size).copy()
-            past = self.stack[1:] if self.stack else [rgb] * (self.frame_stack - 1)
-            self.stack = [*past, rgb]
-            self.view = inputs["rgb"] = area_mean(np.concatenate(self.stack, -1), self.size)
+        if self.image_size is not None:
+            self.view = inputs["rgb"] = area_mean(np.asarray(obs["rgb"]), self.image_size)
         return self.run(inputs)
 
 

@@ -1,7 +1,6 @@
 """Checkpoints of untrained policies for an SO-101, for tests of what is done with checkpoints."""
 
 import math
-from dataclasses import asdict
 from pathlib import Path
 
 import squint_sac
@@ -26,18 +25,18 @@ SPEC = {
 def checkpoint(seed: int = 0, spec: dict | None = None, **changes) -> dict:
     """What squint_sac saves, its weights drawn at random; `changes` of its arguments."""
     spec = {**SPEC, **(spec or {})}
-    options = dict(device="cpu", num_envs=4, actor_hidden=32, critic_hidden=16, num_atoms=11, amp=False, compile=False,
-                   cudagraphs=False, render_size=spec["render_size"]) | changes  # fmt: skip
+    options = dict(device="cpu", num_envs=4, actor_hidden=32, critic_hidden=16, num_atoms=11)
+    options |= dict(amp=False, compile=False, cudagraphs=False, render_size=spec["render_size"])
+    options |= changes
     args = squint_sac.Args(**options)
-    shapes = dict(channels=3 * len(spec["cameras"]), state=len(spec["state_layout"]), privileged=0,
-                  action=len(spec["action_scale"]))  # fmt: skip
+    shapes = dict(channels=3 * len(spec["cameras"]), state=len(spec["state_layout"]), privileged=0)
+    shapes |= dict(action=len(spec["action_scale"]))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        agent = squint_sac.Agent(args, shapes, torch.device("cpu"))
+        agent = squint_sac.Agent(args, shapes)
         for parameter in agent.actor.parameters():  # zero biases would hide mistakes with them
             parameter.data += 0.05 * torch.randn_like(parameter)
-    return dict(algo="squint_sac", args=asdict(args), shapes=shapes, spec=spec, store_size=args.store_size,
-                versions={}, agent=agent.state_dict(), now=dict(size=args.image_size))  # fmt: skip
+    return squint_sac.weights(agent, args, spec, {"global_step": 0})
 
 
 def write_checkpoint(path: Path, seed: int = 0, spec: dict | None = None, **changes) -> Path:
