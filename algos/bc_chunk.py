@@ -118,7 +118,7 @@ class Args:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # of everything
 
 
-# same in: drqv2, sac_pixels, sapo_rewarped, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
 def need(holds, message: str):
     """Raises ValueError with the message unless something holds."""
     if not holds:
@@ -137,6 +137,7 @@ def check(args: Args):
     need(available, "there is no CUDA device here: use --device cpu")
 
 
+# same in: squint_sac, bc_chunk
 def tuned(env_id: str, device: str) -> dict:
     """The rows of TUNED that apply, merged; later rows win."""
     values = {}
@@ -160,7 +161,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return tyro.cli(Args, args=argv, default=defaults, description=__doc__.split("\n\n")[0])
 
 
-# same in: drqv2, sac_pixels, sapo_rewarped, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
 def resumed_args(run: str, argv: list[str]) -> Args:
     """The arguments of a run. Only its length, tracking and a device of the same kind may change.
 
@@ -462,7 +463,7 @@ def evaluate(
 
 
 # --- save / load --------------------------------------------------------------------------------
-# same in: drqv2, sac_pixels, sapo_rewarped, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
 def save(path: Path, content: dict):
     """Write under a temporary name, then rename: an interrupted save leaves the old file whole."""
     temporary = path.with_suffix(".tmp")
@@ -509,7 +510,7 @@ def export(checkpoint: str | Path, path: Path):
     torch.export.save(program, path, extra_files={"base.json": json.dumps(about)})
 
 
-# same in: drqv2, sac_pixels, sapo_rewarped, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
 class GlobalRandom:
     """torch's global generators, as a part of a checkpoint."""
 
@@ -521,26 +522,23 @@ class GlobalRandom:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-# same in: drqv2, sac_pixels, sapo_rewarped, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
 class Interrupt:
-    """Ctrl-C or SIGTERM sets `asked`: the loop finishes its step and saves. Twice ends at once."""
+    """Ctrl-C sets `asked`: the loop finishes its step and saves. A second one ends it at once."""
 
     def __init__(self):
         self.asked = False
-        self.earlier = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.earlier[number] = signal.signal(number, self)
+        self.earlier = signal.signal(signal.SIGINT, self)
 
     def __call__(self, number, frame):
         self.asked = True
         self.restore()
 
     def restore(self):
-        for number, handler in self.earlier.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, self.earlier)
 
 
-# same in: drqv2, sac_pixels, sapo_rewarped, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
 def write_row(path: Path, row: dict, track: bool):
     """Append to a CSV file, whose first row names the columns; `track`: to Weights & Biases too."""
     with path.open("a", newline="") as file:
@@ -554,20 +552,20 @@ def write_row(path: Path, row: dict, track: bool):
         wandb.log(row, step=row["global_step"])
 
 
-# same in: drqv2, sac_pixels, sapo_rewarped, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
 def csv_sizes(run: Path) -> dict[str, int]:
     """Bytes of each CSV file of the run: what a checkpoint has not seen is cut off on --resume."""
     return {path.name: path.stat().st_size for path in run.glob("*.csv")}
 
 
-# same in: drqv2, sac_pixels, sapo_rewarped, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
 def cut_back(run: Path, sizes: dict[str, int]):
     """Shorten each CSV file to its size at the checkpoint; a later one is emptied."""
     for path in run.glob("*.csv"):
         os.truncate(path, sizes.get(path.name, 0))
 
 
-# same in: drqv2, sac_pixels, sapo_rewarped, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
 def open_run(args: Args) -> Path:
     """The run's folder, made or found. Raises ValueError if another run has the name."""
     stamp = time.strftime("%Y%m%d-%H%M%S")

@@ -89,9 +89,16 @@ TUNED = {
         log_freq=2_000,
     ),
     ("SO101*", "cpu"): dict(
-        num_envs=64, eval_envs=64, num_updates=8, render_size=16, samples_per_pixel=4
+        num_envs=64,
+        eval_envs=64,
+        num_updates=8,
+        render_size=16,
+        samples_per_pixel=4,
     ),
-    ("SO101Reach*", "cpu"): dict(total_timesteps=80_000, eval_freq=10_000),
+    ("SO101Reach*", "cpu"): dict(
+        total_timesteps=80_000,
+        eval_freq=10_000,
+    ),
 }
 # not taken over from the arguments in --checkpoint
 NOT_INHERITED = ("name", "resume", "device", "amp", "compile", "cudagraphs")
@@ -153,7 +160,7 @@ class Args:
     cudagraphs: bool = True  # replay a block of updates as one CUDA graph; needs cuda, tensordict
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
 def need(holds, message: str):
     """Raises ValueError with the message unless something holds."""
     if not holds:
@@ -176,6 +183,7 @@ def check(args: Args):
     need(here, "there is no CUDA device here: use --device cpu")
 
 
+# same in: squint_sac, bc_chunk
 def tuned(env_id: str, device: str) -> dict:
     """The rows of TUNED that apply, merged; later rows win."""
     values = {}
@@ -201,26 +209,20 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return tyro.cli(Args, args=argv, default=defaults, description=__doc__.split("\n\n")[0])
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, resfit.py, bc_chunk.py
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
 def resumed_args(run: str, argv: list[str]) -> Args:
-    """The arguments of a run; only its length, tracking and a device of the same kind may be given again.
+    """The arguments of a run. Only its length, tracking and a device of the same kind may change.
 
-    Raises ValueError that names the first argument that differs, FileNotFoundError without a checkpoint.
+    Raises ValueError that names what differs, FileNotFoundError without a checkpoint.
     """
     saved = replace(Args(**load(Path(run) / "checkpoint.pt")["args"]), resume=run)
     args = tyro.cli(Args, args=argv, default=saved, description=__doc__.split("\n\n")[0])
     for name, value in asdict(args).items():
+        free = name in ("total_timesteps", "steps", "track", "device")
         flag = "--" + name.replace("_", "-")
-        free = name in ("total_timesteps", "track", "device")
-        need(
-            free or value == getattr(saved, name),
-            f"{flag} belongs to {run}: it cannot change on --resume",
-        )
-    same_kind = args.device.split(":")[0] == saved.device.split(":")[0]
-    need(
-        same_kind,
-        f"--device must stay a {saved.device}: random numbers differ between kinds of device",
-    )
+        need(free or value == getattr(saved, name), f"{flag} cannot change on --resume of {run}")
+    kind = saved.device.split(":")[0]
+    need(args.device.startswith(kind), f"--device must stay {kind}: its random numbers are others")
     return args
 
 
@@ -239,8 +241,12 @@ def make_envs(args: Args) -> tuple:
     so101 = args.env_id.startswith("SO101")
     options = dict(render_size=args.render_size, asymmetric=args.asymmetric)
     if so101:
-        options |= dict(samples_per_pixel=args.samples_per_pixel, cameras=args.cameras)
-        options |= dict(asset_dir=args.asset_dir, domain_randomization=args.domain_randomization)
+        options |= dict(
+            samples_per_pixel=args.samples_per_pixel,
+            cameras=args.cameras,
+            asset_dir=args.asset_dir,
+            domain_randomization=args.domain_randomization,
+        )
     make = partial(envs.make, args.env_id, device=args.device)
     fixed = options | dict(num_envs=args.eval_envs, seed=EVAL_SEED, stagger=False)
     eval_envs = {"": make(**fixed)}
@@ -261,7 +267,7 @@ def squint(rgb: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def color_jitter(rgb: torch.Tensor) -> torch.Tensor:
-    """Random brightness, contrast, saturation, hue of each sample and camera, uint8 (N, H, W, C)."""
+    """Random brightness, contrast, saturation and hue, each image its own: uint8 (N, H, W, C)."""
     x = rgb.unflatten(-1, (-1, 3)).float()  # (N, H, W, M, 3)
     draw = torch.rand((4, len(x), 1, 1, x.shape[3], 1), device=x.device) * 2 - 1  # differs (2)
     brightness, contrast, saturation = 1 + 0.3 * draw[:3]
@@ -615,7 +621,7 @@ def evaluate_all(policy, eval_envs: dict, args: Args, video: Path) -> dict:
 
 
 # --- save / load ----------------------------------------------------------------------------------
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, resfit.py, bc_chunk.py
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
 def save(path: Path, content: dict):
     """Write under a temporary name, then rename: an interrupted save leaves the old file whole."""
     temporary = path.with_suffix(".tmp")
@@ -662,44 +668,37 @@ def load_run(run: Path, parts: dict) -> dict:
     return checkpoint
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, resfit.py, bc_chunk.py
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
 class GlobalRandom:
     """torch's global generators, as a part of a checkpoint."""
 
     def state_dict(self) -> dict:
-        state = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            state["cuda"] = torch.cuda.get_rng_state()
-        return state
+        return dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all())
 
     def load_state_dict(self, state: dict):
         torch.set_rng_state(state["cpu"])
-        if "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"])
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, resfit.py, bc_chunk.py
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
 class Interrupt:
-    """Ctrl-C or SIGTERM sets `asked`, and the loop saves when its step is whole; a second one ends it at once."""
+    """Ctrl-C sets `asked`: the loop finishes its step and saves. A second one ends it at once."""
 
     def __init__(self):
         self.asked = False
-        self.earlier = {
-            number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        self.earlier = signal.signal(signal.SIGINT, self)
 
     def __call__(self, number, frame):
         self.asked = True
         self.restore()
 
     def restore(self):
-        for number, handler in self.earlier.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, self.earlier)
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, resfit.py, bc_chunk.py
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
 def write_row(path: Path, row: dict, track: bool):
-    """Append to a CSV file, whose first row names the columns; with `track` to Weights & Biases too."""
+    """Append to a CSV file, whose first row names the columns; `track`: to Weights & Biases too."""
     with path.open("a", newline="") as file:
         writer = csv.writer(file)
         if file.tell() == 0:
@@ -711,15 +710,15 @@ def write_row(path: Path, row: dict, track: bool):
         wandb.log(row, step=row["global_step"])
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, resfit.py, bc_chunk.py
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
 def csv_sizes(run: Path) -> dict[str, int]:
-    """Bytes of each CSV file of the run: what comes later than a checkpoint is cut off on --resume."""
+    """Bytes of each CSV file of the run: what a checkpoint has not seen is cut off on --resume."""
     return {path.name: path.stat().st_size for path in run.glob("*.csv")}
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, resfit.py, bc_chunk.py
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
 def cut_back(run: Path, sizes: dict[str, int]):
-    """Shorten each CSV file to its size at the checkpoint; one that was not there yet goes."""
+    """Shorten each CSV file to its size at the checkpoint; a later one is emptied."""
     for path in run.glob("*.csv"):
         os.truncate(path, sizes.get(path.name, 0))
 
@@ -764,27 +763,23 @@ class Policy(nn.Module):
 
 
 # --- train ----------------------------------------------------------------------------------------
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, resfit.py, bc_chunk.py
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
 def open_run(args: Args) -> Path:
     """The run's folder, made or found. Raises ValueError if another run has the name."""
-    name = (
-        args.name
-        or f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    )
-    run = Path(args.resume or Path("runs") / name)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    task = args.env_id.replace("/", "-")
+    name = args.name or f"{task}__{Path(__file__).stem}__s{args.seed}__{stamp}"
+    run = Path(args.resume or f"runs/{name}")
     taken = (run / "checkpoint.pt").exists() and not args.resume
     need(not taken, f"{run} exists: continue it with --resume {run}, or choose another --name")
     run.mkdir(parents=True, exist_ok=True)
     if args.track:
-        import wandb
-
-        wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "cleanrobot"),
-            id=run.name,
-            name=run.name,
-            resume="allow",
-            config=asdict(args),
-        )
+        try:
+            import wandb
+        except ModuleNotFoundError as error:
+            raise ValueError("--track needs Weights & Biases: pip install wandb") from error
+        project = os.environ.get("WANDB_PROJECT", "cleanrobot")
+        wandb.init(project=project, id=run.name, name=run.name, resume="allow", config=asdict(args))
     return run
 
 

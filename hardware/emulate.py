@@ -353,24 +353,21 @@ def interval(successes: int, count: int) -> tuple[float, float]:
 def simulator_success(policy, count: int, noise: bool) -> tuple[np.ndarray, np.ndarray]:
     """The simulator's own loop over the same episodes: success (count,) at the end, and at any time.
 
-    noise: as the evaluation in training does it, with noise on the joint readings and jitter of the colours.
+    noise: on the joint readings, as the evaluation in training has it.
     """
-    from hardware.policy import algorithm
-
     so101, spec, net = _so101(), policy.spec, policy.net
     ranges = so101.Randomization() if noise else replace(so101.Randomization(), joint_noise=0.0)
-    env = so101.make(spec["env_id"], count, stagger=False, randomization=ranges, render_size=spec["render_size"],
-                     samples_per_pixel=net.args.samples_per_pixel, cameras=tuple(spec["cameras"]))  # fmt: skip
-    import torch
-
-    module, generator = (
-        algorithm(policy.algo),
-        torch.Generator().manual_seed(EVAL_SEED) if noise else None,
+    env = so101.make(
+        spec["env_id"],
+        count,
+        randomization=ranges,
+        render_size=spec["render_size"],
+        samples_per_pixel=net.args.samples_per_pixel,
+        cameras=tuple(spec["cameras"]),
     )
     obs, once = env.reset(seed=EVAL_SEED), np.zeros(count, bool)
-    policy.reset()
     for _ in range(env.max_episode_steps):
-        obs, _, _, _, info = env.step(net.act(module.observe(obs, net.args, generator)))
+        obs, _, _, _, info = env.step(net.act(obs))
         once |= info["success"].numpy()
     env.close()
     return info["success"].numpy(), once
@@ -413,7 +410,7 @@ def main(args: Args) -> None:
                 writer.writerow(row)
 
     for noise in (True, False) if args.simulator else ():
-        add(*simulator_success(policy, args.episodes, noise), where="simulator" + ", noise and jitter" * noise,
+        add(*simulator_success(policy, args.episodes, noise), where="simulator" + ", noise" * noise,
             frame=size, latency_periods=0, camera_delay_ms=0, gravity=False, rules_fired="")  # fmt: skip
     scenes = episodes(policy.spec["env_id"], args.episodes)
     samples = policy.net.args.samples_per_pixel if args.frame_size == size else 1

@@ -315,7 +315,7 @@ def test_the_area_mean_in_numpy_equals_that_of_training_bit_for_bit():
 def test_the_area_mean_by_hand():
     rgb = np.array([[10, 11, 200, 201], [11, 12, 201, 204]], np.uint8).repeat(2, 0)[None, ..., None]
     assert area_mean(rgb, 2)[0, ..., 0].tolist() == [[10, 200], [12, 202]], "10.5, 200.5, 11.5, 202.5, halves to even"
-    with pytest.raises(hardware_policy.PolicyError, match="sees 16 x 16 pixels, the picture has only 4 x 4"):
+    with pytest.raises(hardware_policy.PolicyError, match="sees 16 x 16 pixels, the image has only 4 x 4"):
         area_mean(rgb, 16)
 
 

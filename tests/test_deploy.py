@@ -639,8 +639,7 @@ def test_a_finer_simulated_frame_equals_training_at_that_size_too():
     )
     rgb = env.reset(seed=3)["rgb"]
     env.close()
-    args = squint_sac.Args(render_size=128, device="cpu", cudagraphs=False)
-    trained = squint_sac.observe({"rgb": rgb}, args, None)["rgb"].numpy()
+    trained = squint_sac.squint(rgb, 16).numpy()
     for i in range(2):
         frame = frame_around(rgb[i].numpy(), 640, 800)
         np.testing.assert_array_equal(FakePolicy().preprocess(frame)[0], trained[i])
