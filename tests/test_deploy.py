@@ -948,7 +948,7 @@ def test_a_policy_on_the_emulated_arm_is_within_five_points_of_the_simulator():
         ]
         rates = {(row["where"], row["latency_periods"]): float(row["success_rate"]) for row in rows}
         assert all(int(row["episodes"]) == 64 for row in rows) and ("emulated arm", "2") in rates
-        for where in ("simulator", "simulator, noise and jitter"):
+        for where in ("simulator", "simulator, noise"):
             assert abs(rates["emulated arm", "0"] - rates[where, "0"]) <= 0.05
 
 
