@@ -67,6 +67,17 @@ NOISE = np.repeat(np.array([0.1, 0.2, 0.05, 0.03, 1.5], np.float32), (3, 3, 3, 1
 TOO_FAST = 1e3  # m/s or rad/s: beyond it, or not finite, the physics has diverged
 TERRAIN_HALF, TERRAIN_HEIGHT, TERRAIN_SIZE = 10.0, 0.05, 256  # metres, metres, points a side
 TERRAIN_MARGIN = 0.5  # metres from the edge at which an episode ends
+# What randomisation varies -> where MuJoCo's model has it: field, index, sign
+CONSTANTS = {
+    "friction": [("geom_friction", (FLOOR, 0), 1)],
+    "frictionloss": [("dof_frictionloss", slice(6, None), 1)],
+    "armature": [("dof_armature", slice(6, None), 1)],
+    "com": [("body_ipos", TRUNK, 1)],
+    "mass": [("body_mass", slice(1, None), 1)],
+    "qpos0": [("qpos0", slice(7, None), 1)],
+    "kp": [("actuator_gainprm", np.s_[:, 0], 1), ("actuator_biasprm", np.s_[:, 1], -1)],
+    "kd": [("dof_damping", slice(6, None), 1)],
+}
 BACKENDS = ("mjx-jax", "mjx-warp", "mujoco-c")
 
 VELOCITY_REWARDS = dict(
@@ -486,11 +497,12 @@ class Drawn:
 
     _drawer = None
 
-    def render(self, state, width: int = 480, height: int = 360) -> np.ndarray:
-        """A State, or qpos (T, nq) or (nq,) -> uint8 (T, height, width, 3): one picture for each world or moment."""
+    def render(self, qpos, size: tuple[int, int] = (360, 480)) -> np.ndarray:
+        """qpos (T, nq) -> uint8 (T, height, width, 3): images for people, `size` being (height, width)."""
+        height, width = size
         if self._drawer is None or self._drawer.size != (width, height):
             self._drawer = Drawer(self._drawing_model(), width, height)
-        return np.stack([self._drawer.draw(qpos) for qpos in np.atleast_2d(np.asarray(getattr(state, "qpos", state)))])
+        return np.stack([self._drawer.draw(moment) for moment in np.asarray(qpos)])
 
 
 # ------------------------------------------------------------------------------------------------------ environment --
@@ -544,11 +556,11 @@ class Go1Env(Drawn):
         else:
             # C MuJoCo would silently restart a world whose physics diverges; `finish` is to see it.
             self.model.opt.disableflags |= int(mujoco.mjtDisableBit.mjDSBL_AUTORESET)
-            self._before, self._after = jax.jit(jax.vmap(self.targets)), jax.jit(jax.vmap(self.finish))
+            self._step = jax.jit(self._step_in_c)
             threads = threads or os.cpu_count()
             self._rollout = mujoco.rollout.Rollout(nthread=threads if threads > 1 else 0)
             self._data = [mujoco.MjData(self.model) for _ in range(threads)]
-            self._models, self._models_of = [self.model], None
+            self._models, self._models_of = [self.model], {}
 
     def _constant_data(self, impl):
         """What MJX needs besides the carried state; every step starts from this and overwrites what varies."""
@@ -807,25 +819,11 @@ class Go1Env(Drawn):
 
     def fields(self, dr: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """The model's fields, under MuJoCo's names, that the constants `dr` of one world change."""
-
-        def nominal(name):
-            return jnp.asarray(getattr(self.model, name), jnp.float32)
-
         fields = {}
-        if "friction" in dr:
-            fields = {
-                "geom_friction": nominal("geom_friction").at[FLOOR, 0].set(dr["friction"]),
-                "dof_frictionloss": nominal("dof_frictionloss").at[6:].set(dr["frictionloss"]),
-                "dof_armature": nominal("dof_armature").at[6:].set(dr["armature"]),
-                "body_ipos": nominal("body_ipos").at[TRUNK].set(dr["com"]),
-                "body_mass": nominal("body_mass").at[1:].set(dr["mass"]),
-                "qpos0": nominal("qpos0").at[7:].set(dr["qpos0"]),
-            }
-        if "kp" in dr:
-            fields["actuator_gainprm"] = nominal("actuator_gainprm").at[:, 0].set(dr["kp"])
-            fields["actuator_biasprm"] = nominal("actuator_biasprm").at[:, 1].set(-dr["kp"])
-        if "kd" in dr:
-            fields["dof_damping"] = nominal("dof_damping").at[6:].set(dr["kd"])
+        for constant, value in dr.items():
+            for name, index, sign in CONSTANTS[constant]:
+                nominal = jnp.asarray(getattr(self.model, name), jnp.float32)
+                fields[name] = nominal.at[index].set(sign * value)
         return fields
 
     # ---- many worlds -------------------------------------------------------------------------------------------------
@@ -835,12 +833,20 @@ class Go1Env(Drawn):
         return self._reset(keys, clocks.astype(jnp.int32))
 
     def step_batch(self, state: State, actions: jax.Array) -> State:
-        """actions (N, 12) in [-1, 1] -> the next State of N worlds, on any back end."""
-        if self.backend != "mujoco-c":
-            return self._step(state, actions)
-        targets, force = self._before(state, actions)
-        n, start = len(actions), np.zeros((len(actions), 1 + 19 + 18))
-        start[:, 1:20], start[:, 20:] = state.qpos, state.qvel
+        """actions (N, 12) in [-1, 1] -> the next State of N worlds. Pure on every back end: it can stand in a scan."""
+        return self._step(state, actions)
+
+    def _step_in_c(self, state: State, actions: jax.Array) -> State:
+        targets, force = jax.vmap(self.targets)(state, actions)
+        sizes = (19, 18, 18, self.model.nsensordata)
+        results = tuple(jax.ShapeDtypeStruct((len(actions), size), jnp.float32) for size in sizes)
+        given = (state.qpos, state.qvel, state.warmstart, targets, force, state.dr)
+        return jax.vmap(self.finish)(state, actions, *jax.pure_callback(self._simulate, results, *given))
+
+    def _simulate(self, qpos, qvel, warmstart, targets, force, dr) -> tuple[np.ndarray, ...]:
+        """The physics of one control step in C, for N worlds: what `finish` wants of it."""
+        n, start = len(qpos), np.zeros((len(qpos), 1 + 19 + 18))
+        start[:, 1:20], start[:, 20:] = qpos, qvel
         control, spec = np.asarray(targets, np.float64), int(mujoco.mjtState.mjSTATE_CTRL)
         if self.config.pushes:
             applied = np.zeros((n, self.config.substeps, self.model.nbody, 6))
@@ -848,25 +854,23 @@ class Go1Env(Drawn):
             control = np.concatenate([control, applied.reshape(n, self.config.substeps, -1)], axis=2)
             spec |= int(mujoco.mjtState.mjSTATE_XFRC_APPLIED)
         states, sensors = self._rollout.rollout(
-            self._models_for(state.dr), self._data, start, control, control_spec=spec,
-            initial_warmstart=np.asarray(state.warmstart, np.float64),
+            self._models_for(dr), self._data, start, control, control_spec=spec,
+            initial_warmstart=np.asarray(warmstart, np.float64),
         )  # fmt: skip
-        qvel = states[:, -1, 20:]
+        new = states[:, -1, 20:]
         before = states[:, -2, 20:] if self.config.substeps > 1 else start[:, 20:]
-        new = (states[:, -1, 1:20], qvel, (qvel - before) / self.config.sim_dt, sensors[:, -1])
-        new = (np.asarray(x, np.float32) for x in new)
-        return self._after(state, actions, *new)._replace(dr=state.dr)
+        moved = (states[:, -1, 1:20], new, (new - before) / self.config.sim_dt, sensors[:, -1])
+        return tuple(np.asarray(x, np.float32) for x in moved)
 
     def _models_for(self, dr) -> list["mujoco.MjModel"]:
-        """One C model for all worlds, or one for each where they vary, built again when `dr` is another object."""
-        if dr and dr is not self._models_of:
-            fields = jax.tree.map(np.asarray, jax.vmap(self.fields)(dr))
-            self._models = []
-            for world in range(len(next(iter(fields.values())))):
-                model = copy.copy(self.model)
-                for name, values in fields.items():
-                    getattr(model, name)[:] = values[world]
-                self._models.append(model)
+        """One C model for all worlds, or one for each where they vary, built again when the constants are others."""
+        dr = {name: np.array(value) for name, value in dr.items()}  # copies: these outlive the call
+        if dr and not (self._models_of and all(np.array_equal(dr[k], self._models_of[k]) for k in dr)):
+            self._models = [copy.copy(self.model) for _ in next(iter(dr.values()))]
+            for constant, values in dr.items():
+                for name, index, sign in CONSTANTS[constant]:
+                    for model, value in zip(self._models, values, strict=True):
+                        getattr(model, name)[index] = sign * value
             self._models_of = dr
         return self._models
 
@@ -1051,6 +1055,6 @@ class PlaygroundEnv(Drawn):
         return {"task": self.name, "control_hz": self.control_hz}
 
 
-def make(task: str, config: EnvConfig | None = None, backend: str = "mjx-jax", threads: int | None = None):
-    """A `Go1Env` for the tasks of this file, a `PlaygroundEnv` for Playground's. Raises ValueError with one line."""
-    return (Go1Env if task in TASKS else PlaygroundEnv)(task, config, backend, threads)
+def make(env_id: str, backend: str = "mjx-jax", threads: int | None = None, **options):
+    """A `Go1Env` for the tasks of this file, a `PlaygroundEnv` for Playground's. options: of EnvConfig."""
+    return (Go1Env if env_id in TASKS else PlaygroundEnv)(env_id, EnvConfig(**options), backend, threads)
