@@ -101,6 +101,7 @@ STAND = dict(
 TUNED = {("*", "mujoco-c"): CPU | WALK, ("Go1Stand", "*"): CPU | STAND}
 
 
+# same in: ppo_mjx_go1.py, distill_go1.py
 def default_backend() -> str:
     """The fastest here: on a CPU MuJoCo's C library, else MJX."""
     return "mujoco-c" if jax.default_backend() == "cpu" else "mjx-jax"
@@ -205,7 +206,9 @@ def resumed_args(run: str, argv: list[str]) -> Args:
 
     Raises ValueError that names the first argument that differs.
     """
-    saved = replace(Args(**load(Path(run) / "checkpoint.npz")["args"]), resume=run)
+    found = load(Path(run) / "checkpoint.npz")["args"]
+    own = {name: value for name, value in found.items() if name in Args.__dataclass_fields__}
+    saved = replace(Args(**own), resume=run)
     args = tyro.cli(Args, args=argv, default=saved, description=__doc__.split("\n\n")[0])
     for name, value in asdict(args).items():
         flag = "--" + name.replace("_", "-")
@@ -244,7 +247,6 @@ def make_envs(args: Args) -> tuple:
 
 
 # --- Networks -------------------------------------------------------------------------------------
-# same in: ppo_mjx_go1.py, distill_go1.py
 class MLP(nnx.Module):
     """Linear layers with swish between them. LeCun-uniform weights, the last ones scaled; biases 0."""
 
@@ -262,7 +264,6 @@ class MLP(nnx.Module):
         return self.layers[-1](x)
 
 
-# same in: ppo_mjx_go1.py, distill_go1.py
 class ActorCritic(nnx.Module):
     """Two MLPs: the actor sees what the robot measures, the critic what the simulator knows."""
 
@@ -294,7 +295,6 @@ class ActorCritic(nnx.Module):
         return self.critic(obs["privileged_state"])[..., 0]
 
 
-# same in: ppo_mjx_go1.py, distill_go1.py
 class Stats(NamedTuple):
     """Count, mean and variance of what was observed so far, per entry."""
 
@@ -303,7 +303,6 @@ class Stats(NamedTuple):
     var: jax.Array
 
 
-# same in: ppo_mjx_go1.py, distill_go1.py
 class Learner(NamedTuple):
     """All that learning changes."""
 
@@ -319,7 +318,6 @@ def optimizer(args: Args) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_adam())
 
 
-# same in: ppo_mjx_go1.py, distill_go1.py
 def new_learner(shapes: dict, args: Args) -> tuple[nnx.GraphDef, Learner]:
     """-> the networks without their weights, which are static inside jit, and everything else."""
     model, state = nnx.split(ActorCritic(shapes, args, nnx.Rngs(jax.random.key(args.seed))))
@@ -333,7 +331,6 @@ def new_learner(shapes: dict, args: Args) -> tuple[nnx.GraphDef, Learner]:
 
 
 # --- Update functions -----------------------------------------------------------------------------
-# same in: ppo_mjx_go1.py, distill_go1.py
 def merge_stats(stats: Stats, x) -> Stats:
     """Welford's update by a batch x (..., F) (Chan et al. 1979, eq. 2.1)."""
     x = x.reshape(-1, x.shape[-1])
@@ -344,7 +341,6 @@ def merge_stats(stats: Stats, x) -> Stats:
     return Stats(total, stats.mean + share * delta, stats.var + spread)
 
 
-# same in: ppo_mjx_go1.py, distill_go1.py
 def normalize(stats: dict, obs: dict) -> dict:
     """Each entry with mean 0 and deviation 1, as far as was observed."""
     scaled = {}
@@ -490,7 +486,6 @@ def outcome(learner: Learner, state, model: nnx.GraphDef) -> dict:
     )
 
 
-# same in: ppo_mjx_go1.py, distill_go1.py
 def step_log(state) -> tuple[dict, dict]:
     """Of one step of all environments: means of the metrics, sums over the episodes that ended."""
     means = {f"train/{name}": value.mean() for name, value in state.metrics.items()}
@@ -534,8 +529,8 @@ def iterate(learner: Learner, state, first, env, model: nnx.GraphDef, args: Args
 
 # --- evaluate -------------------------------------------------------------------------------------
 # same in: ppo_mjx_go1.py, distill_go1.py
-def evaluate(policy: "Policy", env, episodes: int) -> tuple[dict, list]:
-    """Whole episodes, deterministic actions, fixed seeds, one environment for each.
+def evaluate(act, env, episodes: int) -> tuple[dict, list]:
+    """Whole episodes with fixed seeds, one environment for each; act: obs -> actions.
 
     -> metrics; qpos of the first environment's first seconds
     """
@@ -546,7 +541,7 @@ def evaluate(policy: "Policy", env, episodes: int) -> tuple[dict, list]:
     for _ in range(env.episode_length):
         if running[0] and len(film) < VIDEO_SECONDS * env.control_hz:
             film.append(np.asarray(state.qpos[0]))
-        state = env.step_batch(state, policy.act(state.obs))
+        state = env.step_batch(state, act(state.obs))
         for name, value in state.metrics.items():
             sums[name] = sums.get(name, 0.0) + np.asarray(value)[running].sum()
         fallen = np.asarray(state.terminated)
@@ -571,7 +566,6 @@ def evaluate(policy: "Policy", env, episodes: int) -> tuple[dict, list]:
     return {name: float(value) for name, value in results.items()}, film
 
 
-# same in: ppo_mjx_go1.py, distill_go1.py
 def write_video(path: Path, film: list, env):
     """An mp4 at half the control rate."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -680,7 +674,6 @@ def cut_back(run: Path, sizes: dict[str, int]):
 
 
 # --- Policy ---------------------------------------------------------------------------------------
-# same in: ppo_mjx_go1.py, distill_go1.py
 class Policy:
     """Observation in, action out, from one checkpoint file (or what `load` reads of it), in NumPy.
 
@@ -730,7 +723,6 @@ def open_run(args: Args) -> Path:
     return run
 
 
-# same in: ppo_mjx_go1.py, distill_go1.py
 def log_row(log: tuple[dict, dict]) -> dict:
     """What the iterations of a call gave, as one row of metrics.csv."""
     means, sums = log
@@ -742,7 +734,7 @@ def log_row(log: tuple[dict, dict]) -> dict:
 
 
 # same in: ppo_mjx_go1.py, distill_go1.py
-def check_finite(params: nnx.State, row: dict, global_step: int, run: Path):
+def check_finite(params, row: dict, global_step: int, run: Path):
     """Raises FloatingPointError that names the first weight or metric that is not finite."""
     for name, value in (named(params=params) | row).items():
         if not np.isfinite(value).all():
@@ -758,7 +750,7 @@ def train(args: Args) -> dict:
     check(args)
     env, eval_env = make_envs(args)
     if args.evaluate:
-        results, film = evaluate(Policy(args.checkpoint), eval_env, args.eval_episodes)
+        results, film = evaluate(Policy(args.checkpoint).act, eval_env, args.eval_episodes)
         if args.capture_video:
             write_video(Path(args.checkpoint).parent / "videos/evaluate.mp4", film, eval_env)
         print(json.dumps(results))
@@ -828,7 +820,7 @@ def train(args: Args) -> dict:
         if due:
             weights = dict(params=learner.params, stats=learner.stats)
             policy = Policy(meta | dict(arrays=named(**weights)))
-            results, film = evaluate(policy, eval_env, args.eval_episodes)
+            results, film = evaluate(policy.act, eval_env, args.eval_episodes)
             write_row(run / "eval.csv", clock | results, args.track)
             bar.write(f"{step} steps: return {results['eval/return']:.2f}")
             if args.capture_video:

@@ -347,7 +347,9 @@ def test_loss_equals_an_independent_one():
     model, learner, batch = random_rollout(args)
     mb = minibatch(learner, batch, args)
     noise = np.random.default_rng(5).normal(size=(T, N, 2)).astype(np.float32)
-    moved = jax.tree.map(lambda p: p + 0.1 * jnp.sin(jnp.arange(p.size)).reshape(p.shape), learner.params)
+    moved = jax.tree.map(
+        lambda p: p + 0.1 * jnp.sin(jnp.arange(p.size)).reshape(p.shape), learner.params
+    )
     loss, metrics = jax.jit(partial(ppo.ppo_loss, model=model, args=args))(moved, mb, noise)
     assert float(loss) == pytest.approx(numpy_loss(moved, mb, noise, args), rel=1e-4)
     assert 0 < metrics["train/clip_fraction"] < 1 and metrics["train/kl"] > 0
@@ -386,7 +388,9 @@ def test_the_first_rollout_only_fills_the_statistics():
     args = arguments()
     model, _, batch = random_rollout(args)
     _, fresh = ppo.new_learner(SHAPES, args)
-    learner, _ = jax.jit(partial(ppo.learn, model=model, args=args))(fresh, batch, jax.random.key(0))
+    learner, _ = jax.jit(partial(ppo.learn, model=model, args=args))(
+        fresh, batch, jax.random.key(0)
+    )
     before, after = (ppo.named(p=x.params, o=x.opt_state) for x in (fresh, learner))
     assert_equal(after, before, rtol=0)
     seen = np.asarray(batch["obs"]["state"]).reshape(-1, 6)
@@ -396,7 +400,14 @@ def test_the_first_rollout_only_fills_the_statistics():
 
 @pytest.mark.parametrize(
     ("kl", "rate"),
-    [(0.0, 1.5e-3), (0.0049, 1.5e-3), (0.0051, 1e-3), (0.01, 1e-3), (0.0199, 1e-3), (0.0201, 1e-3 / 1.5)],
+    [
+        (0.0, 1.5e-3),
+        (0.0049, 1.5e-3),
+        (0.0051, 1e-3),
+        (0.01, 1e-3),
+        (0.0199, 1e-3),
+        (0.0201, 1e-3 / 1.5),
+    ],
 )
 def test_learning_rate_stays_between_half_and_twice_the_target(kl, rate):
     assert float(ppo.adapted(1e-3, jnp.float32(kl), 0.01)) == pytest.approx(rate)
@@ -462,7 +473,9 @@ def test_a_resumed_run_is_the_same_run(fake, whole):
 
 def test_a_run_that_was_killed_before_its_first_call_can_be_resumed(fake, whole, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(ppo, "iterate", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("killed")))
+        patch.setattr(
+            ppo, "iterate", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("killed"))
+        )
         ppo.train(arguments(name="killed"))
     assert ppo.load("runs/killed/checkpoint.npz")["progress"]["global_step"] == 0
     ppo.train(ppo.parse_args(["--resume", "runs/killed"]))
@@ -516,8 +529,7 @@ def test_evaluation_repeats_and_leaves_training_alone(fake, whole):
 def test_evaluation_counts_the_first_episode_of_each_environment():
     """A policy that walks off: every episode is a fall, as a loop over environments finds it."""
     env = FakeEnv()
-    policy = type("Off", (), {"act": lambda self, obs: np.ones((5, 2), np.float32)})()
-    metrics, film = ppo.evaluate(policy, env, 5)
+    metrics, film = ppo.evaluate(lambda obs: np.ones((5, 2), np.float32), env, 5)
     state = env.reset_batch(jax.random.split(jax.random.key(ppo.EVAL_SEED), 5))
     lengths, returns, distances = np.zeros(5), np.zeros(5), np.zeros(5)
     for i in range(5):
@@ -596,7 +608,10 @@ def test_policy_from_the_file_equals_the_network(whole):
 def test_files_that_do_not_fit_are_refused_and_change_nothing(fake, whole):
     best = str(whole / "best.npz")
     for changes, message in (
-        (dict(hidden=(8, 8)), "^the checkpoint differs in params/actor/layers/0/bias: this run has"),
+        (
+            dict(hidden=(8, 8)),
+            "^the checkpoint differs in params/actor/layers/0/bias: this run has",
+        ),
         (dict(no_linvel=True), "^the checkpoint differs in params/actor/layers/0/kernel: this run"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -613,14 +628,24 @@ def test_resume_refuses_what_it_cannot_honour(whole):
     run = str(whole)
     args = ppo.parse_args(["--resume", run, "--total-timesteps", "90", "--threads", "1"])
     assert (args.hidden, args.total_timesteps, args.threads) == ((16, 16), 90, 1)
-    for words in (["--gamma", "0.5"], ["--backend", "mujoco-c"], ["--hidden", "8"], ["--seed", "2"]):
+    for words in (
+        ["--gamma", "0.5"],
+        ["--backend", "mujoco-c"],
+        ["--hidden", "8"],
+        ["--seed", "2"],
+    ):
         with pytest.raises(ValueError, match=f"^{words[0]} belongs to {run}: it cannot change"):
             ppo.parse_args(["--resume", run, *words])
 
 
 def test_arguments_of_a_checkpoint_are_defaults(whole):
     args = ppo.parse_args(["--checkpoint", str(whole / "best.npz"), "--env-id", "Go1JoystickRough"])
-    assert (args.env_id, args.name, args.gamma, args.hidden) == ("Go1JoystickRough", "", 0.9, (16, 16))
+    assert (args.env_id, args.name, args.gamma, args.hidden) == (
+        "Go1JoystickRough",
+        "",
+        0.9,
+        (16, 16),
+    )
 
 
 def test_help_shows_each_task_its_defaults(capsys):
