@@ -149,7 +149,7 @@ def make_envs(args: Args) -> tuple:
     begins with what the teacher sees, and that ends with what the student sees.
     """
     try:
-        from envs import go1_mjx as go1
+        from envs import go1
     except ImportError as error:
         raise ValueError(f"make_envs needs envs.go1: pip install -e .[go1]  ({error})") from error
     taught = load(args.teacher)["args"]

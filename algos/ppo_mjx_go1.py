@@ -225,7 +225,7 @@ def make_envs(args: Args) -> tuple:
     Whatever keeps the contract for JAX in envs/__init__.py can stand here.
     """
     try:
-        from envs import go1_mjx as go1
+        from envs import go1
     except ImportError as error:
         raise ValueError(f"make_envs needs envs.go1: pip install -e .[go1]  ({error})") from error
     seen = dict(
