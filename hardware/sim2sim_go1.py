@@ -615,7 +615,6 @@ def viewer(policy: Policy, condition: Condition) -> None:
 @dataclass
 class Args:
     policy: str  # checkpoint of algos/ppo_mjx_go1.py (.npz), or its export (.onnx)
-    export: str | None = None  # only write the policy of a checkpoint to this file (.onnx)
     out: str | None = (
         None  # folder for sweep.csv, sweep.md and walk.mp4; None: the table is only printed
     )
@@ -630,6 +629,7 @@ class Args:
     viewer: bool = (
         False  # a window instead of the sweep: arrows, comma and period, space, backspace
     )
+    export: str | None = None  # only write the policy of a checkpoint to this file (.onnx)
     condition: Condition = field(default_factory=Condition)  # with --viewer: the robot to drive
 
 
