@@ -615,9 +615,7 @@ def viewer(policy: Policy, condition: Condition) -> None:
 @dataclass
 class Args:
     policy: str  # checkpoint of algos/ppo_mjx_go1.py (.npz), or its export (.onnx)
-    out: str | None = (
-        None  # folder for sweep.csv, sweep.md and walk.mp4; None: the table is only printed
-    )
+    out: str | None = None  # folder for sweep.csv, sweep.md, walk.mp4; None: only print the table
     seconds: float = 5.0  # of each command
     repeats: int = 3  # of each command, with another start, other noise and other zeros
     speed_tolerance: float = 0.25  # m/s by which the mean velocity may be off
@@ -626,9 +624,7 @@ class Args:
     physics_hz: int = 500  # steps of the physics a second
     motor_hz: int = 500  # of the motors' loop
     video: bool = True  # with --out: a video of four conditions at 1 m/s
-    viewer: bool = (
-        False  # a window instead of the sweep: arrows, comma and period, space, backspace
-    )
+    viewer: bool = False  # a window instead of the sweep: arrows, comma, period, space, backspace
     export: str | None = None  # only write the policy of a checkpoint to this file (.onnx)
     condition: Condition = field(default_factory=Condition)  # with --viewer: the robot to drive
 
