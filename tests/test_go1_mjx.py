@@ -748,6 +748,22 @@ def test_mjx_warp_equals_c_step_for_step(varied):
     assert (worst < [1e-4, 5e-3, 5e-3, 1e-5]).all(), worst
 
 
+def test_a_step_in_c_can_stand_in_a_jitted_scan(varied):
+    """Training calls the C library back from its compiled program; step by step it is the same."""
+    start, actions = varied.reset_batch(keys(4)), jnp.full((4, 12), 0.3)
+
+    def step(state, _):
+        return varied.step_batch(state, actions), None
+
+    scanned, _ = jax.jit(lambda state: jax.lax.scan(step, state, None, 3))(start)
+    state = start
+    for _ in range(3):
+        state = varied.step_batch(state, actions)
+    assert not np.array_equal(state.qpos, start.qpos)
+    for ours, theirs in zip(*map(jax.tree.leaves, (scanned, state)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_threads_do_not_change_the_result(varied):
     one = Go1Env("Go1JoystickFlat", VARIED, "mujoco-c", threads=1)
     assert not compare(one, varied, worlds=4, steps=2).any()
