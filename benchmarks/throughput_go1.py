@@ -1,16 +1,15 @@
 """How fast the Go1 is simulated and learnt from on the machine at hand, in one run.
 
     python benchmarks/throughput_go1.py                              print the table
-    python benchmarks/throughput_go1.py --devices 8                  on a CPU: sharded over as many virtual devices
     python benchmarks/throughput_go1.py --out docs/results/throughput/go1__cpu2.csv
 
 Parts, each with a baseline that its ratios refer to, measured in the same run:
-    memory        bytes that one world carries from step to step, with and without randomised constants, and, to
+    memory        bytes that one environment carries from step to step, with and without randomised constants, and, to
                   compare, those of MJX's own data structure, which a plain loop carries. (No rate: bytes under "at")
     environment   control steps per second of Go1JoystickFlat (5 physics steps, rewards, observations, resets), random
-                  actions, for each back end and number of worlds. On MJX 20 steps are one program
-    learning      gradient steps per second: an iteration's updates of algos/ppo_mjx_go1.py on one rollout, plain and
-                  sharded over --devices, at the published sizes and at those for a CPU
+                  actions, for each back end and number of environments. 20 steps are one program
+    learning      gradient steps per second: an iteration's updates of algos/ppo_mjx_go1.py on one rollout, at the
+                  published sizes and at those for a CPU
     training      control steps per second of the whole: acting, simulation and learning, at the defaults of a back end
 
 A row is the median of --blocks blocks of about equal length after a warm-up (compilation is not timed), with the
@@ -20,7 +19,7 @@ programs first: the rows are as sensitive to them as any timing. It needs the ex
 
 import os
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -31,11 +30,10 @@ import jax.numpy as jnp
 import numpy as np
 import throughput
 import tyro
-from jax.sharding import PartitionSpec as P
 from mujoco import mjx
 from throughput import cores, speeds
 
-from envs.go1_mjx import EnvConfig, Go1Env
+from envs import go1
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "algos"))
@@ -43,7 +41,7 @@ import ppo_mjx_go1 as ppo  # noqa: E402  (algos/ is a folder of files to run; th
 
 Part = Literal["memory", "environment", "learning", "training"]
 Backend = Literal["mujoco-c", "mjx-jax", "mjx-warp"]
-TASK, STEPS = "Go1JoystickFlat", 20  # STEPS of one program on MJX
+TASK, STEPS = "Go1JoystickFlat", 20  # STEPS of one program
 
 
 @dataclass
@@ -51,9 +49,7 @@ class Args:
     backends: tuple[Backend, ...] = ("mujoco-c", "mjx-jax", "mjx-warp")
     """back ends for environment and training"""
     num_envs: tuple[int, ...] = (64, 512, 4096)
-    """numbers of worlds"""
-    devices: int = 0
-    """devices that the sharded updates run on; 0: all there are; on a CPU so many virtual ones"""
+    """numbers of environments"""
     seconds: float = 10.0
     """time measured for a row, without its warm-up"""
     blocks: int = 5
@@ -63,12 +59,12 @@ class Args:
     out: Path | None = None
     """CSV file to write; docs/results/throughput/go1__<hardware>.csv is what the docs show"""
     seed: int = 1
-    """seed of worlds, actions and weights"""
+    """seed of environments, actions and weights"""
 
     def check(self) -> None:
         """Raises ValueError at the first choice that cannot work. (In __post_init__ tyro would reword it.)"""
-        if self.seconds <= 0 or self.blocks < 1 or self.devices < 0 or min(self.num_envs) < 1:
-            raise ValueError("--seconds must be above 0, --blocks and --num-envs at least 1, --devices not negative")
+        if self.seconds <= 0 or self.blocks < 1 or min(self.num_envs) < 1:
+            raise ValueError("--seconds must be above 0, --blocks and --num-envs at least 1")
 
     device = "cpu"  # benchmarks/throughput.py waits for torch's device; here everything waits for its own results
 
@@ -81,8 +77,11 @@ def machine(args: Args) -> dict[str, str]:
     facts["load"] = f"{os.getloadavg()[0]:.1f} programs wanted a core in the minute before"
     names = ("jax", "flax", "optax", "mujoco", "mujoco-mjx", "warp-lang")
     facts["versions"] = ", ".join(f"{name} {version(name)}" for name in names)
-    options = [f"--{f.name.replace('_', '-')} {' '.join(map(str, v)) if isinstance(v, tuple) else v}"
-               for f in fields(args) if f.name != "out" and (v := getattr(args, f.name)) != f.default]
+    options = [
+        f"--{f.name.replace('_', '-')} {' '.join(map(str, v)) if isinstance(v, tuple) else v}"
+        for f in fields(args)
+        if f.name != "out" and (v := getattr(args, f.name)) != f.default
+    ]
     return facts | {"command": " ".join(["python benchmarks/throughput_go1.py", *options])}
 
 
@@ -97,104 +96,133 @@ def memory(args: Args, table: throughput.Table) -> None:
     def size(tree) -> int:
         return sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(tree))
 
-    carried = ("qpos", "qvel", "warmstart", "command", "command_timer", "last_action", "air_time", "swing_peak",
-               "contact", "push", "delay", "clock", "length", "returns", "key", "dr", "obs")  # fmt: skip
-    for what, varied in (("carried by one world", False), ("the same with randomised constants", True)):
-        env = Go1Env(TASK, EnvConfig(domain_randomization=varied), "mujoco-c", threads=1)
+    carried = (
+        "qpos",
+        "qvel",
+        "warmstart",
+        "command",
+        "command_timer",
+        "last_action",
+        "air_time",
+        "swing_peak",
+        "contact",
+        "push",
+        "delay",
+        "clock",
+        "length",
+        "returns",
+        "key",
+        "dr",
+        "obs",
+    )
+    for what, varied in (
+        ("carried by one environment", False),
+        ("the same with randomised constants", True),
+    ):
+        env = go1.make(TASK, "mujoco-c", 1, domain_randomization=varied)
         state = env.reset(jax.random.key(args.seed))
         rest = size([getattr(state, name) for name in state._fields if name not in carried])
         remark = f"and {rest} bytes that a step reports: reward, ends, final observation, metrics"
-        table._add(part="memory", what=what, at=f"{size([getattr(state, k) for k in carried])} bytes", remark=remark)
+        table._add(
+            part="memory",
+            what=what,
+            at=f"{size([getattr(state, k) for k in carried])} bytes",
+            remark=remark,
+        )
     data = size(mjx.make_data(env.model, impl="jax"))
-    table._add(part="memory", what="MJX's data structure alone", at=f"{data} bytes", remark="not carried here")
+    table._add(
+        part="memory",
+        what="MJX's data structure alone",
+        at=f"{data} bytes",
+        remark="not carried here",
+    )
 
 
 def environment(args: Args, table: throughput.Table) -> None:
     for backend in args.backends:
         for n in args.num_envs:
             if reason := why_not(backend):
-                table.missing("environment", backend, f"{n} worlds", reason)
+                table.missing("environment", backend, f"{n} environments", reason)
                 continue
-            env = Go1Env(TASK, EnvConfig(domain_randomization=True, warp_worlds=n), backend)
-            key = jax.random.key(args.seed)
+            env = go1.make(TASK, backend, domain_randomization=True, warp_worlds=n)
+            key = jax.random.PRNGKey(args.seed)
             state = env.reset_batch(jax.random.split(key, n), stagger=True)
-            if backend == "mujoco-c":
-                actions = np.random.default_rng(args.seed).uniform(-0.3, 0.3, (n, 12)).astype(np.float32)
-                run, amount = partial(env.step_batch, actions=actions), n
-            else:
-                actions = jax.random.uniform(key, (n, 12), minval=-0.3, maxval=0.3)
+            actions = jax.random.uniform(key, (n, 12), minval=-0.3, maxval=0.3)
 
-                def several(state, env=env, actions=actions):
-                    return jax.lax.scan(lambda s, _: (jax.vmap(env.step)(s, actions), None), state, None, STEPS)[0]
+            def several(state, env=env, actions=actions):
+                def step(state, _):
+                    return env.step_batch(state, actions), None
 
-                run, amount = jax.jit(several, donate_argnums=0), n * STEPS
+                return jax.lax.scan(step, state, None, STEPS)[0]
+
+            run, amount = jax.jit(several), n * STEPS
             kept = [state]
 
             def work(run=run, kept=kept):
                 kept[0] = jax.block_until_ready(run(kept[0]))
 
             name = f"{backend}, {cores()} threads" if backend == "mujoco-c" else backend
-            table.measured("environment", name, f"{n} worlds", "control steps", speeds(work, amount, args))
+            table.measured(
+                "environment",
+                name,
+                f"{n} environments",
+                "control steps",
+                speeds(work, amount, args),
+            )
 
 
-def rollout(env, args: ppo.Args, seed: int) -> tuple[ppo.Learner, dict, dict]:
-    """A learner, and random numbers in the shapes of a rollout: batch (T, 1, N, ...), last observations (N, F)."""
+def rollout(env, args: ppo.Args) -> tuple:
+    """Networks, a learner, and random numbers in the shapes of a rollout (T, N, ...)."""
     shapes = dict(state=env.obs_dim, privileged_state=env.privileged_dim, action=env.action_dim)
-    learner = jax.tree.map(lambda x: x[None], ppo.new_learner(seed, shapes, args))
+    model, learner = ppo.new_learner(shapes, args)
     learner = learner._replace(stats=jax.tree.map(jnp.ones_like, learner.stats))
-    rng, lead = np.random.default_rng(seed), (args.unroll_length, 1, args.num_envs)
+    rng, lead = np.random.default_rng(args.seed), (args.unroll_length, args.num_envs)
 
     def numbers(*shape):
-        return jnp.asarray(rng.standard_normal(shape, dtype=np.float32))
+        return jnp.asarray(rng.standard_normal((*lead, *shape), dtype=np.float32))
 
-    batch = {name: numbers(*lead) for name in ("rewards", "values", "next_values", "log_probs")}
-    batch |= {name: numbers(*lead, 12) for name in ("raw", "loc")} | {"std": jnp.ones((*lead, 12))}
+    batch = {name: numbers() for name in ("rewards", "values", "next_values", "log_probs")}
+    batch |= {name: numbers(12) for name in ("raw", "loc")} | {"std": jnp.ones((*lead, 12))}
     batch |= {name: jnp.zeros(lead) for name in ("terminations", "truncations")}
-    batch["obs"], last = ({k: numbers(*at, shapes[k]) for k in ppo.OBS} for at in (lead, lead[-1:]))
-    return learner, batch, last
+    batch["obs"] = {name: numbers(shapes[name]) for name in ("state", "privileged_state")}
+    return model, learner, batch
 
 
 def learning(args: Args, table: throughput.Table) -> None:
-    env, devices = Go1Env(TASK, EnvConfig(), "mujoco-c", threads=1), args.devices or jax.device_count()
+    env = go1.make(TASK, "mujoco-c", 1)
     for label, backend in (("published", "mjx-jax"), ("CPU's", "mujoco-c")):
-        hyper = ppo.parse_args(["--env-id", TASK, "--backend", backend, "--devices", "1"])
+        hyper = ppo.parse_args(["--env-id", TASK, "--backend", backend, "--seed", str(args.seed)])
         share = hyper.num_envs // hyper.num_minibatches * hyper.unroll_length
-        at, updates = f"{label} sizes: batch {share}", hyper.num_minibatches * hyper.update_epochs
-        model = ppo.structure(dict(state=env.obs_dim, privileged_state=env.privileged_dim, action=12), hyper)
-        for n in dict.fromkeys((1, devices)):
-            what = "plain" if n == 1 else f"sharded over {n} devices"
-            axis = None if n == 1 else ppo.AXIS
-            improve = ppo.make_parts(env, model, hyper, None, axis)[3]
-            if axis:
-                improve = jax.shard_map(
-                    improve, mesh=ppo.make_mesh(replace(hyper, backend="mjx-jax", devices=n)), check_vma=False,
-                    in_specs=(P(), P(None, None, axis), P(axis), P(axis), P()), out_specs=(P(), P()),
-                )  # fmt: skip
-            improve, (learner, batch, last) = jax.jit(improve), rollout(env, hyper, args.seed)
-            kept, ids = [learner], jnp.arange(hyper.num_envs)
+        updates = hyper.num_minibatches * hyper.update_epochs
+        model, learner, batch = rollout(env, hyper)
+        learn = jax.jit(partial(ppo.learn, model=model, args=hyper))
+        key, kept = jax.random.key(args.seed), [learner]
 
-            def work(improve=improve, kept=kept, batch=batch, last=last, ids=ids):
-                kept[0] = jax.block_until_ready(improve(kept[0], batch, last, ids, 1))[0]
+        def work(learn=learn, kept=kept, batch=batch, key=key):
+            kept[0] = jax.block_until_ready(learn(kept[0], batch, key))[0]
 
-            values = speeds(work, updates, args)
-            remark = f"{updates / np.median(values):.3g} s for the {updates} of an iteration"
-            table.measured("learning", what, at, "updates", values, remark)
+        values = speeds(work, updates, args)
+        remark = f"{updates / np.median(values):.3g} s for the {updates} of an iteration"
+        at = f"{label} sizes: batch {share}"
+        table.measured("learning", "plain", at, "updates", values, remark)
 
 
 def training(args: Args, table: throughput.Table) -> None:
     for backend in args.backends:
-        hyper = ppo.parse_args(["--env-id", TASK, "--backend", backend])
-        at = f"{hyper.num_envs} worlds, {hyper.num_minibatches * hyper.update_epochs} updates for {hyper.unroll_length}"
-        if reason := why_not(backend) or ("takes minutes for an iteration on a CPU: published sizes"
-                                          if backend != "mujoco-c" and jax.default_backend() == "cpu" else ""):
+        hyper = ppo.parse_args(["--env-id", TASK, "--backend", backend, "--seed", str(args.seed)])
+        updates = hyper.num_minibatches * hyper.update_epochs
+        at = f"{hyper.num_envs} environments, {updates} updates for {hyper.unroll_length}"
+        reason = why_not(backend)
+        if backend != "mujoco-c" and jax.default_backend() == "cpu":
+            reason = reason or "takes minutes for an iteration on a CPU: published sizes"
+        if reason:
             table.missing("training", backend, at, reason)
             continue
         env, _ = ppo.make_envs(hyper)
-        shapes = dict(state=env.obs_dim, privileged_state=env.privileged_dim, action=env.action_dim)
-        make = ppo.stepwise if backend == "mujoco-c" else ppo.fused
-        begin, program = make(env, ppo.structure(shapes, hyper), hyper, None, 1)
-        learner = jax.vmap(lambda seed, s=shapes, h=hyper: ppo.new_learner(seed, s, h))(hyper.seeds)
-        kept = [learner, begin()]
+        model, learner, _ = rollout(env, hyper)
+        keys = jax.random.split(jax.random.PRNGKey(hyper.seed), hyper.num_envs)
+        program = partial(ppo.iterate, env=env, model=model, args=hyper, iterations=1)
+        program, kept = jax.jit(program), [learner, env.reset_batch(keys, stagger=True)]
 
         def work(program=program, kept=kept):
             kept[:] = jax.block_until_ready(program(*kept, np.int32(1)))[:2]
@@ -206,13 +234,11 @@ def training(args: Args, table: throughput.Table) -> None:
 def main(args: Args) -> None:
     """Measures what `args` names and prints it. Raises ValueError for arguments that do not fit."""
     args.check()
-    if args.devices > 1:
-        jax.config.update("jax_num_cpu_devices", args.devices)  # before anything asks for the devices
-    if args.devices > jax.device_count():
-        raise ValueError(f"there are only {jax.device_count()} devices: lower --devices")
     table = throughput.Table(args.out, machine(args))
     for part in args.parts:
-        {"memory": memory, "environment": environment, "learning": learning, "training": training}[part](args, table)
+        {"memory": memory, "environment": environment, "learning": learning, "training": training}[
+            part
+        ](args, table)
     if args.out:
         print(f"wrote {len(table.rows)} rows to {args.out}")
 

@@ -1,11 +1,12 @@
 """A trained walking policy on another simulated Go1: the last test that a computer can make before a robot.
 
     python hardware/sim2sim_go1.py --policy runs/NAME/best.npz --out FOLDER     a sweep: table, CSV and video
-    python hardware/sim2sim_go1.py --policy policy.onnx --viewer                a window; the arrow keys give commands
+    python hardware/sim2sim_go1.py --policy runs/NAME/best.npz --viewer         a window; the arrow keys give commands
+    python hardware/sim2sim_go1.py --policy runs/NAME/best.npz --export policy.onnx
 
-The policy is a weights file of `algos/ppo_mjx_go1.py`, which NumPy runs, or that file's `--export-onnx`, for ONNX
-Runtime. Neither needs JAX, and nothing here imports it. The robot is `envs/go1.xml` in C MuJoCo, but driven as the real
-one is, and not as in training:
+The policy is a checkpoint of `algos/ppo_mjx_go1.py` or `algos/distill_go1.py`, which NumPy runs, or its `--export`, for
+ONNX Runtime. Neither needs JAX, and nothing here imports it. The robot is `envs/go1/go1.xml` in C MuJoCo, but driven as
+the real one is, and not as in training:
 
     50 Hz    observation -> policy -> joint targets                (the policy's own rate)
     500 Hz   torque = kp (target - angle) - kd velocity, within the motors' limits, from measured angles
@@ -18,36 +19,29 @@ tolerances.
 
 No motor is ever addressed: docs/sim2sim_go1.md says why. Angles are radians, lengths metres, times seconds.
 """
-# ruff: noqa: E402  (the lines down to the imports must run before them)
-
-import importlib.util
-import os
-import sys
-from pathlib import Path
-
-VENV = Path(__file__).resolve().parent.parent / ".venv"
-if __name__ == "__main__" and importlib.util.find_spec("hardware") is None:
-    # `make` installs the project in .venv; going on in there lets `python hardware/sim2sim_go1.py` work as typed.
-    if Path(sys.prefix).resolve() == VENV or not (VENV / "bin/python").exists():
-        sys.exit(f"cleanrobot is not installed for {sys.executable}: run `make setup` (or `pip install -e .`) first")
-    os.execv(VENV / "bin/python", [VENV / "bin/python", *sys.argv])
 
 import csv
 import json
 import math
+import os
+import sys
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 
 import numpy as np
 
-XML = Path(__file__).resolve().parent.parent / "envs/go1.xml"
+XML = Path(__file__).resolve().parent.parent / "envs/go1/go1.xml"
 LAYOUT = [["linear_velocity", 3], ["gyro", 3], ["gravity", 3], ["joint_position", 12], ["joint_velocity", 12],
           ["last_action", 12], ["command", 3]]  # fmt: skip
 NOISE = np.repeat([0.1, 0.2, 0.05, 0.03, 1.5], (3, 3, 3, 12, 12))  # training's, uniform, at noise 1
 MIN_OBS_STD = 1e-2  # of the policy's normalisation, as in training
 TRUNK, FLOOR = 1, 0  # body and geom
-UPRIGHT, LOW = math.cos(math.radians(60)), 0.12  # tilted further, or the trunk lower than this: it fell
+UPRIGHT, LOW = (
+    math.cos(math.radians(60)),
+    0.12,
+)  # tilted further, or the trunk lower than this: it fell
 SETTLE = 1.0  # s after which velocities count
 START = 0.05  # rad by which joints are off at a trial's start
 COMMANDS = {  # m/s forward, m/s to the left, rad/s to the left
@@ -70,36 +64,78 @@ class Policy:
             raise Sim2SimError(f"there is no policy {path}")
         readers = {".npz": self._numpy, ".onnx": self._onnx}
         if self.path.suffix not in readers:
-            raise Sim2SimError(f"{path}: a policy is weights of ppo_mjx_go1 (.npz) or its --export-onnx (.onnx)")
+            raise Sim2SimError(
+                f"{path}: a policy is a checkpoint of ppo_mjx_go1 (.npz) or its export (.onnx)"
+            )
         self.spec = readers[self.path.suffix]()
         self._check()
 
     def _numpy(self) -> dict:
         try:
             with np.load(self.path, allow_pickle=False) as file:
-                w = {name: file[name] for name in file.files}
-            meta = json.loads(str(w.pop("meta")))
-            eyes = "privileged_state" if meta["args"]["privileged_actor"] else "state"
-            mean, var = w[f"stats/{eyes}/mean"], w[f"stats/{eyes}/var"]
-            layers = [tuple(w[f"params/actor/layers/{i}/{part}"] for part in ("kernel", "bias"))
-                      for i in range(len(meta["args"]["hidden"]) + 1)]  # fmt: skip
+                meta = json.loads(str(file["meta"]))
+                self.mean, var = file["stats/state/mean"], file["stats/state/var"]
+                layers = []
+                for i in range(len(meta["args"]["hidden"]) + 1):
+                    layer = f"params/actor/layers/{i}"
+                    layers.append((file[f"{layer}/kernel"], file[f"{layer}/bias"]))
             spec, actions = meta["spec"], meta["shapes"]["action"]
         except Exception:  # NumPy and JSON name many kinds of damage; the reader needs one line
-            raise Sim2SimError(f"{self.path} cannot be read as weights of algos/ppo_mjx_go1.py") from None
-        if eyes != "state":
-            raise Sim2SimError(f"{self.path} is a teacher that sees what only a simulator knows: distil it first")
-        std = np.maximum(np.sqrt(var), MIN_OBS_STD)
-        last_kernel, last_bias = (part[..., :actions] for part in layers[-1])  # the rest is the actions' deviation
-
-        def run(x: np.ndarray) -> np.ndarray:
-            x = (x - mean) / std
-            for kernel, bias in layers[:-1]:
-                x = x @ kernel + bias
-                x = x * (0.5 + 0.5 * np.tanh(0.5 * x))  # swish, without an exponential that overflows
-            return np.tanh(x @ last_kernel + last_bias)
-
-        self.run, self.size = run, len(mean)
+            text = f"{self.path} cannot be read as a checkpoint of algos/ppo_mjx_go1.py"
+            raise Sim2SimError(text) from None
+        kernel, bias = layers[-1]
+        layers[-1] = (kernel[:, :actions], bias[:actions])  # the rest is the actions' deviation
+        self.layers, self.std = layers, np.maximum(np.sqrt(var), MIN_OBS_STD)
+        self.run, self.size = self._forward, len(self.mean)
         return spec
+
+    def _forward(self, x: np.ndarray) -> np.ndarray:
+        x = (x - self.mean) / self.std
+        for kernel, bias in self.layers[:-1]:
+            x = x @ kernel + bias
+            x = x * (0.5 + 0.5 * np.tanh(0.5 * x))  # swish, without an exponential that overflows
+        kernel, bias = self.layers[-1]
+        return np.tanh(x @ kernel + bias)
+
+    def export(self, path: str | Path) -> None:
+        """The same function as ONNX: "obs" float32 (batch, F) -> "actions" (batch, 12), with the normalisation inside.
+
+        `spec` is the model's description. Raises Sim2SimError without onnx, or if this is an export already.
+        """
+        if self.path.suffix != ".npz":
+            raise Sim2SimError(
+                f"{self.path} is an export already: --export wants a checkpoint (.npz)"
+            )
+        try:
+            from onnx import TensorProto, checker, helper, numpy_helper
+            from onnx import save as save_onnx
+        except ImportError:
+            raise Sim2SimError('--export needs onnx: pip install -e ".[export]"') from None
+        constants, nodes = {"mean": self.mean, "std": self.std}, []
+
+        def node(kind: str, *inputs: str) -> str:
+            name = f"x{len(nodes)}"
+            nodes.append(helper.make_node(kind, inputs, [name]))
+            return name
+
+        x = node("Div", node("Sub", "obs", "mean"), "std")
+        for i, (kernel, bias) in enumerate(self.layers):
+            constants |= {f"kernel{i}": kernel, f"bias{i}": bias}
+            x = node("Gemm", x, f"kernel{i}", f"bias{i}")
+            if i < len(self.layers) - 1:
+                x = node("Mul", x, node("Sigmoid", x))
+        node("Tanh", x)
+        nodes[-1].output[0] = "actions"
+        obs = helper.make_tensor_value_info("obs", TensorProto.FLOAT, ["batch", self.size])
+        actions = helper.make_tensor_value_info("actions", TensorProto.FLOAT, ["batch", 12])
+        tensors = [
+            numpy_helper.from_array(np.asarray(v, np.float32), k) for k, v in constants.items()
+        ]
+        graph = helper.make_graph(nodes, "policy", [obs], [actions], tensors)
+        opset, description = [helper.make_opsetid("", 17)], json.dumps(self.spec)
+        model = helper.make_model(graph, opset_imports=opset, ir_version=8, doc_string=description)
+        checker.check_model(model)
+        save_onnx(model, str(path))
 
     def _onnx(self) -> dict:
         try:
@@ -110,26 +146,32 @@ class Policy:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         try:
-            session = onnxruntime.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(
+                str(self.path), options, providers=["CPUExecutionProvider"]
+            )
             spec = json.loads(session.get_modelmeta().description)
             self.size = session.get_inputs()[0].shape[1]
         except Exception:  # its exceptions share no base class
-            raise Sim2SimError(f"{self.path} was not written by ppo_mjx_go1.py --export-onnx") from None
+            raise Sim2SimError(f"{self.path} was not written by sim2sim_go1.py --export") from None
         self.run = lambda x: session.run(None, {"obs": x[None].astype(np.float32)})[0][0]
         return spec
 
     def _check(self) -> None:
         spec, task = self.spec, self.spec.get("task", "?")
         if not task.startswith("Go1Joystick") or "state_layout" not in spec:
-            raise Sim2SimError(f"the policy was trained on {task}; this tests walking: Go1JoystickFlat or -Rough")
+            raise Sim2SimError(
+                f"the policy was trained on {task}; this tests walking: Go1JoystickFlat or -Rough"
+            )
         layout = [list(part) for part in spec["state_layout"]]
         self.blind = layout == LAYOUT[1:]
-        if layout != LAYOUT[self.blind:] or self.size != 48 - 3 * self.blind:
-            raise Sim2SimError("the policy's observation is laid out as none of this version: train or export it again")
+        if layout != LAYOUT[self.blind :] or self.size != 48 - 3 * self.blind:
+            raise Sim2SimError(
+                "the policy's observation is laid out as none of this version: train or export it again"
+            )
 
     def act(self, obs: np.ndarray) -> np.ndarray:
         """obs (48,) as of LAYOUT; a policy without the body's velocity gets the last 45. -> (12,) float32"""
-        return np.asarray(self.run(obs[3 * self.blind:].astype(np.float32)), np.float32)
+        return np.asarray(self.run(obs[3 * self.blind :].astype(np.float32)), np.float32)
 
 
 # ------------------------------------------------------------------------------------------------------------ robot --
@@ -147,7 +189,9 @@ class Condition:
     noise: float = 0.0  # times training's noise on the observation
     torque: float = 1.0  # factor on the motors' limits
     zero: float = 0.0  # rad by which each joint's zero may be off, uniformly at random
-    velocity: float = 1.0  # factor on the estimate of the body's velocity, which no sensor of a Go1 measures
+    velocity: float = (
+        1.0  # factor on the estimate of the body's velocity, which no sensor of a Go1 measures
+    )
 
     def __post_init__(self):
         for name in ("kp", "mass", "friction", "torque"):
@@ -164,7 +208,9 @@ class Condition:
         for f in fields(self):
             value, name = getattr(self, f.name), f.name.replace("_", " ")
             if value != f.default:
-                words.append(f"{name} {1000 * value:g} ms" if name.endswith("delay") else f"{name} {value:g}")
+                words.append(
+                    f"{name} {1000 * value:g} ms" if name.endswith("delay") else f"{name} {value:g}"
+                )
         return ", ".join(words) or "nominal"
 
 
@@ -178,7 +224,11 @@ def sweep_conditions() -> list[Condition]:
         "velocity": (0.8, 0.5, 0.0),
     }  # fmt: skip
     late = dict(actuator_delay=0.010, observation_delay=0.010)
-    together = (late, late | dict(noise=1.0), late | dict(noise=1.0, kp=0.85, mass=1.15, friction=0.4, zero=0.03))
+    together = (
+        late,
+        late | dict(noise=1.0),
+        late | dict(noise=1.0, kp=0.85, mass=1.15, friction=0.4, zero=0.03),
+    )
     return [Condition(), *(Condition(**{name: value}) for name, values in singles.items() for value in values),
             *(Condition(**changes) for changes in together)]  # fmt: skip
 
@@ -194,9 +244,16 @@ class Go1:
                  motor_hz: int = 500):  # fmt: skip
         import mujoco
 
-        self.mujoco, self.condition, self.rng = mujoco, condition or Condition(), np.random.default_rng(seed)
+        self.mujoco, self.condition, self.rng = (
+            mujoco,
+            condition or Condition(),
+            np.random.default_rng(seed),
+        )
         c, control_hz = self.condition, spec["control_hz"]
-        if physics_hz % motor_hz or abs(motor_hz / control_hz - round(motor_hz / control_hz)) > 1e-6:
+        if (
+            physics_hz % motor_hz
+            or abs(motor_hz / control_hz - round(motor_hz / control_hz)) > 1e-6
+        ):
             raise Sim2SimError(
                 f"the rates must divide each other: physics {physics_hz}, motors {motor_hz}, policy {control_hz:g} Hz"
             )
@@ -204,14 +261,20 @@ class Go1:
         self.model = model = mujoco.MjModel.from_xml_path(str(XML))
         names = [model.joint(i).name for i in range(1, model.njnt)]
         if list(spec["joints"]) != names:
-            raise Sim2SimError(f"the policy's joints are {', '.join(spec['joints'])}; the robot's {', '.join(names)}")
+            raise Sim2SimError(
+                f"the policy's joints are {', '.join(spec['joints'])}; the robot's {', '.join(names)}"
+            )
         model.opt.timestep = 1 / physics_hz
         self.low, self.high = model.jnt_range[1:].T.copy()
         self.limit = c.torque * np.array(spec["torque_limits"])
         self.kp, self.kd = c.kp * spec["kp"], c.kd * spec["kd"]
         self.scale, self.pose = spec["action_scale"], np.array(spec["default_pose"], np.float32)
         # The file's actuators are position servos within the physics; here they are motors that take a torque.
-        model.actuator_gainprm[:, 0], model.actuator_biasprm[:], model.actuator_ctrllimited[:] = 1.0, 0.0, 0
+        model.actuator_gainprm[:, 0], model.actuator_biasprm[:], model.actuator_ctrllimited[:] = (
+            1.0,
+            0.0,
+            0,
+        )
         model.actuator_forcerange[:] = np.stack((-self.limit, self.limit), 1)
         model.dof_damping[6:] = 0.0  # it is in the motors' loop
         model.geom_friction[FLOOR, 0] = c.friction
@@ -221,7 +284,10 @@ class Go1:
         self.data = mujoco.MjData(model)
         mujoco.mj_setConst(model, self.data)
         address = {model.sensor(i).name: int(model.sensor(i).adr[0]) for i in range(model.nsensor)}
-        self.sensor = {name: slice(address[name], address[name] + 3) for name in ("linvel", "gyro", "world_up", "up")}
+        self.sensor = {
+            name: slice(address[name], address[name] + 3)
+            for name in ("linvel", "gyro", "world_up", "up")
+        }
         self.delay = round(c.observation_delay * motor_hz)
         self.lag = round(c.actuator_delay * motor_hz)
         self.reset()
@@ -235,7 +301,9 @@ class Go1:
         self.offset = self.rng.uniform(-1, 1, 12) * self.condition.zero
         m.mj_forward(self.model, d)
         self.target = self.pose.astype(float)
-        self.coming: deque[tuple[int, np.ndarray]] = deque()  # (period in which it arrives, joint targets)
+        self.coming: deque[tuple[int, np.ndarray]] = (
+            deque()
+        )  # (period in which it arrives, joint targets)
         self.period, self.last_action, self.torque = 0, np.zeros(12, np.float32), np.zeros(12)
         self.past = deque([self._measure()] * (self.delay + 1), maxlen=self.delay + 1)
 
@@ -258,12 +326,16 @@ class Go1:
     def act(self, action: np.ndarray) -> None:
         """Sends an action on its way and lets one control period pass."""
         self.last_action = np.clip(action, -1.0, 1.0).astype(np.float32)
-        self.coming.append((self.period + self.lag, self.pose + np.float32(self.scale) * self.last_action))
+        self.coming.append(
+            (self.period + self.lag, self.pose + np.float32(self.scale) * self.last_action)
+        )
         for _ in range(self.periods):
             while self.coming and self.coming[0][0] <= self.period:
                 self.target = np.clip(self.coming.popleft()[1].astype(float), self.low, self.high)
             angle, speed = self.data.qpos[7:] + self.offset, self.data.qvel[6:]
-            self.torque = np.clip(self.kp * (self.target - angle) - self.kd * speed, -self.limit, self.limit)
+            self.torque = np.clip(
+                self.kp * (self.target - angle) - self.kd * speed, -self.limit, self.limit
+            )
             self.data.ctrl[:] = self.torque
             self.mujoco.mj_step(self.model, self.data, self.substeps)
             self.period += 1
@@ -297,7 +369,9 @@ class Trial:
     path: np.ndarray = field(repr=False)  # qpos at every control period (T, 19)
 
 
-def trial(policy: Policy, condition: Condition, command: str, seconds: float, seed: int = 0, **rates) -> Trial:
+def trial(
+    policy: Policy, condition: Condition, command: str, seconds: float, seed: int = 0, **rates
+) -> Trial:
     """Stands for half a second, then follows one command for `seconds`. The joints begin up to START off, at random."""
     robot = Go1(policy.spec, condition, seed, **rates)
     begin = robot.data.qpos.copy()
@@ -317,14 +391,25 @@ def trial(policy: Policy, condition: Condition, command: str, seconds: float, se
             speeds.append(robot.velocity)
     mean = np.mean(speeds, 0) if speeds else np.zeros(3)
     error = mean - wish
-    return Trial(command, wish, fell, mean, float(np.hypot(*error[:2])), abs(float(error[2])), used, np.array(path))
+    return Trial(
+        command,
+        wish,
+        fell,
+        mean,
+        float(np.hypot(*error[:2])),
+        abs(float(error[2])),
+        used,
+        np.array(path),
+    )
 
 
 COLUMNS = ("condition", *(f.name for f in fields(Condition)), "passed", "reason", "trials", "falls", "missed",
            "speed_error", "turn_error", "worst", "torque_share")  # fmt: skip
 
 
-def judge(condition: Condition, trials: list[Trial], speed_tolerance: float, turn_tolerance: float) -> dict:
+def judge(
+    condition: Condition, trials: list[Trial], speed_tolerance: float, turn_tolerance: float
+) -> dict:
     """A row of the table: passed or not, and why not. The errors are the worst of those that did not fall."""
     falls = [t for t in trials if t.fell is not None]
     standing = [t for t in trials if t.fell is None]
@@ -335,7 +420,9 @@ def judge(condition: Condition, trials: list[Trial], speed_tolerance: float, tur
         words = [f"{t.command} after {t.fell:.1f} s" for t in falls[:3]] + ["…"] * (len(falls) > 3)
         reasons.append("fell: " + ", ".join(words))
     if missed:
-        reasons.append(f"{worst.command}: {worst.speed_error:.2f} m/s and {worst.turn_error:.2f} rad/s off")
+        reasons.append(
+            f"{worst.command}: {worst.speed_error:.2f} m/s and {worst.turn_error:.2f} rad/s off"
+        )
     reason = "; ".join(reasons)
     return {
         "condition": condition.label, **asdict(condition), "passed": not reason, "reason": reason,
@@ -351,7 +438,10 @@ def markdown(rows: list[dict]) -> str:
     lines = ["| condition | result | trials | fell | missed | worst error, m/s | rad/s | motors used | reason |",
              "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:
-        errors = (f"{row[key]:.2f}" if math.isfinite(row[key]) else "–" for key in ("speed_error", "turn_error"))
+        errors = (
+            f"{row[key]:.2f}" if math.isfinite(row[key]) else "–"
+            for key in ("speed_error", "turn_error")
+        )
         lines.append(f"| {row['condition']} | {'pass' if row['passed'] else '**fail**'} | {row['trials']} | "
                      f"{row['falls']} | {row['missed']} | "
                      f"{' | '.join(errors)} | {100 * row['torque_share']:.0f} % | {row['reason']} |")  # fmt: skip
@@ -365,13 +455,15 @@ def by_command(trials: list[Trial]) -> str:
         same = [t for t in trials if t.command == name]
         means = same[0].wish, np.mean([t.velocity for t in same], 0)
         wish, reached = (", ".join(f"{v:.2f}" for v in np.round(row, 2) + 0.0) for row in means)
-        lines.append(f"| {name} | {wish} | {reached} | {sum(t.fell is not None for t in same)} of {len(same)} |")
+        lines.append(
+            f"| {name} | {wish} | {reached} | {sum(t.fell is not None for t in same)} of {len(same)} |"
+        )
     return "\n".join(lines) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------------- looking --
 class Camera:
-    """Pictures of the robot by OpenGL without a screen (EGL)."""
+    """Images of the robot by OpenGL without a screen (EGL)."""
 
     def __init__(self, model, width: int = 480, height: int = 360):
         from envs import check  # asks in a process of its own: a broken driver may end it
@@ -385,15 +477,27 @@ class Camera:
         import mujoco
         from mujoco.egl import GLContext
 
-        self.mujoco, self.model, self.data, self.size = mujoco, model, mujoco.MjData(model), (width, height)
+        self.mujoco, self.model, self.data, self.size = (
+            mujoco,
+            model,
+            mujoco.MjData(model),
+            (width, height),
+        )
         model.vis.global_.offwidth, model.vis.global_.offheight = width, height
         self.gl = GLContext(width, height)
         self.gl.make_current()
         self.context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100.value)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self.context)
-        self.scene, self.options, self.view = mujoco.MjvScene(model, 500), mujoco.MjvOption(), mujoco.MjvCamera()
+        self.scene, self.options, self.view = (
+            mujoco.MjvScene(model, 500),
+            mujoco.MjvOption(),
+            mujoco.MjvCamera(),
+        )
         self.options.geomgroup[3] = 1  # the feet
-        self.view.type, self.view.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, model.camera("track").id
+        self.view.type, self.view.fixedcamid = (
+            mujoco.mjtCamera.mjCAMERA_FIXED,
+            model.camera("track").id,
+        )
 
     def draw(self, qpos: np.ndarray, text: str = "") -> np.ndarray:
         """-> uint8 (height, width, 3)"""
@@ -401,20 +505,40 @@ class Camera:
         self.data.qpos[:] = qpos
         for part in (m.mj_kinematics, m.mj_comPos, m.mj_camlight):
             part(self.model, self.data)
-        m.mjv_updateScene(self.model, self.data, self.options, None, self.view, m.mjtCatBit.mjCAT_ALL.value, self.scene)
-        picture = np.empty((self.size[1], self.size[0], 3), np.uint8)
+        m.mjv_updateScene(
+            self.model,
+            self.data,
+            self.options,
+            None,
+            self.view,
+            m.mjtCatBit.mjCAT_ALL.value,
+            self.scene,
+        )
+        image = np.empty((self.size[1], self.size[0], 3), np.uint8)
         m.mjr_render(rectangle, self.scene, self.context)
         if text:
-            m.mjr_overlay(m.mjtFont.mjFONT_NORMAL, m.mjtGridPos.mjGRID_TOPLEFT, rectangle, text, "", self.context)
-        m.mjr_readPixels(picture, None, rectangle, self.context)
-        return picture[::-1]  # OpenGL's first row is the lowest
+            m.mjr_overlay(
+                m.mjtFont.mjFONT_NORMAL,
+                m.mjtGridPos.mjGRID_TOPLEFT,
+                rectangle,
+                text,
+                "",
+                self.context,
+            )
+        m.mjr_readPixels(image, None, rectangle, self.context)
+        return image[::-1]  # OpenGL's first row is the lowest
 
     def close(self) -> None:
         self.context.free()
         self.gl.free()
 
 
-FILMED = (Condition(), Condition(actuator_delay=0.020), Condition(actuator_delay=0.040), Condition(friction=0.3))
+FILMED = (
+    Condition(),
+    Condition(actuator_delay=0.020),
+    Condition(actuator_delay=0.040),
+    Condition(friction=0.3),
+)
 
 
 def film(path: Path, policy: Policy, shown: list[tuple[str, np.ndarray]], fps: int = 25) -> None:
@@ -423,11 +547,13 @@ def film(path: Path, policy: Policy, shown: list[tuple[str, np.ndarray]], fps: i
 
     camera = Camera(Go1(policy.spec).model, 320, 240)
     every = max(1, round(policy.spec["control_hz"] / fps))
-    writer = imageio.get_writer(path, fps=policy.spec["control_hz"] / every, macro_block_size=1, quality=4)
+    writer = imageio.get_writer(
+        path, fps=policy.spec["control_hz"] / every, macro_block_size=1, quality=4
+    )
     try:
         for at in range(0, max(len(path) for _, path in shown), every):
             tiles = [camera.draw(path[min(at, len(path) - 1)], text) for text, path in shown]
-            rows = [np.concatenate(tiles[i:i + 2], 1) for i in range(0, len(tiles), 2)]
+            rows = [np.concatenate(tiles[i : i + 2], 1) for i in range(0, len(tiles), 2)]
             writer.append_data(np.concatenate(rows, 0))
     finally:
         writer.close()
@@ -443,7 +569,14 @@ def viewer(policy: Policy, condition: Condition) -> None:
     except ImportError as error:
         raise Sim2SimError(f"--viewer needs MuJoCo's window: {error}") from None
     robot, command = Go1(policy.spec, condition), np.zeros(3, np.float32)
-    keys = {265: (0, 0.1), 264: (0, -0.1), 263: (2, 0.2), 262: (2, -0.2), ord(","): (1, 0.1), ord("."): (1, -0.1)}
+    keys = {
+        265: (0, 0.1),
+        264: (0, -0.1),
+        263: (2, 0.2),
+        262: (2, -0.2),
+        ord(","): (1, 0.1),
+        ord("."): (1, -0.1),
+    }
     largest, again = np.array((1.5, 0.8, 1.2)), [False]
 
     def pressed(key: int) -> None:
@@ -454,12 +587,17 @@ def viewer(policy: Policy, condition: Condition) -> None:
             command[:] = 0
         elif key == 259:
             again[0] = True
-        print(f"forward {command[0]:+.1f} m/s, left {command[1]:+.1f} m/s, turning {command[2]:+.1f} rad/s", flush=True)
+        print(
+            f"forward {command[0]:+.1f} m/s, left {command[1]:+.1f} m/s, turning {command[2]:+.1f} rad/s",
+            flush=True,
+        )
 
     try:
         window = mujoco.viewer.launch_passive(robot.model, robot.data, key_callback=pressed)
     except Exception as error:  # what the window system answers has no common class
-        text = f"no window can be opened here ({error}); leave --viewer away for a table and a video"
+        text = (
+            f"no window can be opened here ({error}); leave --viewer away for a table and a video"
+        )
         raise Sim2SimError(text) from None
     with window:
         due = time.monotonic()
@@ -476,8 +614,8 @@ def viewer(policy: Policy, condition: Condition) -> None:
 # ---------------------------------------------------------------------------------------------------------- command --
 @dataclass
 class Args:
-    policy: str  # weights of algos/ppo_mjx_go1.py (.npz), or its export (.onnx)
-    out: str | None = None  # folder for sweep.csv, sweep.md and walk.mp4; None: the table is only printed
+    policy: str  # checkpoint of algos/ppo_mjx_go1.py (.npz), or its export (.onnx)
+    out: str | None = None  # folder for sweep.csv, sweep.md, walk.mp4; None: only print the table
     seconds: float = 5.0  # of each command
     repeats: int = 3  # of each command, with another start, other noise and other zeros
     speed_tolerance: float = 0.25  # m/s by which the mean velocity may be off
@@ -486,19 +624,32 @@ class Args:
     physics_hz: int = 500  # steps of the physics a second
     motor_hz: int = 500  # of the motors' loop
     video: bool = True  # with --out: a video of four conditions at 1 m/s
-    viewer: bool = False  # a window instead of the sweep: arrows, comma and period, space, backspace
+    viewer: bool = False  # a window instead of the sweep: arrows, comma, period, space, backspace
+    export: str | None = None  # only write the policy of a checkpoint to this file (.onnx)
     condition: Condition = field(default_factory=Condition)  # with --viewer: the robot to drive
 
 
 def main(args: Args) -> list[dict]:
     """The sweep's rows. Raises Sim2SimError."""
-    if args.seconds <= SETTLE or args.repeats < 1 or min(args.speed_tolerance, args.turn_tolerance) <= 0:
-        raise Sim2SimError(f"--seconds must be above {SETTLE:g}, --repeats at least 1, tolerances positive")
+    if (
+        args.seconds <= SETTLE
+        or args.repeats < 1
+        or min(args.speed_tolerance, args.turn_tolerance) <= 0
+    ):
+        raise Sim2SimError(
+            f"--seconds must be above {SETTLE:g}, --repeats at least 1, tolerances positive"
+        )
     try:
         import mujoco  # noqa: F401
     except ImportError:
-        raise Sim2SimError('MuJoCo is missing: pip install -e ".[go1]" (or just pip install mujoco)') from None
+        raise Sim2SimError(
+            'MuJoCo is missing: pip install -e ".[go1]" (or just pip install mujoco)'
+        ) from None
     policy = Policy(args.policy)
+    if args.export:
+        policy.export(args.export)
+        print(f"wrote {args.export}")
+        return []
     rates = dict(physics_hz=args.physics_hz, motor_hz=args.motor_hz)
     Go1(policy.spec, **rates)  # says now what does not fit
     if args.viewer:
@@ -511,8 +662,14 @@ def main(args: Args) -> list[dict]:
         nominal = nominal or trials  # the first condition
         rows.append(judge(condition, trials, args.speed_tolerance, args.turn_tolerance))
         verdict = "pass" if rows[-1]["passed"] else "FAIL"
-        print(f"{verdict}  {rows[-1]['condition']}" + f": {rows[-1]['reason']}" * bool(rows[-1]["reason"]), flush=True)
-    print(f"{sum(row['passed'] for row in rows)} of {len(rows)} passed in {time.monotonic() - began:.0f} s")
+        print(
+            f"{verdict}  {rows[-1]['condition']}"
+            + f": {rows[-1]['reason']}" * bool(rows[-1]["reason"]),
+            flush=True,
+        )
+    print(
+        f"{sum(row['passed'] for row in rows)} of {len(rows)} passed in {time.monotonic() - began:.0f} s"
+    )
     if args.out:
         out = Path(args.out)
         try:
@@ -521,13 +678,22 @@ def main(args: Args) -> list[dict]:
                 writer = csv.DictWriter(file, COLUMNS)
                 writer.writeheader()
                 for row in rows:
-                    writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+                    writer.writerow(
+                        {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
+                    )
             (out / "sweep.md").write_text(markdown(rows) + "\n" + by_command(nominal))
         except OSError as error:
             raise Sim2SimError(f"{out} cannot be written: {error.strerror}") from None
         if args.video:
-            walks = [trial(policy, condition, "fast", args.seconds, args.seed, **rates) for condition in FILMED]
-            film(out / "walk.mp4", policy, [(f"{c.label}, 1 m/s", t.path) for c, t in zip(FILMED, walks, strict=True)])
+            walks = [
+                trial(policy, condition, "fast", args.seconds, args.seed, **rates)
+                for condition in FILMED
+            ]
+            film(
+                out / "walk.mp4",
+                policy,
+                [(f"{c.label}, 1 m/s", t.path) for c, t in zip(FILMED, walks, strict=True)],
+            )
         print(f"wrote {out}/sweep.csv, sweep.md" + ", walk.mp4" * args.video)
     return rows
 

@@ -13,22 +13,37 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import mujoco  # noqa: E402
 
-from envs import check, go1_mjx  # noqa: E402
-from envs.go1_mjx import DEFAULT_POSE, LEGS, EnvConfig, Go1Env, make  # noqa: E402
+from envs import check, go1  # noqa: E402
+from envs.go1 import EnvConfig, Go1Env, robot, task  # noqa: E402
+from envs.go1.env import Draws  # noqa: E402
+from envs.go1.render import Renderer  # noqa: E402
+from envs.go1.robot import DEFAULT_POSE, LEGS  # noqa: E402
 
 STILL = dict(noise_level=0.0)
 # Everything that can vary at once; converged on every back end, so that they can be compared.
 VARIED = EnvConfig(
-    noise_level=0.0, domain_randomization=True, kp_factor=(0.9, 1.1), kd_factor=(0.5, 1.5), action_latency=(0.0, 0.02),
-    pushes=True, push_wait=(0.0, 0.02), no_linvel=True, iterations=10, ls_iterations=20, warp_worlds=4,
-)  # fmt: skip
+    noise_level=0.0,
+    domain_randomization=True,
+    kp_factor=(0.9, 1.1),
+    kd_factor=(0.5, 1.5),
+    action_latency=(0.0, 0.02),
+    pushes=True,
+    push_wait=(0.0, 0.02),
+    no_linvel=True,
+    iterations=10,
+    ls_iterations=20,
+    warp_worlds=4,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation():
     """Programs that run for a few steps: what optimising them costs is not earned back. They are kept between runs."""
-    names = dict(jax_disable_most_optimizations=True, jax_persistent_cache_min_compile_time_secs=0.2,
-                 jax_compilation_cache_dir=str(Path(__file__).parent.parent / ".pytest_cache/jax"))  # fmt: skip
+    names = dict(
+        jax_disable_most_optimizations=True,
+        jax_persistent_cache_min_compile_time_secs=0.2,
+        jax_compilation_cache_dir=str(Path(__file__).parent.parent / ".pytest_cache/jax"),
+    )
     before = {name: jax.config.values[name] for name in names}
     for name, value in names.items():
         jax.config.update(name, value)
@@ -55,27 +70,39 @@ def varied():
     return Go1Env("Go1JoystickFlat", VARIED, "mujoco-c", threads=2)
 
 
-# --- The model --------------------------------------------------------------------------------------------------------
+# --- The model ------------------------------------------------------------------------------------
 def test_model_has_the_figures_of_the_robot():
-    model = go1_mjx.build_model(go1_mjx.TASKS["Go1JoystickFlat"], EnvConfig())
+    model = robot.build_model(EnvConfig(), False, 100, 50)
     assert (model.nq, model.nv, model.nu, model.nbody) == (19, 18, 12, 14)
     assert model.body_subtreemass[0] == pytest.approx(12.743, abs=1e-3)
-    assert [model.joint(i).name for i in range(1, 13)] == [model.actuator(i).name for i in range(12)]
-    assert [model.joint(i).name for i in range(1, 13)] == list(go1_mjx.JOINTS)
+    assert [model.joint(i).name for i in range(1, 13)] == [
+        model.actuator(i).name for i in range(12)
+    ]
+    assert [model.joint(i).name for i in range(1, 13)] == list(robot.JOINTS)
     ranges = [(-0.863, 0.863), (-0.686, 4.501), (-2.818, -0.888)] * 4
-    assert np.allclose(model.jnt_range[1:], ranges) and np.allclose(model.actuator_ctrlrange, ranges)
+    assert np.allclose(model.jnt_range[1:], ranges) and np.allclose(
+        model.actuator_ctrlrange, ranges
+    )
     assert np.allclose(model.actuator_forcerange[:, 1], [23.7, 23.7, 35.55] * 4)
-    assert np.allclose(model.dof_frictionloss[6:], [0.3, 0.3, 1.0] * 4) and np.allclose(model.dof_armature[6:], 0.005)
-    assert np.allclose(model.dof_damping[6:], 0.5) and np.allclose(model.actuator_gainprm[:, 0], 35.0)
+    assert np.allclose(model.dof_frictionloss[6:], [0.3, 0.3, 1.0] * 4) and np.allclose(
+        model.dof_armature[6:], 0.005
+    )
+    assert np.allclose(model.dof_damping[6:], 0.5) and np.allclose(
+        model.actuator_gainprm[:, 0], 35.0
+    )
     assert np.allclose(model.key_qpos[0, 7:], DEFAULT_POSE)
-    colliding = [model.geom(i).name for i in range(model.ngeom) if model.geom_contype[i] or model.geom_conaffinity[i]]
+    colliding = [
+        model.geom(i).name
+        for i in range(model.ngeom)
+        if model.geom_contype[i] or model.geom_conaffinity[i]
+    ]
     assert colliding == ["floor", *(f"{leg}_foot" for leg in LEGS)]
-    assert model.geom("floor").id == go1_mjx.FLOOR and model.body("trunk").id == go1_mjx.TRUNK
+    assert model.geom("floor").id == robot.FLOOR and model.body("trunk").id == robot.TRUNK
 
 
 def test_left_and_right_are_mirror_images():
     """Inertia tensors about the hips' own frames, reflected in y; the calves are alike on both sides."""
-    model = go1_mjx.build_model(go1_mjx.TASKS["Go1JoystickFlat"], EnvConfig())
+    model = robot.build_model(EnvConfig(), False, 100, 50)
     flip = np.diag([1.0, -1.0, 1.0])
 
     def tensor(body):
@@ -87,42 +114,66 @@ def test_left_and_right_are_mirror_images():
     for end in "FR":
         for part in ("hip", "thigh"):
             right, left = model.body(f"{end}R_{part}"), model.body(f"{end}L_{part}")
-            assert np.allclose(flip @ right.ipos, left.ipos) and np.allclose(flip @ right.pos, left.pos)
+            assert np.allclose(flip @ right.ipos, left.ipos) and np.allclose(
+                flip @ right.pos, left.pos
+            )
             assert np.allclose(flip @ tensor(right) @ flip, tensor(left), atol=1e-8)
 
 
 def test_robot_settles_at_26_centimetres():
-    model = go1_mjx.build_model(go1_mjx.TASKS["Go1JoystickFlat"], EnvConfig())
+    model = robot.build_model(EnvConfig(), False, 100, 50)
     data = mujoco.MjData(model)
     mujoco.mj_resetDataKeyframe(model, data, 0)
     mujoco.mj_step(model, data, 1000)
-    assert data.qpos[2] == pytest.approx(0.26, abs=0.005) and np.abs(data.qvel).max() < 0.05 and data.ncon == 4
+    assert (
+        data.qpos[2] == pytest.approx(0.26, abs=0.005)
+        and np.abs(data.qvel).max() < 0.05
+        and data.ncon == 4
+    )
 
 
 def test_gains_and_time_step_are_those_of_the_configuration():
     config = EnvConfig(kp=20.0, kd=1.5, sim_dt=0.002)
-    model = go1_mjx.build_model(go1_mjx.TASKS["Go1JoystickFlat"], config)
-    assert np.allclose(model.actuator_gainprm[:, 0], 20.0) and np.allclose(model.actuator_biasprm[:, 1], -20.0)
-    assert np.allclose(model.dof_damping[6:], 1.5) and model.opt.timestep == 0.002 and config.substeps == 10
+    model = robot.build_model(config, False, 100, 50)
+    assert np.allclose(model.actuator_gainprm[:, 0], 20.0) and np.allclose(
+        model.actuator_biasprm[:, 1], -20.0
+    )
+    assert (
+        np.allclose(model.dof_damping[6:], 1.5)
+        and model.opt.timestep == 0.002
+        and config.substeps == 10
+    )
 
 
 def test_terrain_is_rough_fixed_and_where_mujoco_expects_it():
-    heights = go1_mjx.terrain_heights()
-    assert heights.shape == (256, 256) and heights.min() == 0 and heights.max() == 1 and heights.std() > 0.1
-    assert np.abs(np.diff(heights, axis=0)).max() < 0.4  # neighbours are 8 cm apart: no steps above 2 cm
-    assert np.array_equal(heights, go1_mjx.terrain_heights())
-    model = go1_mjx.build_model(go1_mjx.TASKS["Go1JoystickRough"], EnvConfig())
+    heights = robot.terrain_heights()
+    assert (
+        heights.shape == (256, 256)
+        and heights.min() == 0
+        and heights.max() == 1
+        and heights.std() > 0.1
+    )
+    assert (
+        np.abs(np.diff(heights, axis=0)).max() < 0.4
+    )  # neighbours are 8 cm apart: no steps above 2 cm
+    assert np.array_equal(heights, robot.terrain_heights())
+    model = robot.build_model(EnvConfig(), True, 100, 50)
     data = mujoco.MjData(model)
     mujoco.mj_forward(model, data)
     for row, column in ((20, 200), (128, 37)):  # rows along y, columns along x
         place = np.array([column, row]) / 255 * 20 - 10
         geom = np.zeros(1, np.int32)
         group = np.array([1, 0, 0, 0, 0, 0], np.uint8)
-        distance = mujoco.mj_ray(model, data, np.array([*place, 5.0]), np.array([0.0, 0, -1]), group, 1, -1, geom, None)
-        assert 5.0 - distance == pytest.approx(0.05 * heights[row, column], abs=1e-3) and geom[0] == go1_mjx.FLOOR
+        distance = mujoco.mj_ray(
+            model, data, np.array([*place, 5.0]), np.array([0.0, 0, -1]), group, 1, -1, geom, None
+        )
+        assert (
+            5.0 - distance == pytest.approx(0.05 * heights[row, column], abs=1e-3)
+            and geom[0] == robot.FLOOR
+        )
 
 
-# --- Reward terms, by hand --------------------------------------------------------------------------------------------
+# --- Reward terms, by hand ------------------------------------------------------------------------
 COMMAND, STOP = jnp.array([1.0, -0.5, 0.8]), jnp.array([0.005, 0.0, -0.005])
 POSE = jnp.asarray(DEFAULT_POSE)
 UP_FEET = jnp.array([[0.0, 0.0, 0.02], [0.0, 0.0, 0.1], [0.0, 0.0, 0.25], [0.0, 0.0, 0.08]])
@@ -131,34 +182,54 @@ ON, FIRST = jnp.array([True, False, True, False]), jnp.array([True, False, False
 EIGHTHS = jnp.array([0.5, -1.0, 0.25, 0, 0, 0, 0, 0, 0, 0, 0, 0])
 
 TERMS = {  # name -> (function, arguments, value worked out by hand)
-    "tracking_lin_vel": (go1_mjx.tracking_lin_vel, (COMMAND, jnp.array([0.7, -0.1, 5.0])), math.exp(-0.25 / 0.25)),
-    "tracking_ang_vel": (go1_mjx.tracking_ang_vel, (COMMAND, jnp.array([5.0, 5.0, 0.3])), math.exp(-0.25 / 0.25)),
-    "lin_vel_z": (go1_mjx.lin_vel_z, (jnp.array([3.0, 3.0, -0.5]),), 0.25),
-    "ang_vel_xy": (go1_mjx.ang_vel_xy, (jnp.array([0.5, -2.0, 7.0]),), 4.25),
-    "orientation": (go1_mjx.orientation, (jnp.array([0.6, 0.0, 0.8]),), 0.36),
+    "tracking_lin_vel": (
+        task.tracking_lin_vel,
+        (COMMAND, jnp.array([0.7, -0.1, 5.0])),
+        math.exp(-0.25 / 0.25),
+    ),
+    "tracking_ang_vel": (
+        task.tracking_ang_vel,
+        (COMMAND, jnp.array([5.0, 5.0, 0.3])),
+        math.exp(-0.25 / 0.25),
+    ),
+    "lin_vel_z": (task.lin_vel_z, (jnp.array([3.0, 3.0, -0.5]),), 0.25),
+    "ang_vel_xy": (task.ang_vel_xy, (jnp.array([0.5, -2.0, 7.0]),), 4.25),
+    "orientation": (task.orientation, (jnp.array([0.6, 0.0, 0.8]),), 0.36),
     "dof_pos_limits": (
-        go1_mjx.dof_pos_limits,
+        task.dof_pos_limits,
         (jnp.array([-1.0, 0.0, 2.5]), jnp.array([-0.8, -0.5, -2.0]), jnp.array([0.8, 0.5, 2.0])),
         0.2 + 0.0 + 0.5,
     ),
-    "pose": (go1_mjx.pose, (POSE.at[0].add(0.5).at[2].add(1.0),), math.exp(-(0.25 + 0.1 * 1.0))),
-    "termination": (go1_mjx.termination, (jnp.array(True),), 1.0),
-    "stand_still": (go1_mjx.stand_still, (STOP, POSE + EIGHTHS), 1.75),
-    "torques": (go1_mjx.torques, (jnp.array([3.0, -4.0, *[0.0] * 10]),), 5.0 + 7.0),
-    "action_rate": (go1_mjx.action_rate, (EIGHTHS, 2 * EIGHTHS), 0.25 + 1.0 + 0.0625),
-    "energy": (go1_mjx.energy, (jnp.array([2.0, -3.0]), jnp.array([-1.0, 2.0])), 8.0),
+    "pose": (task.pose, (POSE.at[0].add(0.5).at[2].add(1.0),), math.exp(-(0.25 + 0.1 * 1.0))),
+    "termination": (task.termination, (jnp.array(True),), 1.0),
+    "stand_still": (task.stand_still, (STOP, POSE + EIGHTHS), 1.75),
+    "torques": (task.torques, (jnp.array([3.0, -4.0, *[0.0] * 10]),), 5.0 + 7.0),
+    "action_rate": (task.action_rate, (EIGHTHS, 2 * EIGHTHS), 0.25 + 1.0 + 0.0625),
+    "energy": (task.energy, (jnp.array([2.0, -3.0]), jnp.array([-1.0, 2.0])), 8.0),
     # |z - 0.1| sqrt|v|: 0.08 sqrt 0.5 + 0 + 0.15 * 2 + 0
-    "feet_clearance": (go1_mjx.feet_clearance, (UP_FEET, FEET_VEL), 0.08 * math.sqrt(0.5) + 0.15 * 2.0),
+    "feet_clearance": (
+        task.feet_clearance,
+        (UP_FEET, FEET_VEL),
+        0.08 * math.sqrt(0.5) + 0.15 * 2.0,
+    ),
     # (0.05 / 0.1 - 1)^2 + (0.3 / 0.1 - 1)^2 of the two that touch down
-    "feet_height": (go1_mjx.feet_height, (jnp.array([0.05, 0.9, 0.9, 0.3]), FIRST, COMMAND), 0.25 + 4.0),
-    "feet_slip": (go1_mjx.feet_slip, (FEET_VEL, ON, COMMAND), 0.25 + 16.0),
-    "feet_air_time": (go1_mjx.feet_air_time, (jnp.array([0.3, 9.0, 9.0, 0.05]), FIRST, COMMAND), 0.2 - 0.05),
+    "feet_height": (
+        task.feet_height,
+        (jnp.array([0.05, 0.9, 0.9, 0.3]), FIRST, COMMAND),
+        0.25 + 4.0,
+    ),
+    "feet_slip": (task.feet_slip, (FEET_VEL, ON, COMMAND), 0.25 + 16.0),
+    "feet_air_time": (
+        task.feet_air_time,
+        (jnp.array([0.3, 9.0, 9.0, 0.05]), FIRST, COMMAND),
+        0.2 - 0.05,
+    ),
 }
 STAND_TERMS = {
-    "height": (go1_mjx.stand_height, (jnp.array([0.25, 0.0, 0.0]), 0.28), math.exp(-1.0)),
+    "height": (task.stand_height, (jnp.array([0.25, 0.0, 0.0]), 0.28), math.exp(-1.0)),
     # nose down by 0.3 against a command of none: gravity (sin 0.3, 0, -cos 0.3) against (0, 0, -1)
     "tilt": (
-        go1_mjx.stand_tilt,
+        task.stand_tilt,
         (jnp.zeros(3), jnp.array([math.sin(0.3), 0.0, -math.cos(0.3)])),
         math.exp(-(math.sin(0.3) ** 2 + (1 - math.cos(0.3)) ** 2) / 0.02),
     ),
@@ -172,24 +243,43 @@ def test_reward_term_by_hand(name):
 
 
 def test_terms_that_depend_on_the_command_vanish_where_they_should():
-    assert go1_mjx.stand_still(COMMAND, POSE + EIGHTHS) == 0
-    assert go1_mjx.feet_height(jnp.full(4, 0.5), FIRST, STOP) == 0
-    assert go1_mjx.feet_slip(FEET_VEL, ON, STOP) == 0
-    assert go1_mjx.feet_air_time(jnp.ones(4), FIRST, STOP) == 0
-    assert float(go1_mjx.stand_tilt(jnp.array([0.3, 0.2, -0.1]), go1_mjx.stand_gravity(jnp.array([0, 0.2, -0.1])))) == 1
+    assert task.stand_still(COMMAND, POSE + EIGHTHS) == 0
+    assert task.feet_height(jnp.full(4, 0.5), FIRST, STOP) == 0
+    assert task.feet_slip(FEET_VEL, ON, STOP) == 0
+    assert task.feet_air_time(jnp.ones(4), FIRST, STOP) == 0
+    assert (
+        float(
+            task.stand_tilt(
+                jnp.array([0.3, 0.2, -0.1]), task.stand_gravity(jnp.array([0, 0.2, -0.1]))
+            )
+        )
+        == 1
+    )
 
 
 def test_scales_are_the_published_ones():
-    assert go1_mjx.VELOCITY_REWARDS == {
-        "tracking_lin_vel": 1.0, "tracking_ang_vel": 0.5, "lin_vel_z": -0.5, "ang_vel_xy": -0.05, "orientation": -5.0,
-        "dof_pos_limits": -1.0, "pose": 0.5, "termination": -1.0, "stand_still": -1.0, "torques": -2e-4,
-        "action_rate": -0.01, "energy": -1e-3, "feet_clearance": -2.0, "feet_height": -0.2, "feet_slip": -0.1,
+    assert task.VELOCITY_REWARDS == {
+        "tracking_lin_vel": 1.0,
+        "tracking_ang_vel": 0.5,
+        "lin_vel_z": -0.5,
+        "ang_vel_xy": -0.05,
+        "orientation": -5.0,
+        "dof_pos_limits": -1.0,
+        "pose": 0.5,
+        "termination": -1.0,
+        "stand_still": -1.0,
+        "torques": -2e-4,
+        "action_rate": -0.01,
+        "energy": -1e-3,
+        "feet_clearance": -2.0,
+        "feet_height": -0.2,
+        "feet_slip": -0.1,
         "feet_air_time": 0.1,
-    }  # fmt: skip
-    assert set(TERMS) == set(go1_mjx.VELOCITY_REWARDS)
+    }
+    assert set(TERMS) == set(task.VELOCITY_REWARDS)
 
 
-# --- One step, worked out from MuJoCo's own state ---------------------------------------------------------------------
+# --- One step, worked out from MuJoCo's own state -------------------------------------------------
 def replay(env, state, action, world=0):
     """MuJoCo's data (sensors as of the last physics step) after one control step of one world, by plain mj_step."""
     data = mujoco.MjData(env.model)
@@ -207,9 +297,15 @@ def test_reward_and_observation_of_a_step_against_plain_mujoco(flat):
     before = flat.step_batch(flat.reset_batch(keys(2)), actions[0])
     before = before._replace(command=jnp.array([[0.5, -0.3, 0.7], [1.0, 0.0, 0.0]]))
     after, before = numpy(flat.step_batch(before, actions[1])), numpy(before)
-    data, action, last = replay(flat, before, actions[1][0]), np.clip(actions[1][0], -1, 1), before.last_action[0]
+    data, action, last = (
+        replay(flat, before, actions[1][0]),
+        np.clip(actions[1][0], -1, 1),
+        before.last_action[0],
+    )
     assert np.allclose(last, np.clip(actions[0][0], -1, 1))
-    assert np.allclose(after.qpos[0], data.qpos, atol=1e-5) and np.allclose(after.qvel[0], data.qvel, atol=1e-4)
+    assert np.allclose(after.qpos[0], data.qpos, atol=1e-5) and np.allclose(
+        after.qvel[0], data.qvel, atol=1e-4
+    )
     read = {flat.model.sensor(i).name: data.sensor(i).data for i in range(flat.model.nsensor)}
     q, qd, tau = data.qpos[7:], data.qvel[6:], data.actuator_force
     feet = np.stack([read[f"{leg}_pos"] for leg in LEGS])
@@ -225,37 +321,70 @@ def test_reward_and_observation_of_a_step_against_plain_mujoco(flat):
         "lin_vel_z": -0.5 * read["world_linvel"][2] ** 2,
         "ang_vel_xy": -0.05 * (read["world_angvel"][:2] ** 2).sum(),
         "orientation": -5.0 * (read["up"][:2] ** 2).sum(),
-        "dof_pos_limits": -np.sum(np.clip(limits[:, 0] - q, 0, None) + np.clip(q - limits[:, 1], 0, None)),
+        "dof_pos_limits": -np.sum(
+            np.clip(limits[:, 0] - q, 0, None) + np.clip(q - limits[:, 1], 0, None)
+        ),
         "pose": 0.5 * np.exp(-((q - DEFAULT_POSE) ** 2 * np.array([1, 1, 0.1] * 4)).sum()),
-        "termination": 0.0, "stand_still": 0.0,
+        "termination": 0.0,
+        "stand_still": 0.0,
         "torques": -2e-4 * (np.sqrt((tau**2).sum()) + np.abs(tau).sum()),
         "action_rate": -0.01 * ((action - last) ** 2).sum(),
         "energy": -1e-3 * (np.abs(qd) * np.abs(tau)).sum(),
-        "feet_clearance": -2.0 * (np.abs(feet[:, 2] - 0.1) * np.sqrt(np.linalg.norm(speed[:, :2], axis=1))).sum(),
+        "feet_clearance": -2.0
+        * (np.abs(feet[:, 2] - 0.1) * np.sqrt(np.linalg.norm(speed[:, :2], axis=1))).sum(),
         "feet_height": -0.2 * ((peak / 0.1 - 1) ** 2 * first).sum(),
         "feet_slip": -0.1 * ((speed[:, :2] ** 2).sum(1) * contact).sum(),
         "feet_air_time": 0.1 * ((air - 0.1) * first).sum(),
-    }  # fmt: skip
+    }
     for name, value in expected.items():
         assert after.metrics[f"reward/{name}"][0] == pytest.approx(value, rel=2e-3, abs=2e-5), name
-    assert after.reward[0] == pytest.approx(max(0.0, sum(expected.values()) * 0.02), rel=2e-3, abs=1e-5)
+    assert after.reward[0] == pytest.approx(
+        max(0.0, sum(expected.values()) * 0.02), rel=2e-3, abs=1e-5
+    )
     distance = np.linalg.norm(command[:2] - read["linvel"][:2])
     assert after.metrics["lin_vel_error"][0] == pytest.approx(distance, rel=1e-3)
-    assert after.metrics["yaw_vel_error"][0] == pytest.approx(abs(command[2] - read["gyro"][2]), rel=1e-3)
+    assert after.metrics["yaw_vel_error"][0] == pytest.approx(
+        abs(command[2] - read["gyro"][2]), rel=1e-3
+    )
     turn = data.site("imu").xmat.reshape(3, 3)  # as of the last physics step, like the sensors
     gravity = turn.T @ [0.0, 0.0, -1.0]
-    state48 = np.concatenate([
-        read["linvel"], read["gyro"], gravity, q - DEFAULT_POSE, qd, action, after.command[0],
-    ])  # fmt: skip
-    privileged = np.concatenate([
-        state48, read["gyro"], read["accelerometer"], gravity, read["linvel"], read["world_angvel"], q - DEFAULT_POSE,
-        qd, tau, contact, speed.ravel(), air, np.zeros(4),
-    ])  # fmt: skip
+    state48 = np.concatenate(
+        [
+            read["linvel"],
+            read["gyro"],
+            gravity,
+            q - DEFAULT_POSE,
+            qd,
+            action,
+            after.command[0],
+        ]
+    )
+    privileged = np.concatenate(
+        [
+            state48,
+            read["gyro"],
+            read["accelerometer"],
+            gravity,
+            read["linvel"],
+            read["world_angvel"],
+            q - DEFAULT_POSE,
+            qd,
+            tau,
+            contact,
+            speed.ravel(),
+            air,
+            np.zeros(4),
+        ]
+    )
     seen = after.obs["privileged_state"][0]
-    assert seen.shape == (123,) and np.abs(seen - privileged).max() < 5e-3 * np.abs(privileged).max()
+    assert (
+        seen.shape == (123,) and np.abs(seen - privileged).max() < 5e-3 * np.abs(privileged).max()
+    )
     assert np.allclose(seen, privileged, rtol=5e-3, atol=5e-4)
     assert np.array_equal(after.obs["state"], after.obs["privileged_state"][:, :48])
-    assert np.allclose(after.air_time[0], air * ~contact) and np.allclose(after.swing_peak[0], peak * ~contact)
+    assert np.allclose(after.air_time[0], air * ~contact) and np.allclose(
+        after.swing_peak[0], peak * ~contact
+    )
 
 
 def test_first_observation_is_what_the_sensors_would_read(flat):
@@ -263,17 +392,28 @@ def test_first_observation_is_what_the_sensors_would_read(flat):
     state = numpy(flat.reset_batch(keys(3, 5)))
     for world in range(3):
         data = mujoco.MjData(flat.model)
-        data.qpos[:], data.qvel[:], data.ctrl[:] = state.qpos[world], state.qvel[world], DEFAULT_POSE
+        data.qpos[:], data.qvel[:], data.ctrl[:] = (
+            state.qpos[world],
+            state.qvel[world],
+            DEFAULT_POSE,
+        )
         mujoco.mj_forward(flat.model, data)
         seen = state.obs["privileged_state"][world]
         up = data.sensor("world_up").data
         for at, value in (
-            (0, data.sensor("linvel").data), (3, data.sensor("gyro").data), (6, -up), (9, np.zeros(12)),
-            (48, data.sensor("gyro").data), (51, 9.81 * up), (54, -up), (57, data.sensor("linvel").data),
-            (60, data.sensor("world_angvel").data), (87, data.actuator_force),
+            (0, data.sensor("linvel").data),
+            (3, data.sensor("gyro").data),
+            (6, -up),
+            (9, np.zeros(12)),
+            (48, data.sensor("gyro").data),
+            (51, 9.81 * up),
+            (54, -up),
+            (57, data.sensor("linvel").data),
+            (60, data.sensor("world_angvel").data),
+            (87, data.actuator_force),
             (99, [data.sensor(f"{leg}_contact").data[0] > 0 for leg in LEGS]),
             (103, np.concatenate([data.sensor(f"{leg}_vel").data for leg in LEGS])),
-        ):  # fmt: skip
+        ):
             assert np.allclose(seen[at : at + len(value)], value, atol=1e-5), at
         assert np.array_equal(seen[45:48], state.command[world]) and not seen[33:45].any()
 
@@ -285,31 +425,47 @@ def test_foot_positions_in_closed_form(flat):
         data.qpos[3], data.qpos[7:] = 1.0, rng.uniform(low, high)
         mujoco.mj_kinematics(flat.model, data)
         feet = np.stack([data.site(f"{leg}_foot").xpos for leg in LEGS]) - data.qpos[:3]
-        assert np.allclose(go1_mjx.foot_positions(jnp.asarray(data.qpos[7:])), feet, atol=1e-6)
+        assert np.allclose(robot.foot_positions(jnp.asarray(data.qpos[7:])), feet, atol=1e-6)
 
 
 def test_quaternion_and_rotation_agree_with_mujoco():
     angles, turn, quat = (0.3, -0.7, 2.1), np.zeros(9), np.array([1.0, 0, 0, 0])
-    for axis, angle in zip(np.eye(3)[::-1], angles[::-1], strict=True):  # Rz(yaw) Ry(pitch) Rx(roll)
+    for axis, angle in zip(
+        np.eye(3)[::-1], angles[::-1], strict=True
+    ):  # Rz(yaw) Ry(pitch) Rx(roll)
         one, product = np.zeros(4), np.zeros(4)
         mujoco.mju_axisAngle2Quat(one, axis, angle)
         mujoco.mju_mulQuat(product, quat, one)
         quat = product
     mujoco.mju_quat2Mat(turn, quat)
-    assert np.allclose(go1_mjx.quaternion(*map(jnp.asarray, angles)), quat, atol=1e-6)
-    assert np.allclose(go1_mjx.rotation(jnp.asarray(3 * quat)), turn.reshape(3, 3), atol=1e-6)
+    assert np.allclose(robot.quaternion(*map(jnp.asarray, angles)), quat, atol=1e-6)
+    assert np.allclose(robot.rotation(jnp.asarray(3 * quat)), turn.reshape(3, 3), atol=1e-6)
 
 
-# --- Episodes ---------------------------------------------------------------------------------------------------------
+# --- Episodes -------------------------------------------------------------------------------------
 def assert_fresh(env, state, world):
     """Every number of the episode is at its start, and what is seen belongs to the new episode."""
-    for name in ("last_action", "air_time", "swing_peak", "warmstart", "returns", "length", "clock"):
+    for name in (
+        "last_action",
+        "air_time",
+        "swing_peak",
+        "warmstart",
+        "returns",
+        "length",
+        "clock",
+    ):
         assert not getattr(state, name)[world].any(), name
-    assert state.qpos[world, 2] == pytest.approx(0.278) and np.allclose(state.qpos[world, 7:], DEFAULT_POSE)
+    assert state.qpos[world, 2] == pytest.approx(0.278) and np.allclose(
+        state.qpos[world, 7:], DEFAULT_POSE
+    )
     seen = state.obs["privileged_state"][world]
-    assert np.array_equal(seen[45:48], state.command[world]) and not seen[33:45].any() and not seen[9:33].any()
+    assert (
+        np.array_equal(seen[45:48], state.command[world])
+        and not seen[33:45].any()
+        and not seen[9:33].any()
+    )
     assert np.array_equal(seen[99:103], state.contact[world]) and not seen[115:119].any()
-    turn = np.array(go1_mjx.rotation(state.qpos[world, 3:7]))
+    turn = np.array(robot.rotation(state.qpos[world, 3:7]))
     assert np.allclose(seen[54:57], -turn[2], atol=1e-6)
     assert not np.allclose(state.final_obs["privileged_state"][world], seen)
 
@@ -326,14 +482,20 @@ def test_time_out_is_told_apart_and_the_last_observation_kept(flat):
     for world, last in enumerate((5, 4, 2, 1)):
         state, before = numpy(states[last + 1]), numpy(states[last])
         assert not state.terminated[world] and state.episode_length[world] == last + 1
-        assert state.episode_return[world] == pytest.approx(rewards[: last + 1, world].sum(), rel=1e-5)
+        assert state.episode_return[world] == pytest.approx(
+            rewards[: last + 1, world].sum(), rel=1e-5
+        )
         assert_fresh(flat, state, world)
-        data = replay(flat, before, actions[last][world], world)  # final_obs is of the state before the reset
+        data = replay(
+            flat, before, actions[last][world], world
+        )  # final_obs is of the state before the reset
         final = state.final_obs["privileged_state"][world]
         assert np.allclose(final[75:87], data.qvel[6:], atol=1e-2)
         assert np.array_equal(final[33:45], actions[last][world])
         for other in set(range(4)) - {w for w, at in enumerate((5, 4, 2, 1)) if at == last}:
-            assert all(np.array_equal(state.final_obs[k][other], state.obs[k][other]) for k in state.obs)
+            assert all(
+                np.array_equal(state.final_obs[k][other], state.obs[k][other]) for k in state.obs
+            )
 
 
 def test_fall_ends_the_episode_without_time_out(flat):
@@ -342,7 +504,9 @@ def test_fall_ends_the_episode_without_time_out(flat):
     over = state.qpos.at[0, 3:7].set(jnp.array([0.0, 1.0, 0.0, 0.0]))  # on its back
     before, state = state, numpy(flat.step_batch(state._replace(qpos=over), jnp.zeros((2, 12))))
     assert state.terminated.tolist() == [True, False] and not state.truncated.any()
-    assert state.metrics["reward/termination"].tolist() == [-1.0, 0.0] and state.episode_length[0] == 2
+    assert (
+        state.metrics["reward/termination"].tolist() == [-1.0, 0.0] and state.episode_length[0] == 2
+    )
     assert state.final_obs["privileged_state"][0, 56] > 0.9  # gravity points to its back
     assert_fresh(flat, state, 0)
     assert state.length[1] == 2 and not np.array_equal(state.qpos[0, :7], before.qpos[0, :7])
@@ -353,14 +517,22 @@ def test_diverged_world_is_restarted_alone(flat, speed):
     start = flat.step_batch(flat.reset_batch(keys(3)), jnp.zeros((3, 12)))
     broken = start._replace(qvel=start.qvel.at[1, 8].set(speed))
     state, whole = (numpy(flat.step_batch(s, jnp.zeros((3, 12)))) for s in (broken, start))
-    assert state.metrics["nan"].tolist() == [0, 1, 0] and state.truncated.tolist() == [False, True, False]
+    assert state.metrics["nan"].tolist() == [0, 1, 0] and state.truncated.tolist() == [
+        False,
+        True,
+        False,
+    ]
     assert not state.terminated.any() and state.reward[1] == 0
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
-    assert np.array_equal(state.final_obs["state"][1], start.obs["state"][1])  # the last that was sound
+    assert np.array_equal(
+        state.final_obs["state"][1], start.obs["state"][1]
+    )  # the last that was sound
     assert_fresh(flat, state, 1)
     for world in (0, 2):
-        assert all(np.array_equal(a[world], b[world]) for a, b in zip(
-            jax.tree.leaves(state), jax.tree.leaves(whole), strict=True))  # fmt: skip
+        assert all(
+            np.array_equal(a[world], b[world])
+            for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(whole), strict=True)
+        )
 
 
 def test_the_same_keys_give_the_same_run(flat):
@@ -370,12 +542,16 @@ def test_the_same_keys_give_the_same_run(flat):
             state = flat.step_batch(state, jnp.full((2, 12), 0.2))
         return numpy(state)
 
-    assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (run(), run())), strict=True))
+    assert all(
+        np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (run(), run())), strict=True)
+    )
 
 
 def test_starts_are_spread_as_published(flat):
     state = numpy(flat.reset_batch(keys(500, 3)))
-    assert np.abs(state.qpos[:, :2]).max() <= 0.5 and np.abs(state.qpos[:, :2]).mean() == pytest.approx(0.25, abs=0.02)
+    assert np.abs(state.qpos[:, :2]).max() <= 0.5 and np.abs(
+        state.qpos[:, :2]
+    ).mean() == pytest.approx(0.25, abs=0.02)
     yaw = 2 * np.arctan2(state.qpos[:, 6], state.qpos[:, 3])
     assert np.abs(np.exp(1j * yaw).mean()) < 0.1  # all directions
     assert np.abs(state.qvel[:, :6]).max() <= 0.5 and not state.qvel[:, 6:].any()
@@ -387,21 +563,25 @@ def test_starts_are_spread_as_published(flat):
 
 def test_commands_change_as_published(flat):
     def later(key, timer):
-        return flat._next_command(go1_mjx.Draws(key, 16), jnp.array([9.0, 9.0, 9.0]), timer)
+        return flat._next_command(Draws(key, 16), jnp.array([9.0, 9.0, 9.0]), timer)
 
     command, timer = (np.array(x) for x in jax.vmap(later, (0, None))(keys(4000), 0))
     assert (command == 9).mean(0) == pytest.approx([0.5] * 3, abs=0.03)  # kept with probability 1/2
-    assert (command == 0).mean(0) == pytest.approx([0.05, 0.375, 0.25], abs=0.03)  # the other half, times 1 - b
+    assert (command == 0).mean(0) == pytest.approx(
+        [0.05, 0.375, 0.25], abs=0.03
+    )  # the other half, times 1 - b
     new = np.where((command == 9) | (command == 0), np.nan, command)
     assert np.nanmax(np.abs(new), 0) == pytest.approx([1.5, 0.8, 1.2], rel=0.02)
-    assert timer.mean() == pytest.approx(250, rel=0.06) and timer.std() == pytest.approx(250, rel=0.1)
+    assert timer.mean() == pytest.approx(250, rel=0.06) and timer.std() == pytest.approx(
+        250, rel=0.1
+    )
     command, timer = later(jax.random.key(0), 3)
     assert command.tolist() == [9, 9, 9] and timer == 3
 
 
 def test_noise_has_the_published_ranges():
     env = Go1Env("Go1JoystickFlat", EnvConfig(noise_level=2.0), "mujoco-c", threads=1)
-    noise = np.array(jax.vmap(lambda key: env._noise(go1_mjx.Draws(key, 40)))(keys(2000)))
+    noise = np.array(jax.vmap(lambda key: env._noise(Draws(key, 40)))(keys(2000)))
     scale = 2.0 * np.repeat([0.1, 0.2, 0.05, 0.03, 1.5], [3, 3, 3, 12, 12])
     assert (np.abs(noise) <= scale).all() and np.abs(noise).max(0) == pytest.approx(scale, rel=0.02)
     assert noise.mean(0) == pytest.approx(np.zeros(33), abs=0.06 * scale.max())
@@ -411,14 +591,27 @@ def test_noise_has_the_published_ranges():
     assert 0 < np.abs(seen[:33] - clean).max() and (np.abs(seen[:33] - clean) <= scale + 1e-6).all()
 
 
-# --- Randomisation, pushes, latency -----------------------------------------------------------------------------------
+# --- Randomisation, pushes, latency ---------------------------------------------------------------
 def test_randomisation_changes_what_it_says_and_nothing_else(varied):
     state = varied.reset_batch(keys(40, 1))
-    models, nominal = varied._models_for(state.dr), varied.model
+    models, nominal = varied.physics.models_for(state.dr), varied.model
     names = [name for name in dir(nominal) if isinstance(getattr(nominal, name), np.ndarray)]
-    changed = {n for n in names if any(not np.array_equal(getattr(m, n), getattr(nominal, n)) for m in models)}
-    assert changed == {"geom_friction", "dof_frictionloss", "dof_armature", "dof_damping", "body_ipos", "body_mass",
-                       "qpos0", "actuator_gainprm", "actuator_biasprm"}  # fmt: skip
+    changed = {
+        n
+        for n in names
+        if any(not np.array_equal(getattr(m, n), getattr(nominal, n)) for m in models)
+    }
+    assert changed == {
+        "geom_friction",
+        "dof_frictionloss",
+        "dof_armature",
+        "dof_damping",
+        "body_ipos",
+        "body_mass",
+        "qpos0",
+        "actuator_gainprm",
+        "actuator_biasprm",
+    }
 
     def ratio(name, *index):
         values = np.stack([getattr(model, name)[index] for model in models])
@@ -426,7 +619,10 @@ def test_randomisation_changes_what_it_says_and_nothing_else(varied):
 
     def spans(values, low, high):
         width = high - low
-        assert low - 1e-6 <= values.min() < low + 0.2 * width and high - 0.2 * width < values.max() <= high + 1e-6
+        assert (
+            low - 1e-6 <= values.min() < low + 0.2 * width
+            and high - 0.2 * width < values.max() <= high + 1e-6
+        )
 
     spans(np.stack([m.geom_friction[0, 0] for m in models]), 0.4, 1.0)
     spans(ratio("dof_frictionloss", slice(6, None)), 0.9, 1.1)
@@ -442,16 +638,19 @@ def test_randomisation_changes_what_it_says_and_nothing_else(varied):
         assert np.allclose(m.geom_friction[1:], nominal.geom_friction[1:], rtol=1e-6)
         assert np.allclose(m.body_ipos[2:], nominal.body_ipos[2:], rtol=1e-6)
         assert np.allclose(m.qpos0[:7], nominal.qpos0[:7], rtol=1e-6)
-        assert not (m.dof_damping[:6].any() or m.dof_armature[:6].any() or m.dof_frictionloss[:6].any())
+        assert not (
+            m.dof_damping[:6].any() or m.dof_armature[:6].any() or m.dof_frictionloss[:6].any()
+        )
 
 
 def test_constants_stay_for_the_run_and_none_are_drawn_by_default(varied, flat):
     state = varied.reset_batch(keys(4))
     over = state._replace(clock=jnp.full(4, 999, jnp.int32))
     after = varied.step_batch(over, jnp.zeros((4, 12)))
-    assert after.truncated.all() and after.dr is state.dr
-    assert varied._models_for(after.dr) is varied._models_for(state.dr)
-    assert flat.reset_batch(keys(4)).dr == {} and len(flat._models_for({})) == 1
+    assert after.truncated.all()
+    assert all(np.array_equal(after.dr[name], state.dr[name]) for name in state.dr)
+    assert varied.physics.models_for(after.dr) is varied.physics.models_for(state.dr)
+    assert flat.reset_batch(keys(4)).dr == {} and len(flat.physics.models_for({})) == 1
 
 
 def test_push_has_the_impulse_of_its_speed(varied):
@@ -460,21 +659,30 @@ def test_push_has_the_impulse_of_its_speed(varied):
     times = np.arange(0.0, 0.5, 0.001)
     force = np.array(jax.vmap(lambda t: varied.push_force(push.at[0].set(t)))(jnp.asarray(times)))
     assert force.sum(0) * 0.001 == pytest.approx([0.0, varied.mass * 3.0 / math.pi, 0.0], abs=0.01)
-    assert not force[times < 0.1].any() and not force[times > 0.3].any() and force[:, 1].max() == pytest.approx(
-        0.5 * varied.mass * 3.0 / 0.2, rel=1e-3)  # fmt: skip
+    assert (
+        not force[times < 0.1].any()
+        and not force[times > 0.3].any()
+        and force[:, 1].max() == pytest.approx(0.5 * varied.mass * 3.0 / 0.2, rel=1e-3)
+    )
 
 
 def test_push_acts_on_the_trunk_and_is_seen_by_the_critic(varied):
     state = varied.reset_batch(keys(2))
-    pushes = jnp.array([[0.05, 0.0, 0.1, 10.0, 0.0], [0.0, 9.0, 0.1, 10.0, 0.0]])  # world 0 in the middle of one
+    pushes = jnp.array(
+        [[0.05, 0.0, 0.1, 10.0, 0.0], [0.0, 9.0, 0.1, 10.0, 0.0]]
+    )  # world 0 in the middle of one
     start = jnp.tile(state.qvel[:1].at[:, :6].set(0.0), (2, 1))
-    pose = jnp.tile(jnp.asarray(varied.model.key_qpos[0], jnp.float32).at[2].set(1.0), (2, 1))  # in the air
+    pose = jnp.tile(
+        jnp.asarray(varied.model.key_qpos[0], jnp.float32).at[2].set(1.0), (2, 1)
+    )  # in the air
     dr = jax.tree.map(lambda x: jnp.tile(x[:1], (2,) + (1,) * (x.ndim - 1)), state.dr)
     state = state._replace(push=pushes, qvel=start, qpos=pose, dr=dr, delay=jnp.zeros(2, jnp.int32))
     after = numpy(varied.step_batch(state, jnp.zeros((2, 12))))
     force = 0.5 * varied.mass * 10.0 / 0.1  # at the top of the sine
-    assert after.obs["privileged_state"][:, 119:] == pytest.approx(np.array([[force, 0, 0, 1], [0, 0, 0, 0]]), rel=1e-4)
-    mass = varied._models_for(dr)[0].body_mass.sum()
+    assert after.obs["privileged_state"][:, 119:] == pytest.approx(
+        np.array([[force, 0, 0, 1], [0, 0, 0, 0]]), rel=1e-4
+    )
+    mass = varied.physics.models_for(dr)[0].body_mass.sum()
     momentum = after.qvel[0, 0] - after.qvel[1, 0]
     assert momentum == pytest.approx(force * 0.02 / mass, rel=0.2)  # the legs lag behind the trunk
     assert after.push[0, 0] == pytest.approx(0.07) and after.push[1, 0] == pytest.approx(0.02)
@@ -482,69 +690,38 @@ def test_push_acts_on_the_trunk_and_is_seen_by_the_critic(varied):
 
 def test_next_push_is_drawn_anew_with_its_wait(varied):
     over = jnp.array([0.11, 0.01, 0.11, 2.0, 1.0])  # ends within this step
-    drawn = np.array(jax.vmap(lambda key: varied._next_push(go1_mjx.Draws(key, 8), over))(keys(300)))
+    drawn = np.array(jax.vmap(lambda key: varied._next_push(Draws(key, 8), over))(keys(300)))
     assert not drawn[:, 0].any()
-    for column, (low, high) in enumerate(((0.0, 0.02), (0.05, 0.2), (0.0, 3.0), (0.0, 2 * math.pi)), start=1):
-        assert low <= drawn[:, column].min() and drawn[:, column].max() <= high and np.ptp(drawn[:, column]) > 0.9 * (
-            high - low)  # fmt: skip
+    for column, (low, high) in enumerate(
+        ((0.0, 0.02), (0.05, 0.2), (0.0, 3.0), (0.0, 2 * math.pi)), start=1
+    ):
+        assert (
+            low <= drawn[:, column].min()
+            and drawn[:, column].max() <= high
+            and np.ptp(drawn[:, column]) > 0.9 * (high - low)
+        )
 
 
 def test_latency_holds_the_old_target_for_so_many_physics_steps(varied):
     state = jax.tree.map(lambda x: x[0], varied.reset_batch(keys(1)))
     state = state._replace(last_action=jnp.full(12, 0.5), delay=jnp.int32(2))
     targets, _ = varied.targets(state, jnp.full(12, -3.0))
-    assert np.allclose(targets - DEFAULT_POSE, np.repeat([0.25, 0.25, -0.5, -0.5, -0.5], 12).reshape(5, 12), atol=1e-6)
+    assert np.allclose(
+        targets - DEFAULT_POSE,
+        np.repeat([0.25, 0.25, -0.5, -0.5, -0.5], 12).reshape(5, 12),
+        atol=1e-6,
+    )
     delays = np.array(varied.reset_batch(keys(200)).delay)
     assert set(delays) == {0, 1, 2, 3, 4, 5}
 
 
-# --- Left and right ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("options", [{}, {"no_linvel": True}])
-@pytest.mark.parametrize("stand", [False, True])
-def test_mirror_maps_are_involutions_of_the_right_size(options, stand):
-    env = Go1Env("Go1Stand" if stand else "Go1JoystickFlat", EnvConfig(**options), "mujoco-c", threads=1)
-    for name, size in (("state", env.obs_dim), ("privileged_state", 123), ("action", 12)):
-        order, sign = env.mirror[name]
-        x = np.random.default_rng(0).normal(size=size)
-        assert sorted(order) == list(range(size)) and np.array_equal(sign * (sign * x[order])[order], x)
-    order, sign = env.mirror["privileged_state"]
-    assert np.array_equal(env.mirror["state"][1], sign[48 - env.obs_dim : 48])
-
-
-def test_reflected_robot_does_the_reflected_thing(flat):
-    """Physics commutes with the reflection, with a trunk and an IMU on the middle plane and calves alike (theirs are
-    a millimetre off)."""
-    env = Go1Env("Go1JoystickFlat", EnvConfig(**STILL), "mujoco-c", threads=1)
-    env._reset, env._before, env._after = flat._reset, flat._before, flat._after  # compiled already
-    model = env.model
-    model.body_ipos[1, 1] = model.site("imu").pos[1] = 0.0
-    model.body_iquat[1] = [0.0, math.sqrt(0.5), 0.0, math.sqrt(0.5)]
-    for leg in LEGS:
-        model.body(f"{leg}_calf").ipos[1] = 0.0
-        model.body(f"{leg}_calf").iquat[:] = [math.sqrt(0.5), 0.0, 0.0, math.sqrt(0.5)]
-    (joints, flip), (order, sign) = env.mirror["action"], env.mirror["privileged_state"]
-    state = flat.reset_batch(keys(1, 4))
-    qpos = state.qpos.at[:, :7].set(jnp.array([0.1, 0.3, 0.27, 0.98, 0.1, 0.05, 0.15]))
-    even, odd = np.array([1, -1, 1, 1, -1, 1, -1]), np.array([1, -1, 1, -1, 1, -1])
-    both = jax.tree.map(lambda x: jnp.concatenate([x, x]), state._replace(qpos=qpos))
-    both = both._replace(
-        qpos=both.qpos.at[1].set(jnp.concatenate([qpos[0, :7] * even, flip * qpos[0, 7:][joints]])),
-        qvel=both.qvel.at[1].set(jnp.concatenate([state.qvel[0, :6] * odd, flip * state.qvel[0, 6:][joints]])),
-        command=both.command.at[1].multiply(jnp.array([1, -1, -1])), command_timer=jnp.full(2, 1000, jnp.int32),
-    )  # fmt: skip
-    for step in range(3):
-        action = np.random.default_rng(step).uniform(-1, 1, 12).astype(np.float32)
-        both = env.step_batch(both, np.stack([action, flip * action[joints]]))
-    seen = np.array(both.final_obs["privileged_state"])
-    assert np.allclose(sign * seen[0, order], seen[1], atol=2e-3, rtol=2e-3)
-    assert both.reward[0] == pytest.approx(float(both.reward[1]), rel=1e-3)
-
-
-# --- Back ends --------------------------------------------------------------------------------------------------------
+# --- Back ends ------------------------------------------------------------------------------------
 def compare(back_end, reference, worlds, steps):
     """Greatest difference in positions, velocities, privileged observations, and of the rewards, over some steps."""
     state, other = back_end.reset_batch(keys(worlds, 1)), reference.reset_batch(keys(worlds, 1))
-    assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (state, other)), strict=True))
+    assert all(
+        np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (state, other)), strict=True)
+    )
     rng, worst = np.random.default_rng(0), np.zeros(4)
     for _ in range(steps):
         actions = jnp.asarray(rng.uniform(-0.7, 0.7, (worlds, 12)), jnp.float32)
@@ -571,9 +748,24 @@ def test_mjx_warp_equals_c_step_for_step(varied):
     assert (worst < [1e-4, 5e-3, 5e-3, 1e-5]).all(), worst
 
 
+def test_a_step_in_c_can_stand_in_a_jitted_scan(varied):
+    """Training calls the C library back from its compiled program; step by step it is the same."""
+    start, actions = varied.reset_batch(keys(4)), jnp.full((4, 12), 0.3)
+
+    def step(state, _):
+        return varied.step_batch(state, actions), None
+
+    scanned, _ = jax.jit(lambda state: jax.lax.scan(step, state, None, 3))(start)
+    state = start
+    for _ in range(3):
+        state = varied.step_batch(state, actions)
+    assert not np.array_equal(state.qpos, start.qpos)
+    for ours, theirs in zip(*map(jax.tree.leaves, (scanned, state)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_threads_do_not_change_the_result(varied):
     one = Go1Env("Go1JoystickFlat", VARIED, "mujoco-c", threads=1)
-    one._before, one._after, one._reset = varied._before, varied._after, varied._reset  # compiled already
     assert not compare(one, varied, worlds=4, steps=2).any()
 
 
@@ -581,10 +773,13 @@ def test_linear_velocity_can_be_left_out(varied):
     state = varied.reset_batch(keys(1))
     assert varied.obs_dim == 45 and state.obs["privileged_state"].shape == (1, 123)
     assert np.array_equal(state.obs["state"], state.obs["privileged_state"][:, 3:48])
-    assert varied.spec["state_layout"][0] == ["gyro", 3] and sum(n for _, n in varied.spec["state_layout"]) == 45
+    assert (
+        varied.spec["state_layout"][0] == ["gyro", 3]
+        and sum(n for _, n in varied.spec["state_layout"]) == 45
+    )
 
 
-# --- The other tasks --------------------------------------------------------------------------------------------------
+# --- The other tasks ------------------------------------------------------------------------------
 def test_rough_terrain_carries_the_robot_and_ends_at_its_edge():
     env = Go1Env("Go1JoystickRough", EnvConfig(iterations=10, **STILL), "mujoco-c", threads=1)
     state = env.reset_batch(keys(4))
@@ -603,14 +798,16 @@ def scripted(command):
     """Action (12,) that holds the trunk at the commanded height, roll and pitch: inverse kinematics of the four legs,
     3 cm higher, since the servos give way under the robot's weight."""
     height, roll, pitch = (float(x) for x in command)
-    turn = np.array(go1_mjx.rotation(go1_mjx.quaternion(*map(jnp.asarray, (roll, pitch, 0.0)))))
-    feet = np.array(go1_mjx.foot_positions(POSE))
-    feet[:, 2] = go1_mjx.FOOT_RADIUS - height - 0.03
-    x, y, z = (feet @ turn - go1_mjx.HIP).T
-    side = go1_mjx.SIDE * go1_mjx.ABDUCTION
+    turn = np.array(robot.rotation(robot.quaternion(*map(jnp.asarray, (roll, pitch, 0.0)))))
+    feet = np.array(robot.foot_positions(POSE))
+    feet[:, 2] = robot.FOOT_RADIUS - height - 0.03
+    x, y, z = (feet @ turn - robot.HIP).T
+    side = robot.SIDE * robot.ABDUCTION
     below = np.sqrt(y**2 + z**2 - side**2)
     calf = -np.arccos(np.clip((x**2 + below**2) / (2 * 0.213**2) - 1, -1, 1))
-    joints = np.stack([np.arctan2(y, -z) - np.arctan2(side, below), np.arctan2(-x, below) - calf / 2, calf], 1).ravel()
+    joints = np.stack(
+        [np.arctan2(y, -z) - np.arctan2(side, below), np.arctan2(-x, below) - calf / 2, calf], 1
+    ).ravel()
     return np.clip((joints - DEFAULT_POSE) / 0.5, -1, 1)
 
 
@@ -620,7 +817,9 @@ def test_stand_can_be_solved_and_is_not_solved_by_doing_nothing():
     returns = {}
     for name in ("scripted", "nothing"):
         state, run = env.reset_batch(keys(16)), np.zeros(16, bool)
-        actions = np.stack([scripted(c) if name == "scripted" else np.zeros(12) for c in np.array(state.command)])
+        actions = np.stack(
+            [scripted(c) if name == "scripted" else np.zeros(12) for c in np.array(state.command)]
+        )
         score = np.zeros(16)
         for _ in range(200):
             state = env.step_batch(state, actions.astype(np.float32))
@@ -633,22 +832,38 @@ def test_stand_can_be_solved_and_is_not_solved_by_doing_nothing():
 def test_stand_rewards_are_of_its_own_quantities():
     """Trunk 2 cm below and 0.1 rad nose down of the command, moving; by hand."""
     env = Go1Env("Go1Stand", EnvConfig(**STILL), "mujoco-c", threads=1)
-    m = {"torque": jnp.zeros(12), "world_up": jnp.array([-math.sin(0.1), 0.0, math.cos(0.1)]),
-         "world_linvel": jnp.array([0.3, -0.4, 9.0]), "world_angvel": jnp.array([9.0, 9.0, 0.5]), "gyro": jnp.ones(3),
-         "linvel": jnp.array([0.6, 0.8, 0.0])}  # fmt: skip
+    m = {
+        "torque": jnp.zeros(12),
+        "world_up": jnp.array([-math.sin(0.1), 0.0, math.cos(0.1)]),
+        "world_linvel": jnp.array([0.3, -0.4, 9.0]),
+        "world_angvel": jnp.array([9.0, 9.0, 0.5]),
+        "gyro": jnp.ones(3),
+        "linvel": jnp.array([0.6, 0.8, 0.0]),
+    }
     state = env.reset(jax.random.key(0))._replace(command=jnp.array([0.25, 0.0, 0.0]))
     qpos = state.qpos.at[2].set(0.23)
-    terms = env._terms(state, jnp.zeros(12), qpos, state.qvel, m, jnp.array(False), None, None, None)
+    terms = env._terms(
+        state, jnp.zeros(12), qpos, state.qvel, m, jnp.array(False), None, None, None
+    )
     tilt = math.exp(-(math.sin(0.1) ** 2 + (1 - math.cos(0.1)) ** 2) / 0.02)
-    expected = {"height": math.exp(-((2 / 3) ** 2)), "tilt": tilt, "lin_vel_xy": 0.25, "ang_vel_z": 0.25,
-                "termination": 0.0, "action_rate": 0.0, "energy": 0.0}  # fmt: skip
+    expected = {
+        "height": math.exp(-((2 / 3) ** 2)),
+        "tilt": tilt,
+        "lin_vel_xy": 0.25,
+        "ang_vel_z": 0.25,
+        "termination": 0.0,
+        "action_rate": 0.0,
+        "energy": 0.0,
+    }
     assert {k: float(v) for k, v in terms.items()} == pytest.approx(expected, rel=1e-4)
     errors = {k: float(v) for k, v in env._errors(state.command, m, qpos).items()}
-    assert errors == pytest.approx({"lin_vel_error": 1.0, "yaw_vel_error": 1.0, "height_error": 0.02,
-                                    "tilt_error": 0.1}, rel=1e-3)  # fmt: skip
+    assert errors == pytest.approx(
+        {"lin_vel_error": 1.0, "yaw_vel_error": 1.0, "height_error": 0.02, "tilt_error": 0.1},
+        rel=1e-3,
+    )
 
 
-# --- Errors, pictures, Playground -------------------------------------------------------------------------------------
+# --- Errors, images, Playground -------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -667,54 +882,32 @@ def test_configuration_that_cannot_be_is_one_line(options, message):
     assert "\n" not in str(error.value)
 
 
-def test_task_back_end_and_folder_that_do_not_exist_are_one_line(tmp_path):
+def test_a_task_or_back_end_that_does_not_exist_is_one_line():
     for arguments, message in (
         (("Go1Fly",), "no task is called Go1Fly"),
-        (("Go1Stand", None, "mjx"), "no back end is called mjx"),
-        (("Go1Stand", EnvConfig(asset_dir=str(tmp_path)), "mujoco-c"), "give MuJoCo Menagerie's folder unitree_go1"),
+        (("Go1Stand", "mjx"), "no back end is called mjx"),
     ):
         with pytest.raises(ValueError, match=message) as error:
-            Go1Env(*arguments)
+            go1.make(*arguments)
         assert "\n" not in str(error.value)
-    env = Go1Env("Go1Stand", backend="mujoco-c", threads=1)
-    with pytest.raises(ValueError, match="call step_batch"):
-        env.step(None, None)
 
 
-MENAGERIE = """<mujoco><compiler meshdir="assets"/>
-<asset><mesh name="hip" file="hip.obj"/></asset>
-<worldbody><body name="trunk"><freejoint/><body name="FR_hip"><geom type="mesh" mesh="hip" pos="0 0 0.1"/>
-<geom type="sphere" size="0.1"/></body></body></worldbody></mujoco>"""
-
-
-def test_meshes_of_the_user_change_what_is_drawn_and_nothing_else(tmp_path):
-    (tmp_path / "assets").mkdir()
-    (tmp_path / "go1.xml").write_text(MENAGERIE)
-    (tmp_path / "assets/hip.obj").write_text(
-        "v 0 0 0\nv 0.1 0 0\nv 0 0.1 0\nv 0 0 0.1\nf 1 3 2\nf 1 2 4\nf 1 4 3\nf 2 3 4\n"
-    )
-    task, config = go1_mjx.TASKS["Go1JoystickFlat"], EnvConfig(asset_dir=str(tmp_path))
-    drawn, plain = (go1_mjx.build_model(task, config, meshes=m) for m in (True, False))
-    assert plain.nmesh == 0 and drawn.nmesh == 1 and drawn.ngeom == plain.ngeom + 1
-    assert sum(drawn.geom_group == 2) == 1 and np.allclose(drawn.body_mass, plain.body_mass)
-    mesh = int(np.flatnonzero(drawn.geom_type == mujoco.mjtGeom.mjGEOM_MESH)[0])
-    assert drawn.body(drawn.geom_bodyid[mesh]).name == "FR_hip" and not drawn.geom_conaffinity[mesh]
-
-
-def test_pictures_show_the_robot(flat, monkeypatch):
+def test_images_show_the_robot(flat, monkeypatch):
     renderers = {name: check.ask(name) for name in ("egl", "warp-renderer")}
     if not renderers["egl"].works:
-        pytest.skip("the renderer is MuJoCo Warp's, whose compilation takes minutes; sudo apt-get install libegl1")
+        pytest.skip("MuJoCo Warp's renderer compiles for minutes; sudo apt-get install libegl1")
     monkeypatch.setattr(check, "ask", renderers.get)
-    state = flat.reset_batch(keys(2))
-    pictures = flat.render(state, 96, 72)
-    assert pictures.shape == (2, 72, 96, 3) and pictures.dtype == np.uint8 and pictures.std() > 10
-    assert not np.array_equal(pictures[0], pictures[1]) and flat.render(np.array(state.qpos[0]), 96, 72).shape[0] == 1
-    assert np.array_equal(flat.render(np.array(state.qpos[0]), 96, 72)[0], pictures[0])
+    qpos = np.array(flat.reset_batch(keys(2)).qpos)
+    images = flat.render(qpos, (72, 96))
+    assert images.shape == (2, 72, 96, 3) and images.dtype == np.uint8 and images.std() > 10
+    assert not np.array_equal(images[0], images[1])
+    assert np.array_equal(flat.render(qpos[:1], (72, 96)), images[:1])
     none = {name: check.Result(False, f"no {name}") for name in renderers}
     monkeypatch.setattr(check, "ask", none.get)
-    with pytest.raises(RuntimeError, match="no picture can be drawn here: EGL: no egl; MuJoCo Warp") as error:
-        go1_mjx.Drawer(flat.model, 64, 64)
+    with pytest.raises(
+        RuntimeError, match="no image can be drawn here: EGL: no egl; MuJoCo"
+    ) as error:
+        Renderer(flat.model, 64, 64)
     assert "\n" not in str(error.value)
 
 
@@ -724,14 +917,6 @@ def has_playground() -> bool:
     except ImportError:
         return False
     return True
-
-
-@pytest.mark.skipif(has_playground(), reason="tests what is said where Playground is missing; it is here")
-def test_playground_that_is_missing_is_one_line():
-    with pytest.raises(ValueError, match="pip install playground==0.2.0") as error:
-        make("Go1JoystickFlatTerrain")
-    assert "\n" not in str(error.value)
-    assert isinstance(make("Go1Stand", backend="mujoco-c", threads=1), Go1Env)
 
 
 needs_playground = pytest.mark.skipif(
@@ -747,40 +932,51 @@ def test_reward_terms_equal_those_of_playground():
     from mujoco_playground import registry
 
     overrides = {"impl": "jax", "noise_config.level": 0.0}
-    theirs, ours = registry.load("Go1JoystickFlatTerrain", config_overrides=overrides), Go1Env(
-        "Go1JoystickFlat", EnvConfig(**STILL))  # fmt: skip
-    for name in ("body_mass", "body_inertia", "body_ipos", "body_iquat", "body_pos", "jnt_range", "dof_damping",
-                 "dof_armature", "dof_frictionloss", "actuator_gainprm", "actuator_biasprm", "actuator_forcerange",
-                 "actuator_ctrlrange", "body_invweight0", "dof_invweight0"):  # fmt: skip
-        assert np.allclose(getattr(theirs.mj_model, name), getattr(ours.model, name), rtol=1e-6), name
-    their_step, our_step = jax.jit(theirs.step), jax.jit(ours.step)
-    a, b = jax.jit(theirs.reset)(jax.random.PRNGKey(3)), ours.reset(jax.random.key(0))
+    theirs, ours = (
+        registry.load("Go1JoystickFlatTerrain", config_overrides=overrides),
+        Go1Env("Go1JoystickFlat", EnvConfig(**STILL)),
+    )
+    for name in (
+        "body_mass",
+        "body_inertia",
+        "body_ipos",
+        "body_iquat",
+        "body_pos",
+        "jnt_range",
+        "dof_damping",
+        "dof_armature",
+        "dof_frictionloss",
+        "actuator_gainprm",
+        "actuator_biasprm",
+        "actuator_forcerange",
+        "actuator_ctrlrange",
+        "body_invweight0",
+        "dof_invweight0",
+    ):
+        assert np.allclose(getattr(theirs.mj_model, name), getattr(ours.model, name), rtol=1e-6), (
+            name
+        )
+    their_step = jax.jit(theirs.step)
+    a, b = jax.jit(theirs.reset)(jax.random.PRNGKey(3)), ours.reset_batch(keys(1))
     a.info["steps_until_next_cmd"] = jnp.int32(10**6)
-    b = b._replace(command=a.info["command"], command_timer=jnp.int32(10**6), contact=jnp.zeros(4, bool))
+    timer, none = jnp.full(1, 10**6, jnp.int32), jnp.zeros((1, 4), bool)
+    b = b._replace(command=a.info["command"][None], command_timer=timer, contact=none)
     rng = np.random.default_rng(0)
     for step in range(20):
-        b = b._replace(qpos=a.data.qpos, qvel=a.data.qvel, warmstart=a.data.qacc_warmstart)
+        data = a.data
+        warmstart = data.qacc_warmstart[None]
+        b = b._replace(qpos=data.qpos[None], qvel=data.qvel[None], warmstart=warmstart)
         action = jnp.asarray(rng.uniform(-1, 1, 12) * min(step / 20, 0.8), jnp.float32)
-        a, b = their_step(a, action), our_step(b, action)
+        a, b = their_step(a, action), ours.step_batch(b, action[None])
         for name in ours.task.rewards:
-            assert float(b.metrics[f"reward/{name}"]) == pytest.approx(
-                float(a.metrics[f"reward/{name}"]), rel=1e-3, abs=1e-4), name  # fmt: skip
-        assert float(b.reward) == pytest.approx(float(a.reward), rel=1e-3, abs=1e-5)
+            assert float(b.metrics[f"reward/{name}"][0]) == pytest.approx(
+                float(a.metrics[f"reward/{name}"]), rel=1e-3, abs=1e-4
+            ), name
+        assert float(b.reward[0]) == pytest.approx(float(a.reward), rel=1e-3, abs=1e-5)
         same = np.r_[0:33, 45:99, 103:123]
-        assert np.allclose(b.final_obs["privileged_state"][same], a.obs["privileged_state"][same], rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.slow
-@needs_playground
-def test_playground_task_under_the_same_interface():
-    env = make("Go1JoystickFlatTerrain", EnvConfig(domain_randomization=True, episode_length=4), "mjx-jax")
-    state = env.reset_batch(keys(2), stagger=True)
-    assert len(state.dr) == 6 and env.obs_dim == 48 and env.privileged_dim == 123 and env.control_hz == 50
-    for step in range(4):
-        state = env.step_batch(state, jnp.zeros((2, 12)))
-        assert state.truncated.tolist() == [step == 3, step == 1]
-    assert state.episode_length.tolist() == [4, 2] and state.length.tolist() == [0, 2]
-    with pytest.raises(ValueError, match="not on mujoco-c"):
-        make("Go1JoystickFlatTerrain", backend="mujoco-c")
-    with pytest.raises(ValueError, match="of EnvConfig it takes"):
-        make("Go1JoystickFlatTerrain", EnvConfig(pushes=True))
+        assert np.allclose(
+            b.final_obs["privileged_state"][0, same],
+            a.obs["privileged_state"][same],
+            rtol=1e-3,
+            atol=1e-3,
+        )

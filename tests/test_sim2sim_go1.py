@@ -22,28 +22,45 @@ from hardware.emulator import VirtualClock
 from hardware.sim2sim_go1 import COMMANDS, Condition, Go1, Policy, Sim2SimError, Trial, judge, trial
 
 SCRIPT = ROOT / "hardware/sim2sim_go1.py"
-JOINTS = [f"{leg}_{joint}" for leg in ("FR", "FL", "RR", "RL") for joint in ("hip", "thigh", "calf")]
+JOINTS = [
+    f"{leg}_{joint}" for leg in ("FR", "FL", "RR", "RL") for joint in ("hip", "thigh", "calf")
+]
 SPEC = {
-    "task": "Go1JoystickFlat", "joints": JOINTS, "control_hz": 50.0, "kp": 35.0, "kd": 0.5, "action_scale": 0.5,
-    "default_pose": [0.1, 0.9, -1.8, -0.1, 0.9, -1.8] * 2, "torque_limits": [23.7, 23.7, 35.55] * 4,
-    "joint_limits": [[-0.863, 0.863], [-0.686, 4.501], [-2.818, -0.888]] * 4, "state_layout": sim.LAYOUT,
-}  # fmt: skip
+    "task": "Go1JoystickFlat",
+    "joints": JOINTS,
+    "control_hz": 50.0,
+    "kp": 35.0,
+    "kd": 0.5,
+    "action_scale": 0.5,
+    "default_pose": [0.1, 0.9, -1.8, -0.1, 0.9, -1.8] * 2,
+    "torque_limits": [23.7, 23.7, 35.55] * 4,
+    "joint_limits": [[-0.863, 0.863], [-0.686, 4.501], [-2.818, -0.888]] * 4,
+    "state_layout": sim.LAYOUT,
+}
 
 
-def write_policy(path: Path, scale: float = 0.1, hidden=(16, 8), privileged=False, spec=None, least=0.5) -> Path:
-    """A weights file as algos/ppo_mjx_go1.py writes it, its weights drawn at random; scale 0: zero actions."""
+def write_policy(path: Path, scale: float = 0.1, hidden=(16, 8), spec=None, least=0.5) -> Path:
+    """A checkpoint as algos/ppo_mjx_go1.py writes it, with random weights; scale 0: zero actions."""
     spec = SPEC | (spec or {})
-    size = 123 if privileged else sum(n for _, n in spec["state_layout"])
+    size = sum(n for _, n in spec["state_layout"])
     rng, widths = np.random.default_rng(0), (size, *hidden, 24)
-    eyes = "privileged_state" if privileged else "state"
-    content = {f"stats/{eyes}/mean": rng.normal(0, 0.3, size), f"stats/{eyes}/var": rng.uniform(least, 2, size) ** 2}
+    mean, var = rng.normal(0, 0.3, size), rng.uniform(least, 2, size) ** 2
+    content = {"stats/state/mean": mean, "stats/state/var": var}
     for i, (n, m) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
         last = scale if i == len(hidden) else 1.0
         content[f"params/actor/layers/{i}/kernel"] = last * rng.normal(0, n**-0.5, (n, m))
         content[f"params/actor/layers/{i}/bias"] = last * rng.normal(0, 0.1, m)
-    meta = {"algo": "ppo_mjx_go1", "spec": spec, "shapes": {"action": 12},
-            "args": {"hidden": list(hidden), "privileged_actor": privileged}}  # fmt: skip
-    np.savez(path, meta=json.dumps(meta), **{name: value.astype(np.float32) for name, value in content.items()})
+    meta = {
+        "algo": "ppo_mjx_go1",
+        "spec": spec,
+        "shapes": {"action": 12},
+        "args": {"hidden": list(hidden)},
+    }
+    np.savez(
+        path,
+        meta=json.dumps(meta),
+        **{name: value.astype(np.float32) for name, value in content.items()},
+    )
     return path
 
 
@@ -62,15 +79,15 @@ def standing(folder):
     return Policy(write_policy(folder / "zero.npz", scale=0.0))
 
 
-# --- The robot of training --------------------------------------------------------------------------------------------
+# --- The robot of training ------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def training():
-    """envs/go1_mjx.py in C MuJoCo without noise, one world, and its first state."""
+    """envs/go1 in C MuJoCo without noise, one robot, and its first state."""
     jax = pytest.importorskip("jax", reason='needs JAX: pip install -e ".[go1]"')
-    from envs import go1_mjx
+    from envs import go1
 
     jax.config.update("jax_disable_most_optimizations", True)  # compiles in half the time
-    env = go1_mjx.Go1Env("Go1JoystickFlat", go1_mjx.EnvConfig(noise_level=0.0), "mujoco-c", threads=1)
+    env = go1.make("Go1JoystickFlat", "mujoco-c", threads=1, noise_level=0.0)
     yield env, env.reset_batch(jax.random.split(jax.random.key(3), 1))
     jax.config.update("jax_disable_most_optimizations", False)
 
@@ -90,7 +107,9 @@ def test_with_nothing_different_it_is_the_robot_of_training(policy, training):
         robot.act(mine)
         used = max(used, np.abs(robot.torque / robot.limit).max())
         np.testing.assert_allclose(robot.data.qpos[7:], state.qpos[0, 7:], atol=1e-4)
-        np.testing.assert_allclose(robot.observe(state.command[0]), state.obs["state"][0], atol=1e-3)
+        np.testing.assert_allclose(
+            robot.observe(state.command[0]), state.obs["state"][0], atol=1e-3
+        )
     assert 0.1 < used < 1.0, "the limits, which are applied a little differently, played no part"
     assert np.abs(state.obs["state"][0, 36:48]).max() > 0.05 and not state.terminated[0]
 
@@ -106,27 +125,34 @@ def test_a_single_step_from_the_same_state_is_the_same(training):
         robot.target = robot.pose + np.float32(0.5) * np.asarray(state.last_action[0], float)
         robot.act(action)
         state = env.step_batch(state, action[None])
-        np.testing.assert_allclose(robot.observe(state.command[0]), state.obs["state"][0], atol=2e-5, rtol=2e-5)
+        np.testing.assert_allclose(
+            robot.observe(state.command[0]), state.obs["state"][0], atol=2e-5, rtol=2e-5
+        )
 
 
 def test_the_numbers_are_those_of_training(training):
     env, _ = training
-    from envs import go1_mjx
+    from envs.go1.robot import DEFAULT_POSE
+    from envs.go1.task import NOISE
 
-    np.testing.assert_array_equal(sim.NOISE.astype(np.float32), go1_mjx.NOISE)
+    np.testing.assert_array_equal(sim.NOISE.astype(np.float32), NOISE)
     assert sim.LAYOUT == env.spec["state_layout"] and Go1(env.spec).model.opt.timestep == 0.002
     for key in ("joints", "control_hz", "kp", "kd", "action_scale", "torque_limits"):
         assert SPEC[key] == env.spec[key]
     robot = Go1(env.spec)
     np.testing.assert_allclose(np.stack((robot.low, robot.high), 1), env.spec["joint_limits"])
-    np.testing.assert_allclose(robot.pose, go1_mjx.DEFAULT_POSE)
-    for name, value in (("body_mass", env.model.body_mass), ("body_inertia", env.model.body_inertia),
-                        ("dof_armature", env.model.dof_armature), ("geom_friction", env.model.geom_friction),
-                        ("dof_frictionloss", env.model.dof_frictionloss)):  # fmt: skip
+    np.testing.assert_allclose(robot.pose, DEFAULT_POSE)
+    for name, value in (
+        ("body_mass", env.model.body_mass),
+        ("body_inertia", env.model.body_inertia),
+        ("dof_armature", env.model.dof_armature),
+        ("geom_friction", env.model.geom_friction),
+        ("dof_frictionloss", env.model.dof_frictionloss),
+    ):
         np.testing.assert_array_equal(getattr(robot.model, name), value)
 
 
-# --- Motors, delays, differences --------------------------------------------------------------------------------------
+# --- Motors, delays, differences ------------------------------------------------------------------
 def test_the_motors_own_loop():
     """torque = kp (target - angle) - kd velocity at 500 Hz, from measured angles, and never above the limit."""
     robot = Go1(SPEC, Condition(kp=0.8, kd=2.0, torque=0.5))
@@ -150,7 +176,10 @@ def test_the_motors_own_loop():
     np.testing.assert_allclose(torques, expected, atol=1e-12)
     np.testing.assert_allclose(robot.limit[:3], [11.85, 11.85, 17.775])
     assert (np.abs(expected[0]) == robot.limit).any(), "the limit was reached"
-    assert robot.model.actuator_forcerange[2, 1] == robot.limit[2] and not robot.model.dof_damping[6:].any()
+    assert (
+        robot.model.actuator_forcerange[2, 1] == robot.limit[2]
+        and not robot.model.dof_damping[6:].any()
+    )
 
 
 def test_targets_stay_within_the_joints_range():
@@ -190,7 +219,10 @@ def test_masses_friction_noise_zeros_and_the_velocitys_estimate():
     total = plain.model.body_mass.sum()
     assert abs(other.model.body_mass.sum() - (1.2 * total + 2.0)) < 1e-9 and 12 < total < 14
     np.testing.assert_allclose(other.model.body_inertia[5], 1.2 * plain.model.body_inertia[5])
-    assert other.model.geom_friction[0, 0] == 0.3 and other.model.body_subtreemass[0] > 1.2 * total + 1.9
+    assert (
+        other.model.geom_friction[0, 0] == 0.3
+        and other.model.body_subtreemass[0] > 1.2 * total + 1.9
+    )
 
     noisy = Go1(SPEC, Condition(noise=2.0))
     off = np.array([noisy.observe((0, 0, 0))[:33] - noisy.past[0] for _ in range(400)])
@@ -213,7 +245,9 @@ def test_masses_friction_noise_zeros_and_the_velocitys_estimate():
 
 def test_conditions_have_names_and_limits():
     assert Condition().label == "nominal"
-    assert Condition(actuator_delay=0.01, friction=0.3).label == "actuator delay 10 ms, friction 0.3"
+    assert (
+        Condition(actuator_delay=0.01, friction=0.3).label == "actuator delay 10 ms, friction 0.3"
+    )
     conditions = sim.sweep_conditions()
     assert conditions[0] == Condition() and len({c.label for c in conditions}) == len(conditions)
     for name in ("actuator_delay", "observation_delay", "kp", "kd", "mass", "friction", "noise"):
@@ -223,10 +257,15 @@ def test_conditions_have_names_and_limits():
             Condition(**wrong)
 
 
-# --- Trials and their verdict -----------------------------------------------------------------------------------------
+# --- Trials and their verdict ---------------------------------------------------------------------
 def test_a_robot_that_stands_stands_and_does_not_walk(standing):
     still, walk = (trial(standing, Condition(), command, 2.0) for command in ("stand", "walk"))
-    assert still.fell is None and still.speed_error < 0.02 and still.turn_error < 0.02 and len(still.path) == 125
+    assert (
+        still.fell is None
+        and still.speed_error < 0.02
+        and still.turn_error < 0.02
+        and len(still.path) == 125
+    )
     assert walk.fell is None and 0.45 < walk.speed_error < 0.55
     assert judge(Condition(), [still], 0.25, 0.3)["passed"]
     row = judge(Condition(), [still, walk], 0.25, 0.3)
@@ -237,7 +276,11 @@ def test_motors_that_are_too_weak_let_it_fall(standing):
     fallen = trial(standing, Condition(torque=0.1, payload=5.0), "stand", 3.0)
     assert fallen.fell is not None and fallen.fell < 3.0 and len(fallen.path) < 175
     row = judge(Condition(torque=0.1), [fallen], 0.25, 0.3)
-    assert not row["passed"] and row["falls"] == 1 and row["reason"] == f"fell: stand after {fallen.fell:.1f} s"
+    assert (
+        not row["passed"]
+        and row["falls"] == 1
+        and row["reason"] == f"fell: stand after {fallen.fell:.1f} s"
+    )
     assert math.isnan(row["speed_error"])
     assert "| **fail** | 1 | 1 | 0 | – | – |" in sim.markdown([row])
 
@@ -245,15 +288,28 @@ def test_motors_that_are_too_weak_let_it_fall(standing):
 def test_the_verdict_by_hand():
     def walked(command, velocity, fell=None):
         error = np.array(velocity) - COMMANDS[command]
-        return Trial(command, np.array(COMMANDS[command]), fell, np.array(velocity), float(np.hypot(*error[:2])),
-                     abs(error[2]), 0.5, np.zeros((1, 19)))  # fmt: skip
+        return Trial(
+            command,
+            np.array(COMMANDS[command]),
+            fell,
+            np.array(velocity),
+            float(np.hypot(*error[:2])),
+            abs(error[2]),
+            0.5,
+            np.zeros((1, 19)),
+        )
 
     good = [walked("walk", (0.4, 0.1, 0.0)), walked("turn", (0.0, 0.0, 0.6))]
     row = judge(Condition(noise=1.0), good, 0.25, 0.3)
     assert row["passed"] and row["condition"] == "noise 1" and row["noise"] == 1.0
-    assert abs(row["speed_error"] - math.hypot(0.1, 0.1)) < 1e-9 and abs(row["turn_error"] - 0.2) < 1e-9
+    assert (
+        abs(row["speed_error"] - math.hypot(0.1, 0.1)) < 1e-9
+        and abs(row["turn_error"] - 0.2) < 1e-9
+    )
     assert not judge(Condition(), [*good, walked("turn", (0, 0, 0.45))], 0.25, 0.3)["passed"]
-    bad = judge(Condition(), [*good, walked("fast", (1, 0, 0), 2.0), walked("turn", (0, 0, 0.4))], 0.25, 0.3)
+    bad = judge(
+        Condition(), [*good, walked("fast", (1, 0, 0), 2.0), walked("turn", (0, 0, 0.4))], 0.25, 0.3
+    )
     assert bad["reason"] == "fell: fast after 2.0 s; turn: 0.00 m/s and 0.40 rad/s off"
     assert (bad["trials"], bad["falls"], bad["missed"], bad["worst"]) == (4, 1, 1, "turn")
     assert "| turn | 0.00, 0.00, 0.80 | 0.00, 0.00, 0.60 | 0 of 1 |" in sim.by_command(good)
@@ -268,7 +324,7 @@ def test_the_same_seed_gives_the_same_trial(policy):
     assert np.abs(one.path[-1] - other.path[-1]).max() > 1e-4
 
 
-# --- Policies ---------------------------------------------------------------------------------------------------------
+# --- Policies -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("blind", [False, True])
 def test_policies_act_as_in_training_in_numpy_and_in_onnx(folder, blind):
     pytest.importorskip("jax", reason='needs JAX: pip install -e ".[go1]"')
@@ -276,22 +332,30 @@ def test_policies_act_as_in_training_in_numpy_and_in_onnx(folder, blind):
     pytest.importorskip("onnxruntime", reason='needs ONNX Runtime: pip install -e ".[export]"')
     pytest.importorskip("onnx", reason='needs ONNX: pip install -e ".[export]"')
     layout = sim.LAYOUT[blind:]
-    file = write_policy(folder / f"blind{blind}.npz", scale=1.0, spec={"state_layout": layout}, least=0.0)
+    file = write_policy(
+        folder / f"blind{blind}.npz", scale=1.0, spec={"state_layout": layout}, least=0.0
+    )
     theirs = ppo.Policy(file)
-    theirs.export_onnx(file.with_suffix(".onnx"))
+    sim.main(sim.Args(str(file), export=str(file.with_suffix(".onnx"))))
     numpy, onnx = Policy(file), Policy(file.with_suffix(".onnx"))
+    with pytest.raises(Sim2SimError, match="is an export already"):
+        onnx.export("again.onnx")
     assert numpy.spec == onnx.spec == theirs.spec and numpy.blind is onnx.blind is blind
     for obs in np.random.default_rng(1).normal(0, 2, (20, 48)).astype(np.float32):
-        expected = theirs.act({"state": obs[3 * blind:]})
+        expected = theirs.act({"state": obs[3 * blind :]})
         np.testing.assert_allclose(numpy.act(obs), expected, atol=1e-6)
         np.testing.assert_allclose(onnx.act(obs), expected, atol=1e-5)
 
 
 def test_neither_jax_nor_torch_is_needed(policy):
-    code = ("import sys; sys.modules.update({name: None for name in ('jax', 'torch', 'mujoco.mjx')})\n"
-            "from hardware import sim2sim_go1 as s\n"
-            "print(s.trial(s.Policy(sys.argv[1]), s.Condition(), 'walk', 1.2).fell)")  # fmt: skip
-    run = subprocess.run([sys.executable, "-c", code, policy.path], cwd=ROOT, capture_output=True, text=True)
+    code = (
+        "import sys; sys.modules.update({name: None for name in ('jax', 'torch', 'mujoco.mjx')})\n"
+        "from hardware import sim2sim_go1 as s\n"
+        "print(s.trial(s.Policy(sys.argv[1]), s.Condition(), 'walk', 1.2).fell)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, policy.path], cwd=ROOT, capture_output=True, text=True
+    )
     assert run.stdout == "None\n", run.stderr
 
 
@@ -304,17 +368,36 @@ def test_no_motor_can_be_addressed():
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module)
     assert imported <= {
-        "csv", "importlib.util", "json", "math", "os", "sys", "time", "collections", "dataclasses", "pathlib", "numpy",
-        "mujoco", "mujoco.egl", "mujoco.viewer", "onnxruntime", "imageio.v2", "tyro", "envs",
-    }, imported  # fmt: skip
+        "csv",
+        "json",
+        "math",
+        "os",
+        "sys",
+        "time",
+        "collections",
+        "dataclasses",
+        "pathlib",
+        "numpy",
+        "mujoco",
+        "mujoco.egl",
+        "mujoco.viewer",
+        "onnx",
+        "onnxruntime",
+        "imageio.v2",
+        "tyro",
+        "envs",
+    }, imported
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("teacher.npz", dict(privileged=True), "sees what only a simulator knows"),
         ("stand.npz", dict(spec={"task": "Go1Stand"}), "trained on Go1Stand; this tests walking"),
-        ("order.npz", dict(spec={"state_layout": [["gyro", 3], *sim.LAYOUT[2:], ["gravity", 3]]}), "laid out as none"),
+        (
+            "order.npz",
+            dict(spec={"state_layout": [["gyro", 3], *sim.LAYOUT[2:], ["gravity", 3]]}),
+            "laid out as none",
+        ),
         ("joints.npz", dict(spec={"joints": JOINTS[::-1]}), "the policy's joints are RL_calf"),
         ("rate.npz", dict(spec={"control_hz": 60.0}), "rates must divide each other"),
     ],
@@ -330,26 +413,34 @@ def test_files_that_are_no_policies(folder):
     (folder / "broken.npz").write_bytes(b"PK nonsense")
     (folder / "broken.onnx").write_bytes(b"nonsense")
     np.savez(folder / "other.npz", a=np.zeros(3))
-    for name, message in (("none.npz", "there is no policy"), ("broken.npz", "cannot be read as weights"),
-                          ("other.npz", "cannot be read as weights"), ("broken.onnx", "was not written by"),
-                          ("policy.pt", "there is no policy")):  # fmt: skip
+    for name, message in (
+        ("none.npz", "there is no policy"),
+        ("broken.npz", "cannot be read as a checkpoint"),
+        ("other.npz", "cannot be read as a checkpoint"),
+        ("broken.onnx", "was not written by"),
+        ("policy.pt", "there is no policy"),
+    ):
         if name == "broken.onnx":
-            pytest.importorskip("onnxruntime", reason='needs ONNX Runtime: pip install -e ".[export]"')
+            pytest.importorskip(
+                "onnxruntime", reason='needs ONNX Runtime: pip install -e ".[export]"'
+            )
         with pytest.raises(Sim2SimError, match=message):
             Policy(folder / name)
     (folder / "policy.pt").write_bytes(b"")
-    with pytest.raises(Sim2SimError, match="a policy is weights"):
+    with pytest.raises(Sim2SimError, match="a policy is a checkpoint"):
         Policy(folder / "policy.pt")
 
 
-# --- The command ------------------------------------------------------------------------------------------------------
+# --- The command ----------------------------------------------------------------------------------
 def test_the_command_writes_table_and_video(folder, policy, standing, monkeypatch, capsys):
     import imageio.v2 as imageio
 
     from envs import check
 
     egl = check.ask("egl")
-    monkeypatch.setattr(sim, "sweep_conditions", lambda: [Condition(), Condition(torque=0.1, payload=5.0)])
+    monkeypatch.setattr(
+        sim, "sweep_conditions", lambda: [Condition(), Condition(torque=0.1, payload=5.0)]
+    )
     monkeypatch.setattr(sim, "FILMED", (Condition(), Condition(friction=0.3)))
     out = folder / "out"
     rows = sim.main(sim.Args(str(standing.path), str(out), seconds=1.1, repeats=1, video=egl.works))
@@ -359,22 +450,29 @@ def test_the_command_writes_table_and_video(folder, policy, standing, monkeypatc
     assert [row["condition"] for row in saved] == ["nominal", "payload 5, torque 0.1"]
     assert saved[1]["passed"] == "False" and saved[0]["falls"] == "0" and saved[1]["payload"] == "5"
     text = (out / "sweep.md").read_text()
-    assert "| nominal | **fail** | 7 | 0 | 6 |" in text and "| stand | 0.00, 0.00, 0.00 | 0.00" in text
+    assert (
+        "| nominal | **fail** | 7 | 0 | 6 |" in text and "| stand | 0.00, 0.00, 0.00 | 0.00" in text
+    )
     if not egl.works:
-        pytest.skip(f"the video needs EGL: sudo apt-get install libegl1 libgl1-mesa-dri ({egl.detail})")
+        pytest.skip(
+            f"the video needs EGL: sudo apt-get install libegl1 libgl1-mesa-dri ({egl.detail})"
+        )
     video = imageio.get_reader(out / "walk.mp4")
-    picture = video.get_data(10)
-    assert picture.shape == (240, 640, 3) and video.count_frames() == 40 and picture.std() > 10
+    image = video.get_data(10)
+    assert image.shape == (240, 640, 3) and video.count_frames() == 40 and image.std() > 10
     video.close()
 
 
 def test_what_cannot_be_done_is_one_line(folder, standing, monkeypatch):
-    run = subprocess.run([sys.executable, SCRIPT, "--policy", "none.npz"], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, SCRIPT, "--policy", "none.npz"], cwd=ROOT, capture_output=True, text=True
+    )
     assert (run.returncode, run.stderr) == (2, "error: there is no policy none.npz\n")
     for options, message in (
-        (dict(seconds=0.5), "--seconds must be above 1"), (dict(repeats=0), "--repeats at least 1"),
+        (dict(seconds=0.5), "--seconds must be above 1"),
+        (dict(repeats=0), "--repeats at least 1"),
         (dict(motor_hz=300), "rates must divide"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(Sim2SimError, match=message):
             sim.main(sim.Args(str(standing.path), **options))
 
@@ -397,7 +495,11 @@ def test_keys_drive_the_robot_in_the_window(policy, monkeypatch, capsys):
 
     class Window:
         def __init__(self, model, data, key_callback):
-            self.data, self.key, self.left = data, key_callback, [265, 265, 263, ord(","), None, 259, 32, None]
+            self.data, self.key, self.left = (
+                data,
+                key_callback,
+                [265, 265, 263, ord(","), None, 259, 32, None],
+            )
 
         def __enter__(self):
             return self
@@ -429,7 +531,7 @@ def test_keys_drive_the_robot_in_the_window(policy, monkeypatch, capsys):
     assert "forward +0.2 m/s" in capsys.readouterr().out
 
 
-# --- Results ----------------------------------------------------------------------------------------------------------
+# --- Results --------------------------------------------------------------------------------------
 def test_the_table_of_the_page_is_that_of_the_results():
     with (ROOT / "docs/results/hardware/go1/sweep.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -439,4 +541,6 @@ def test_the_table_of_the_page_is_that_of_the_results():
     page = (ROOT / "docs/sim2sim_go1.md").read_text()
     assert sim.markdown(rows) in page
     assert f"{sum(row['passed'] for row in rows)} of {len(rows)} conditions" in page
-    assert [row["condition"] for row in rows] == [condition.label for condition in sim.sweep_conditions()]
+    assert [row["condition"] for row in rows] == [
+        condition.label for condition in sim.sweep_conditions()
+    ]
