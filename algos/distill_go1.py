@@ -57,7 +57,7 @@ MIN_OBS_STD = 1e-2  # of an observation's entry
 
 
 # --- Args -----------------------------------------------------------------------------------------
-# same in: ppo_mjx_go1.py, distill_go1.py
+# same in: ppo_mjx_go1, distill_go1
 def default_backend() -> str:
     """The fastest here: on a CPU MuJoCo's C library, else MJX."""
     return "mujoco-c" if jax.default_backend() == "cpu" else "mjx-jax"
@@ -92,7 +92,7 @@ class Args:
     max_grad_norm: float = 1.0
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, bc_chunk
 def need(holds, message: str):
     """Raises ValueError with the message unless something holds."""
     if not holds:
@@ -111,7 +111,7 @@ def check(args: Args):
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Command line -> Args. The task is by default the teacher's; with --resume all is the run's."""
+    """Command line -> Args. The task is the teacher's by default; on --resume all is the run's."""
     argv = sys.argv[1:] if argv is None else argv
     first_look = [word for word in argv if word not in ("-h", "--help")]
     given = tyro.cli(Args, args=first_look)
@@ -123,7 +123,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return tyro.cli(Args, args=argv, default=defaults, description=__doc__.split("\n\n")[0])
 
 
-# same in: ppo_mjx_go1.py, distill_go1.py
+# same in: ppo_mjx_go1, distill_go1
 def resumed_args(run: str, argv: list[str]) -> Args:
     """The arguments of a run; only its length, tracking and threads may be given again.
 
@@ -137,7 +137,7 @@ def resumed_args(run: str, argv: list[str]) -> Args:
         flag = "--" + name.replace("_", "-")
         free = name in ("total_timesteps", "track", "threads")
         same = value == getattr(saved, name)
-        need(free or same, f"{flag} belongs to {run}: it cannot change on --resume")
+        need(free or same, f"{flag} cannot change on --resume of {run}")
     return args
 
 
@@ -183,7 +183,7 @@ def policy(arrays: dict, obs) -> tuple:
 
 
 def begin_student(teacher: dict, size: int) -> tuple[dict, dict]:
-    """What the student learns, and what it keeps: the teacher's arrays for its last `size` inputs."""
+    """What the student learns, what it keeps: the teacher's arrays for its last `size` inputs."""
     params, kept = {}, {}
     for name, array in teacher.items():
         if name in ("stats/state/mean", "stats/state/var", "params/actor/layers/0/kernel"):
@@ -194,13 +194,13 @@ def begin_student(teacher: dict, size: int) -> tuple[dict, dict]:
 
 
 # --- Update functions -----------------------------------------------------------------------------
-# same in: ppo_mjx_go1.py, distill_go1.py
+# same in: ppo_mjx_go1, distill_go1
 def optimizer(args: Args) -> optax.GradientTransformation:
     """Adam after clipping the joint gradient; the learning rate, which varies, is applied later."""
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_adam())
 
 
-# same in: ppo_mjx_go1.py, distill_go1.py
+# same in: ppo_mjx_go1, distill_go1
 def gaussian_kl(old_loc, old_std, loc, std):
     """KL(old || new) (...) of diagonal Gaussians; a tanh, the same for both, does not change it."""
     ratio = (jnp.square(old_std) + jnp.square(old_loc - loc)) / (2 * jnp.square(std))
@@ -270,7 +270,7 @@ def iterate(learner, state, first, env, teacher: dict, kept: dict, args: Args, i
 
 
 # --- evaluate -------------------------------------------------------------------------------------
-# same in: ppo_mjx_go1.py, distill_go1.py
+# same in: ppo_mjx_go1, distill_go1
 def evaluate(act, env, episodes: int) -> tuple[dict, list]:
     """Whole episodes with fixed seeds, one environment for each; act: obs -> actions.
 
@@ -309,7 +309,7 @@ def evaluate(act, env, episodes: int) -> tuple[dict, list]:
 
 
 # --- save / load ----------------------------------------------------------------------------------
-# same in: ppo_mjx_go1.py, distill_go1.py
+# same in: ppo_mjx_go1, distill_go1
 def named(**parts) -> dict[str, np.ndarray]:
     """Every array of some trees under a name that says where it stands."""
     arrays = {}
@@ -318,7 +318,7 @@ def named(**parts) -> dict[str, np.ndarray]:
     return arrays
 
 
-# same in: ppo_mjx_go1.py, distill_go1.py
+# same in: ppo_mjx_go1, distill_go1
 def save(path: Path, meta: dict, arrays: dict[str, np.ndarray]):
     """One .npz. Written under a temporary name: an interrupted save leaves the old file whole."""
     temporary = path.with_suffix(".tmp")
@@ -327,7 +327,7 @@ def save(path: Path, meta: dict, arrays: dict[str, np.ndarray]):
     os.replace(temporary, path)
 
 
-# same in: ppo_mjx_go1.py, distill_go1.py
+# same in: ppo_mjx_go1, distill_go1
 def load(path: str | Path) -> dict:
     """A checkpoint: what its meta holds (algo, args, shapes, spec, ...), and "arrays" by name.
 
@@ -348,7 +348,7 @@ def load(path: str | Path) -> dict:
     return meta | {"arrays": arrays}
 
 
-# same in: ppo_mjx_go1.py, distill_go1.py
+# same in: ppo_mjx_go1, distill_go1
 def restored(tree, name: str, checkpoint: dict):
     """The part `name` of a checkpoint in the form of `tree`. Raises ValueError naming a misfit."""
 
@@ -362,28 +362,25 @@ def restored(tree, name: str, checkpoint: dict):
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, bc_chunk
 class Interrupt:
-    """Ctrl-C or SIGTERM sets `asked`, and the loop saves when its step is whole; a second one ends it at once."""
+    """Ctrl-C sets `asked`: the loop finishes its step and saves. A second one ends it at once."""
 
     def __init__(self):
         self.asked = False
-        self.earlier = {
-            number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        self.earlier = signal.signal(signal.SIGINT, self)
 
     def __call__(self, number, frame):
         self.asked = True
         self.restore()
 
     def restore(self):
-        for number, handler in self.earlier.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, self.earlier)
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, bc_chunk
 def write_row(path: Path, row: dict, track: bool):
-    """Append to a CSV file, whose first row names the columns; with `track` to Weights & Biases too."""
+    """Append to a CSV file, whose first row names the columns; `track`: to Weights & Biases too."""
     with path.open("a", newline="") as file:
         writer = csv.writer(file)
         if file.tell() == 0:
@@ -395,40 +392,41 @@ def write_row(path: Path, row: dict, track: bool):
         wandb.log(row, step=row["global_step"])
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, bc_chunk
 def csv_sizes(run: Path) -> dict[str, int]:
-    """Bytes of each CSV file of the run: what comes later than a checkpoint is cut off on --resume."""
+    """Bytes of each CSV file of the run: what a checkpoint has not seen is cut off on --resume."""
     return {path.name: path.stat().st_size for path in run.glob("*.csv")}
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, bc_chunk
 def cut_back(run: Path, sizes: dict[str, int]):
-    """Shorten each CSV file to its size at the checkpoint; one that was not there yet goes."""
+    """Shorten each CSV file to its size at the checkpoint; a later one is emptied."""
     for path in run.glob("*.csv"):
         os.truncate(path, sizes.get(path.name, 0))
 
 
 # --- train ----------------------------------------------------------------------------------------
-# same in: ppo_mjx_go1.py, distill_go1.py
+# same in: ppo_mjx_go1, distill_go1
 def open_run(args: Args) -> Path:
     """The run's folder, made or found. Raises ValueError if another run has the name."""
-    script, moment = Path(__file__).stem, time.strftime("%Y%m%d-%H%M%S")
-    name = args.name or f"{args.env_id}__{script}__s{args.seed}__{moment}"
-    run = Path(args.resume or Path("runs") / name)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    name = args.name or f"{args.env_id}__{Path(__file__).stem}__s{args.seed}__{stamp}"
+    run = Path(args.resume or f"runs/{name}")
     taken = (run / "checkpoint.npz").exists() and not args.resume
     need(not taken, f"{run} exists: continue it with --resume {run}, or choose another --name")
     run.mkdir(parents=True, exist_ok=True)
     (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
     if args.track:
-        import wandb
-
+        try:
+            import wandb
+        except ModuleNotFoundError as error:
+            raise ValueError("--track needs Weights & Biases: pip install wandb") from error
         project = os.environ.get("WANDB_PROJECT", "cleanrobot")
-        config = asdict(args)
-        wandb.init(project=project, id=run.name, name=run.name, resume="allow", config=config)
+        wandb.init(project=project, id=run.name, name=run.name, resume="allow", config=asdict(args))
     return run
 
 
-# same in: ppo_mjx_go1.py, distill_go1.py
+# same in: ppo_mjx_go1, distill_go1
 def check_finite(params, row: dict, global_step: int, run: Path):
     """Raises FloatingPointError that names the first weight or metric that is not finite."""
     for name, value in (named(params=params) | row).items():
@@ -477,8 +475,15 @@ def train(args: Args) -> dict:
     per_iteration = args.num_envs * args.unroll_length
     iterations = max(1, args.log_freq // per_iteration)
     per_call = iterations * per_iteration
-    fixed = dict(env=env, teacher=teacher, kept=kept, args=args, iterations=iterations)
-    program = jax.jit(partial(iterate, **fixed)).lower(learner, state, np.int32(0)).compile()
+    program = partial(
+        iterate,
+        env=env,
+        teacher=teacher,
+        kept=kept,
+        args=args,
+        iterations=iterations,
+    )
+    program = jax.jit(program).lower(learner, state, np.int32(0)).compile()
     act = jax.jit(lambda params, obs: jnp.tanh(policy(params | kept, obs["state"])[0]))
 
     results = {}
@@ -523,7 +528,7 @@ def train(args: Args) -> dict:
     interrupt.restore()
     if interrupt.asked:
         sys.exit(f"interrupted at step {step}: continue with --resume {run}")
-    return results | clock | {"run": str(run)}
+    return results | progress | {"run": str(run)}
 
 
 if __name__ == "__main__":

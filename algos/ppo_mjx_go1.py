@@ -1,19 +1,20 @@
-"""PPO on the MJX Go1: thousands of quadrupeds learn to walk, simulation and learning in one compiled program.
+"""PPO on the MJX Go1: thousands of quadrupeds learn to walk, in one compiled program.
 
-Paper: Schulman et al., "Proximal Policy Optimization Algorithms", arXiv 1707.06347, with generalised
+Paper: Schulman et al., "Proximal Policy Optimization Algorithms", arXiv 1707.06347; generalised
 advantages (arXiv 1506.02438), run massively parallel as in brax (arXiv 2106.13281). The task is
 MuJoCo Playground's (arXiv 2502.08844).
 
-    advantage  A_t = d_t + g l (1 - done) A_{t+1},  d_t = r + g (1 - fall) V(s') - V(s), s' before any reset
-    policy     -E[min(r A, clip(r, 1 - e, 1 + e) A)], r = pi(a|s) / pi_old(a|s)               (PPO, eq. 7)
-    whole      policy loss + vf_coef (V - A - V_old)^2 / 2 - ent_coef entropy                 (PPO, eq. 9)
+    advantage  A_t = d_t + g l (1 - done) A_{t+1}
+               d_t = r + g (1 - fall) V(s') - V(s), where s' is the state before any reset
+    policy     -E[min(r A, clip(r, 1 - e, 1 + e) A)], r = pi(a|s) / pi_old(a|s)       (PPO, eq. 7)
+    whole      policy loss + vf_coef (V - A - V_old)^2 / 2 - ent_coef entropy         (PPO, eq. 9)
 
 Differences from brax's PPO, whose hyper-parameters these are:
  1. A time-out bootstraps V(s_T) from the observation before the reset, and teaches like every other
     step; advantages are computed once per iteration. brax leaves such steps out and computes
     advantages anew for each minibatch.
- 2. Observation statistics stand still within an iteration, so the first ratio is exactly 1; the very
-    first rollout only fills them. brax changes them between acting and learning.
+ 2. Observation statistics stand still within an iteration, so the first ratio is exactly 1; the
+    very first rollout only fills them. brax changes them between acting and learning.
  3. No hard reset of all environments between evaluations; their clocks are staggered instead.
  4. An observation entry counts with a standard deviation of at least 0.01 (brax: 0.000001).
  5. By flags: KL-adaptive learning rate, state-independent deviation (rsl_rl's, arXiv 2109.11978).
@@ -27,8 +28,8 @@ Commands, from the repository's root:
     resume         python algos/ppo_mjx_go1.py --resume runs/NAME    (exactly)
 JAX_COMPILATION_CACHE_DIR=~/.cache/jax keeps compiled programs from run to run.
 
-Expected result: on two shared CPU cores with mujoco-c first steps in 6 minutes, a return of 20 of 40
-in 12, 28 and a velocity error of 0.1 m/s in 27. Not yet measured on a GPU. Curves and commands:
+Expected result: on two shared CPU cores with mujoco-c first steps in 6 minutes, a return of 20 of
+40 in 12, 28 and a velocity error of 0.1 m/s in 27. Not yet measured on a GPU. Curves and commands:
 docs/algos/ppo_mjx_go1.md. A student without the velocity that no sensor measures: distill_go1.py.
 
 Shapes: N environments, T steps of a rollout, E epochs, M minibatches, b = N / M environments of a
@@ -101,7 +102,7 @@ STAND = dict(
 TUNED = {("*", "mujoco-c"): CPU | WALK, ("Go1Stand", "*"): CPU | STAND}
 
 
-# same in: ppo_mjx_go1.py, distill_go1.py
+# same in: ppo_mjx_go1, distill_go1
 def default_backend() -> str:
     """The fastest here: on a CPU MuJoCo's C library, else MJX."""
     return "mujoco-c" if jax.default_backend() == "cpu" else "mjx-jax"
@@ -154,7 +155,7 @@ class Args:
     hidden: tuple[int, ...] = (512, 256, 128)  # widths of the layers of actor and critic
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, bc_chunk
 def need(holds, message: str):
     """Raises ValueError with the message unless something holds."""
     if not holds:
@@ -182,7 +183,7 @@ def tuned(env_id: str, backend: str) -> dict:
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Command line -> Args. The defaults, and so --help, are those of the task, run or checkpoint."""
+    """Command line -> Args. Defaults, and so --help, are those of the task, run or checkpoint."""
     argv = sys.argv[1:] if argv is None else argv
     first_look = [word for word in argv if word not in ("-h", "--help")]
     given = tyro.cli(Args, args=first_look)
@@ -200,7 +201,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return tyro.cli(Args, args=argv, default=defaults, description=__doc__.split("\n\n")[0])
 
 
-# same in: ppo_mjx_go1.py, distill_go1.py
+# same in: ppo_mjx_go1, distill_go1
 def resumed_args(run: str, argv: list[str]) -> Args:
     """The arguments of a run; only its length, tracking and threads may be given again.
 
@@ -214,7 +215,7 @@ def resumed_args(run: str, argv: list[str]) -> Args:
         flag = "--" + name.replace("_", "-")
         free = name in ("total_timesteps", "track", "threads")
         same = value == getattr(saved, name)
-        need(free or same, f"{flag} belongs to {run}: it cannot change on --resume")
+        need(free or same, f"{flag} cannot change on --resume of {run}")
     return args
 
 
@@ -248,7 +249,7 @@ def make_envs(args: Args) -> tuple:
 
 # --- Networks -------------------------------------------------------------------------------------
 class MLP(nnx.Module):
-    """Linear layers with swish between them. LeCun-uniform weights, the last ones scaled; biases 0."""
+    """Linear layers, swish between them. LeCun-uniform weights, the last ones scaled; biases 0."""
 
     def __init__(self, widths: list[int], head_scale: float, rngs: nnx.Rngs):
         init = nnx.initializers.lecun_uniform()
@@ -312,7 +313,7 @@ class Learner(NamedTuple):
     learning_rate: jax.Array
 
 
-# same in: ppo_mjx_go1.py, distill_go1.py
+# same in: ppo_mjx_go1, distill_go1
 def optimizer(args: Args) -> optax.GradientTransformation:
     """Adam after clipping the joint gradient; the learning rate, which varies, is applied later."""
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_adam())
@@ -360,7 +361,7 @@ def log_prob(loc, std, raw):
     return (gauss - log_det(raw)).sum(-1)
 
 
-# same in: ppo_mjx_go1.py, distill_go1.py
+# same in: ppo_mjx_go1, distill_go1
 def gaussian_kl(old_loc, old_std, loc, std):
     """KL(old || new) (...) of diagonal Gaussians; a tanh, the same for both, does not change it."""
     ratio = (jnp.square(old_std) + jnp.square(old_loc - loc)) / (2 * jnp.square(std))
@@ -368,7 +369,7 @@ def gaussian_kl(old_loc, old_std, loc, std):
 
 
 def gae(rewards, terminations, truncations, values, next_values, gamma, gae_lambda):
-    """Advantages and returns (T, N) (Schulman et al. 2016, eq. 16). next_values: of the true next obs.
+    """Advantages, returns (T, N) (Schulman et al. 2016, eq. 16). next_values: of the true next obs.
 
     A fall ends the future; at a time-out V(s_T) stands for it, and only the sum over later steps
     stops.  # differs (1)
@@ -386,7 +387,7 @@ def gae(rewards, terminations, truncations, values, next_values, gamma, gae_lamb
 
 
 def ppo_loss(params: nnx.State, mb: dict, noise, model: nnx.GraphDef, args: Args):
-    """Loss and metrics of a minibatch with leaves (b, T, ...); noise (b, T, A) is standard normal."""
+    """Loss, metrics of a minibatch with leaves (b, T, ...); noise (b, T, A) is standard normal."""
     net = nnx.merge(model, params)
     loc, std = net.policy(mb["obs"])
     advantages = mb["advantages"] - mb["advantages"].mean()
@@ -412,7 +413,7 @@ def ppo_loss(params: nnx.State, mb: dict, noise, model: nnx.GraphDef, args: Args
 
 
 def adapted(rate, kl, target_kl: float):
-    """The learning rate after a minibatch: unchanged where KL is between half and twice the target."""
+    """The learning rate after a minibatch: unchanged if KL is between half and twice the target."""
     slower = jnp.where(kl > 2 * target_kl, rate / 1.5, rate)
     return jnp.clip(jnp.where(kl < target_kl / 2, rate * 1.5, slower), *RATES)
 
@@ -432,7 +433,7 @@ def update(learner: Learner, mb: dict, noise, first, model: nnx.GraphDef, args: 
 
 
 def learn(learner: Learner, batch: dict, key, model: nnx.GraphDef, args: Args):
-    """All updates of an iteration from a rollout with leaves (T, N, ...) -> learner, mean metrics."""
+    """All updates of an iteration; a rollout with leaves (T, N, ...) -> learner, mean metrics."""
     ends = batch["terminations"], batch["truncations"]
     values = batch["values"], batch["next_values"]
     advantages, returns = gae(batch["rewards"], *ends, *values, args.gamma, args.gae_lambda)
@@ -528,7 +529,7 @@ def iterate(learner: Learner, state, first, env, model: nnx.GraphDef, args: Args
 
 
 # --- evaluate -------------------------------------------------------------------------------------
-# same in: ppo_mjx_go1.py, distill_go1.py
+# same in: ppo_mjx_go1, distill_go1
 def evaluate(act, env, episodes: int) -> tuple[dict, list]:
     """Whole episodes with fixed seeds, one environment for each; act: obs -> actions.
 
@@ -574,7 +575,7 @@ def write_video(path: Path, film: list, env):
 
 
 # --- save / load ----------------------------------------------------------------------------------
-# same in: ppo_mjx_go1.py, distill_go1.py
+# same in: ppo_mjx_go1, distill_go1
 def named(**parts) -> dict[str, np.ndarray]:
     """Every array of some trees under a name that says where it stands."""
     arrays = {}
@@ -583,7 +584,7 @@ def named(**parts) -> dict[str, np.ndarray]:
     return arrays
 
 
-# same in: ppo_mjx_go1.py, distill_go1.py
+# same in: ppo_mjx_go1, distill_go1
 def save(path: Path, meta: dict, arrays: dict[str, np.ndarray]):
     """One .npz. Written under a temporary name: an interrupted save leaves the old file whole."""
     temporary = path.with_suffix(".tmp")
@@ -592,7 +593,7 @@ def save(path: Path, meta: dict, arrays: dict[str, np.ndarray]):
     os.replace(temporary, path)
 
 
-# same in: ppo_mjx_go1.py, distill_go1.py
+# same in: ppo_mjx_go1, distill_go1
 def load(path: str | Path) -> dict:
     """A checkpoint: what its meta holds (algo, args, shapes, spec, ...), and "arrays" by name.
 
@@ -613,7 +614,7 @@ def load(path: str | Path) -> dict:
     return meta | {"arrays": arrays}
 
 
-# same in: ppo_mjx_go1.py, distill_go1.py
+# same in: ppo_mjx_go1, distill_go1
 def restored(tree, name: str, checkpoint: dict):
     """The part `name` of a checkpoint in the form of `tree`. Raises ValueError naming a misfit."""
 
@@ -627,28 +628,25 @@ def restored(tree, name: str, checkpoint: dict):
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, bc_chunk
 class Interrupt:
-    """Ctrl-C or SIGTERM sets `asked`, and the loop saves when its step is whole; a second one ends it at once."""
+    """Ctrl-C sets `asked`: the loop finishes its step and saves. A second one ends it at once."""
 
     def __init__(self):
         self.asked = False
-        self.earlier = {
-            number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        self.earlier = signal.signal(signal.SIGINT, self)
 
     def __call__(self, number, frame):
         self.asked = True
         self.restore()
 
     def restore(self):
-        for number, handler in self.earlier.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, self.earlier)
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, bc_chunk
 def write_row(path: Path, row: dict, track: bool):
-    """Append to a CSV file, whose first row names the columns; with `track` to Weights & Biases too."""
+    """Append to a CSV file, whose first row names the columns; `track`: to Weights & Biases too."""
     with path.open("a", newline="") as file:
         writer = csv.writer(file)
         if file.tell() == 0:
@@ -660,15 +658,15 @@ def write_row(path: Path, row: dict, track: bool):
         wandb.log(row, step=row["global_step"])
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, bc_chunk
 def csv_sizes(run: Path) -> dict[str, int]:
-    """Bytes of each CSV file of the run: what comes later than a checkpoint is cut off on --resume."""
+    """Bytes of each CSV file of the run: what a checkpoint has not seen is cut off on --resume."""
     return {path.name: path.stat().st_size for path in run.glob("*.csv")}
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, bc_chunk
 def cut_back(run: Path, sizes: dict[str, int]):
-    """Shorten each CSV file to its size at the checkpoint; one that was not there yet goes."""
+    """Shorten each CSV file to its size at the checkpoint; a later one is emptied."""
     for path in run.glob("*.csv"):
         os.truncate(path, sizes.get(path.name, 0))
 
@@ -704,22 +702,23 @@ class Policy:
 
 
 # --- train ----------------------------------------------------------------------------------------
-# same in: ppo_mjx_go1.py, distill_go1.py
+# same in: ppo_mjx_go1, distill_go1
 def open_run(args: Args) -> Path:
     """The run's folder, made or found. Raises ValueError if another run has the name."""
-    script, moment = Path(__file__).stem, time.strftime("%Y%m%d-%H%M%S")
-    name = args.name or f"{args.env_id}__{script}__s{args.seed}__{moment}"
-    run = Path(args.resume or Path("runs") / name)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    name = args.name or f"{args.env_id}__{Path(__file__).stem}__s{args.seed}__{stamp}"
+    run = Path(args.resume or f"runs/{name}")
     taken = (run / "checkpoint.npz").exists() and not args.resume
     need(not taken, f"{run} exists: continue it with --resume {run}, or choose another --name")
     run.mkdir(parents=True, exist_ok=True)
     (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
     if args.track:
-        import wandb
-
+        try:
+            import wandb
+        except ModuleNotFoundError as error:
+            raise ValueError("--track needs Weights & Biases: pip install wandb") from error
         project = os.environ.get("WANDB_PROJECT", "cleanrobot")
-        config = asdict(args)
-        wandb.init(project=project, id=run.name, name=run.name, resume="allow", config=config)
+        wandb.init(project=project, id=run.name, name=run.name, resume="allow", config=asdict(args))
     return run
 
 
@@ -733,7 +732,7 @@ def log_row(log: tuple[dict, dict]) -> dict:
     return sums | row
 
 
-# same in: ppo_mjx_go1.py, distill_go1.py
+# same in: ppo_mjx_go1, distill_go1
 def check_finite(params, row: dict, global_step: int, run: Path):
     """Raises FloatingPointError that names the first weight or metric that is not finite."""
     for name, value in (named(params=params) | row).items():
@@ -836,7 +835,7 @@ def train(args: Args) -> dict:
     interrupt.restore()
     if interrupt.asked:
         sys.exit(f"interrupted at step {step}: continue with --resume {run}")
-    return results | clock | {"run": str(run)}
+    return results | progress | {"run": str(run)}
 
 
 if __name__ == "__main__":

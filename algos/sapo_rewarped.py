@@ -182,7 +182,7 @@ class Args:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # of networks and simulation
 
 
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, bc_chunk
 def need(holds, message: str):
     """Raises ValueError with the message unless something holds."""
     if not holds:
@@ -639,7 +639,7 @@ class GlobalRandom:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, bc_chunk
 class Interrupt:
     """Ctrl-C sets `asked`: the loop finishes its step and saves. A second one ends it at once."""
 
@@ -655,7 +655,7 @@ class Interrupt:
         signal.signal(signal.SIGINT, self.earlier)
 
 
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, bc_chunk
 def write_row(path: Path, row: dict, track: bool):
     """Append to a CSV file, whose first row names the columns; `track`: to Weights & Biases too."""
     with path.open("a", newline="") as file:
@@ -669,13 +669,13 @@ def write_row(path: Path, row: dict, track: bool):
         wandb.log(row, step=row["global_step"])
 
 
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, bc_chunk
 def csv_sizes(run: Path) -> dict[str, int]:
     """Bytes of each CSV file of the run: what a checkpoint has not seen is cut off on --resume."""
     return {path.name: path.stat().st_size for path in run.glob("*.csv")}
 
 
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, bc_chunk
 def cut_back(run: Path, sizes: dict[str, int]):
     """Shorten each CSV file to its size at the checkpoint; a later one is emptied."""
     for path in run.glob("*.csv"):

@@ -188,7 +188,7 @@ def test_a_resumed_run_is_the_same_run(fake, whole, teacher):
     args = distill.parse_args(["--resume", "runs/half", "--total-timesteps", str(4 * CALL)])
     distill.train(args)
     assert_same_run(Path("runs/half"), whole)
-    with pytest.raises(ValueError, match="^--learning-rate belongs to runs/half: it cannot change"):
+    with pytest.raises(ValueError, match="^--learning-rate cannot change on --resume of runs/half"):
         distill.parse_args(["--resume", "runs/half", "--learning-rate", "0.5"])
 
 

@@ -634,7 +634,7 @@ def test_resume_refuses_what_it_cannot_honour(whole):
         ["--hidden", "8"],
         ["--seed", "2"],
     ):
-        with pytest.raises(ValueError, match=f"^{words[0]} belongs to {run}: it cannot change"):
+        with pytest.raises(ValueError, match=f"^{words[0]} cannot change on --resume of {run}"):
             ppo.parse_args(["--resume", run, *words])
 
 
