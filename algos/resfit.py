@@ -1297,6 +1297,18 @@ def train(args: Args) -> dict:
         parts["collector"] = collector
     progress = dict(global_step=0, wall_time=0.0, train_time=0.0, best=-1.0, scale=0.0)
     progress |= dict(owed=0.0, updates=0, episodes=0, lowest=1.0, outcomes=[])
+    def content() -> dict:
+        about = dict(algo="resfit", args=asdict(args) | {"base": ""}, spec=eval_env.spec)
+        about |= dict(shapes=shapes, base=program, progress=dict(progress))
+        return about | dict(agent=agent.state_dict())
+
+    def save_run():
+        kept = [name for name in parts if name != "replay" or args.save_buffer]
+        states = {name: parts[name].state_dict() for name in kept}
+        save(run / "checkpoint.pt", content() | states | dict(csv_sizes=csv_sizes(run)))
+
+    policy = Policy(content(), args.device, eval_base)
+    policy.agent = agent
     if checkpoint:
         for name, part in parts.items():
             if name in checkpoint:
@@ -1308,22 +1320,9 @@ def train(args: Args) -> dict:
         if not args.save_buffer:
             print(f"{run} was run without --save-buffer: its replay buffer starts empty")
         checkpoint = None  # its mapped tensors are released
-
-    def content() -> dict:
-        about = dict(algo="resfit", args=asdict(args) | {"base": ""}, spec=eval_env.spec)
-        about |= dict(shapes=shapes, base=program, progress=dict(progress))
-        return about | dict(agent=agent.state_dict())
-
-    def save_run():
-        kept = [name for name in parts if name != "replay" or args.save_buffer]
-        states = {name: parts[name].state_dict() for name in kept}
-        save(run / "checkpoint.pt", content() | states | dict(csv_sizes=csv_sizes(run)))
-
-    if not args.resume:
+    else:
         (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
         save_run()
-    policy = Policy(content(), args.device, eval_base)
-    policy.agent = agent
     results, before = {}, progress["global_step"]
     first, first_time = before, progress["train_time"]
     born, begin = START - progress["wall_time"], time.perf_counter() - first_time

@@ -13,7 +13,6 @@ import pytest
 import resfit as rf
 import torch
 import torch.nn as nn
-from conftest import ROOT
 from fake_env import FakeEnv
 
 h5py = pytest.importorskip("h5py", reason='demonstrations need h5py: pip install -e ".[resfit]"')
@@ -99,3 +98,606 @@ def arguments(folder=Path(), **changes) -> rf.Args:
         policy_frequency=2, actor_lr=1e-3, encoder_dim=8, image_size=16, pad=1, capture_video=False,
     )  # fmt: skip
     return rf.Args(**values | changes)
+
+
+# --- The same numbers as before -----------------------------------------------------------------
+RENAMED = {"normalize.": "", "tokens.": ""}
+CASES = {
+    "state": dict(gate="agree"),
+    "published": dict(gate="none"),
+    "rlpd": dict(mode="rlpd"),
+    "ibrl": dict(mode="ibrl", gate="min"),
+    "pixels": dict(obs="pixels"),
+}
+
+
+def golden(name: str) -> dict:
+    """Entries of golden/resfit.npz that begin with `name`/, as tensors, in nested dicts."""
+    found = {}
+    with np.load(Path(__file__).parent / "golden/resfit.npz") as file:
+        for key in file.files:
+            top, *path, last = key.split("/")
+            if top != name:
+                continue
+            part = found
+            for word in path:
+                part = part.setdefault(word, {})
+            array = file[key]
+            part[last] = list(array) if last == "names" else torch.from_numpy(array)
+    return found
+
+
+def flat(tensors) -> torch.Tensor:
+    return torch.cat([tensor.detach().flatten().float() for tensor in tensors])
+
+
+def golden_agent(saved: dict, args: rf.Args) -> rf.Agent:
+    shapes = {key: list(value.shape[1:]) for key, value in saved["batch"]["obs"].items()}
+    agent = rf.Agent(shapes | {"action": 2}, args)
+    state, at = agent.state_dict(), 0
+    for name in saved["names"]:
+        for before, after in RENAMED.items():
+            name = name.replace(before, after)
+        size = state[name].numel()
+        state[name].copy_(saved["weights"][at : at + size].view_as(state[name]))
+        at += size
+    assert at == len(saved["weights"])
+    return agent
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_gradients_and_gate_are_those_of_f2f0a1a(case):
+    """golden/resfit.npz: made by f2f0a1a's critic_loss, actor_loss, propose, select and update."""
+    saved, close = golden(case), dict(atol=1e-6, rtol=1e-6)
+    args = arguments(
+        hidden=4, heads=3, encoder_dim=4, limit=(0.3, 0.1), noise=0.3, noise_clip=0.2, trust=0.7, tau=0.25,
+        caution=0.8, **CASES[case],
+    )  # fmt: skip
+    agent, batch, draws, scale = golden_agent(saved, args), saved["batch"], saved["draws"], 0.6
+    learner = rf.Learner(agent, None, args)
+    loss, x, metrics = rf.critic_loss(agent, batch, draws, scale, args)
+    torch.testing.assert_close(loss, saved["qf_loss"], **close)
+    torch.testing.assert_close(x, saved["features"], **close)
+    torch.testing.assert_close(metrics["train/q"], saved["q"], **close)
+    torch.testing.assert_close(metrics["train/target"], saved["target"], **close)
+    if "qf_grads" in saved:
+        values = learner.critic_optimizer.param_groups[0]["params"]
+        gradients = flat(torch.autograd.grad(loss, values))
+        torch.testing.assert_close(gradients, saved["qf_grads"], **close)
+    loss, metrics = rf.actor_loss(agent, batch, x, scale, args)
+    torch.testing.assert_close(loss, saved["actor_loss"], **close)
+    torch.testing.assert_close(metrics["train/residual"], saved["residual"], **close)
+    gradients = flat(torch.autograd.grad(loss, list(agent.actor.parameters())))
+    torch.testing.assert_close(gradients, saved["actor_grads"], **close)
+
+    unshifted = rf.random_shift(batch["obs"], draws["shift"], args.pad)
+    noise = args.noise * draws["noise"]
+    actions, took = rf.choose(agent, unshifted, scale, args, noise, draws["heads"])
+    torch.testing.assert_close(actions, saved["actions"], **close)
+    assert torch.equal(took, saved["took"])
+    if "updated" in saved:
+        optimizers = learner.critic_optimizer, learner.actor_optimizer
+        rf.update(agent, optimizers, batch, draws, scale, True, args)
+        state = agent.state_dict()
+        names = [name.replace("normalize.", "") for name in saved["names"]]
+        updated = flat(state[name] for name in names)
+        torch.testing.assert_close(updated, saved["updated"], atol=1e-5, rtol=1e-5)
+
+
+def test_n_step_sums_are_those_of_f2f0a1a():
+    """golden/resfit.npz: what f2f0a1a's Replay sampled of 50 steps of three environments."""
+    saved = golden("n_step")
+    replay = rf.Replay(64, arguments(n_step=3, gamma=0.9))
+    for t in range(50):
+        rewards, dones = saved["rewards"][t], saved["dones"][t]
+        step = {"state": torch.full((3, 1), t), "actions": torch.zeros(3, 1), "rewards": rewards}
+        replay.add(step | {"discounts": (~dones).float()})
+    at = torch.arange(47).repeat_interleave(3)
+    env = torch.arange(3).repeat(47)
+    batch = replay.transitions(at, env)
+    torch.testing.assert_close(batch["rewards"], saved["sums"][at, env], atol=1e-6, rtol=1e-6)
+    wanted = saved["discounts_out"][at, env]
+    torch.testing.assert_close(batch["discounts"], wanted, atol=1e-6, rtol=1e-6)
+    through = wanted > 0
+    assert torch.equal(batch["next_obs"]["state"][through, 0], at[through] + 3)
+
+
+def test_demonstrations_are_relabelled_as_by_f2f0a1a(tmp_path):
+    """golden/resfit.npz: f2f0a1a's store_demos, a base of 4 actions of which 3 are executed."""
+    saved, first = golden("relabel"), 0
+    with h5py.File(tmp_path / "demos.hdf5", "w") as file:
+        for i, length in enumerate(saved["lengths"].tolist()):
+            group, rows = file.create_group(f"data/demo_{i}"), slice(first, first + length)
+            group["obs/state"] = saved["states"][rows]
+            group["actions"] = saved["actions"][rows]
+            group["rewards"] = np.arange(length) == length - 1
+            first += length
+    weight = saved["weight"]
+    base = rf.ChunkQueue(lambda state: (state @ weight).tanh().view(-1, 4, 2), 3)
+    replay = rf.store_demos(arguments(tmp_path), SHAPES, base)
+    assert len(replay) == first + 3  # padded by n_step
+    torch.testing.assert_close(replay.data["state"][:first, 0], saved["states"])
+    for key in ("actions", "base", "rewards", "discounts"):
+        torch.testing.assert_close(replay.data[key][:first, 0], saved[key], atol=1e-6, rtol=1e-6)
+
+
+# --- Base, buffer and collector -----------------------------------------------------------------
+class Counting:
+    """A program whose chunks tell when they were asked for: action i of query j is (j, i) / 100."""
+
+    queries = 0
+
+    def __call__(self, state):
+        self.queries += 1
+        i = torch.arange(4) / 100
+        row = torch.stack([torch.full_like(i, self.queries / 100), i], -1)
+        return row.expand(len(state), -1, -1)
+
+
+def test_queue_asks_at_chunk_ends_and_after_resets_and_nowhere_else():
+    queue, obs = rf.ChunkQueue(Counting(), 3), {"state": torch.zeros(2, 4)}
+    queue.reset(torch.tensor([True, True]))
+    seen = [(queue.act(obs) * 100).round().int().tolist() for _ in range(4)]
+    assert seen == [[[1, 0]] * 2, [[1, 1]] * 2, [[1, 2]] * 2, [[2, 0]] * 2]  # three of the four
+    queue.reset(torch.tensor([False, True]))
+    assert (queue.act(obs) * 100).round().int().tolist() == [[2, 1], [3, 0]]
+    queue.reset(torch.ones(5, dtype=torch.bool))  # another number of environments
+    assert queue.act({"state": torch.zeros(5, 4)}).shape == (5, 2)
+
+
+def test_a_ring_that_wraps_never_tears_an_episode():
+    small, large = rf.Replay(23, arguments()), rf.Replay(400, arguments())
+    draw = torch.Generator().manual_seed(0)
+    for t in range(300):
+        rewards, ends = torch.rand(2, generator=draw), torch.rand(2, generator=draw) < 0.2
+        number = torch.full((2, 1), float(t))
+        step = dict(state=number, actions=number, rewards=rewards, discounts=(~ends).float())
+        for replay in (small, large):
+            replay.add(step)
+    torch.manual_seed(0)
+    batch = small.sample(500)
+    at = batch["actions"][:, 0].long()
+    assert at.min() == 300 - 23 and at.max() == 300 - 3 - 1
+    both = [large.transitions(at, torch.full_like(at, env)) for env in (0, 1)]
+    env = (batch["rewards"] != both[0]["rewards"]).long()
+    for key in ("rewards", "discounts"):
+        wanted = torch.where(env == 0, both[0][key], both[1][key])
+        torch.testing.assert_close(batch[key], wanted, atol=0, rtol=0)
+    assert torch.equal(batch["next_obs"]["state"][:, 0], at + 3.0)
+
+
+def collector(args: rf.Args, agent=None):
+    env = FakeEnv(args.num_envs, seed=1, stagger=False, asymmetric=True)
+    executed, step = [], env.step
+
+    def spy(actions):
+        executed.append(actions.clone())
+        return step(actions)
+
+    env.step = spy
+    agent = agent or rf.Agent({"state": [5], "action": 2}, args)
+    return rf.Collector(args, env, rf.ChunkQueue(Slow(), 3), agent), executed
+
+
+def test_zero_residual_is_the_base_bit_for_bit():
+    args = arguments(noise=0.0)
+    acting, _ = collector(args)
+    steps = [acting.step(warm=False, scale=1.0) for _ in range(25)]
+    env = FakeEnv(3, seed=1, stagger=False, asymmetric=True)
+    base, obs = rf.ChunkQueue(Slow(), 3), env.reset(args.seed)
+    base.reset(torch.ones(3, dtype=torch.bool))
+    for step in steps:  # by hand: the base alone, in the same episodes
+        actions = base.act(rf.observe(obs, pixels=False))
+        assert torch.equal(step["actions"], actions) and torch.equal(step["base"], actions)
+        obs, _, _, truncations, _ = env.step(actions)
+        base.reset(truncations)
+    assert torch.equal(acting.env.place, env.place)
+
+
+@pytest.mark.parametrize("warm", [True, False])
+@pytest.mark.parametrize("gate", ["none", "min"])
+def test_no_noise_passes_the_bound_and_what_is_stored_was_executed(warm, gate):
+    args = arguments(limit=(0.2, 0.0), noise=30.0, warmup_noise=7.0, gate=gate)
+    agent = rf.Agent({"state": [5], "action": 2}, args)
+    nn.init.normal_(agent.actor.policy[-1].weight, std=50.0)
+    acting, executed = collector(args, agent)
+    largest = 0.0
+    for _ in range(60):
+        step = acting.step(warm, 1.0)
+        moved = (step["actions"] - step["base"]).abs()
+        assert torch.equal(step["actions"], executed[-1])
+        assert moved[:, 0].max() <= 0.2 + 1e-6 and moved[:, 1].max() == 0
+        largest = max(largest, float(moved[:, 0].max()))
+    assert largest > 0.19
+
+
+def test_clean_warm_up_episodes_have_no_noise():
+    acting, _ = collector(arguments(warmup_clean=0.5, num_envs=40))
+    steps = [acting.step(warm=True, scale=0.0) for _ in range(10)]  # one episode of each
+    moved = torch.stack([(step["actions"] != step["base"]).any(-1) for step in steps])
+    assert torch.equal(moved.any(0), moved.all(0)) and 5 < moved.any(0).sum() < 35
+    assert all((step["discounts"] == 0).all() == (step is steps[-1]) for step in steps)  # time-outs
+
+
+def test_shift_moves_images_and_nothing_else():
+    draw = torch.Generator().manual_seed(0)
+    rgb = torch.randint(0, 256, (3, 12, 12, 6), dtype=torch.uint8, generator=draw)
+    offsets = torch.tensor([[0, 0], [2, 2], [4, 1]])
+    shifted = rf.random_shift({"rgb": rgb, "state": torch.ones(3, 2)}, offsets, 2)
+    for i, (dy, dx) in enumerate(offsets.tolist()):
+        padded = np.pad(rgb[i].numpy(), ((2, 2), (2, 2), (0, 0)), mode="edge")
+        assert np.array_equal(shifted["rgb"][i].numpy(), padded[dy : dy + 12, dx : dx + 12])
+    assert torch.equal(shifted["state"], torch.ones(3, 2))
+
+
+# --- Demonstrations -----------------------------------------------------------------------------
+def write(path, successes, **obs):
+    with h5py.File(path, "w") as file:
+        for i, success in enumerate(successes):
+            group = file.create_group(f"data/demo_{i}")
+            group["actions"] = np.zeros((len(success), 2))
+            group["rewards"] = np.array(success, float)
+            for key, size in obs.items():
+                group[f"obs/{key}"] = np.full((len(success), size), float(len(key)))
+        file["mask/valid"] = np.array([b"demo_2"])
+
+
+def test_demonstrations_stop_at_the_first_success_and_failures_are_left_out(tmp_path):
+    write(tmp_path / "a.hdf5", ([0, 0, 1, 1], [0, 0, 0], [0, 1]), state=3, privileged=2)
+    train, valid = rf.read_demos(str(tmp_path / "a.hdf5"), ())
+    assert [len(demo["actions"]) for demo in train] == [3]
+    assert [len(demo["actions"]) for demo in valid] == [2]
+    assert train[0]["state"].tolist() == [[10, 10, 5, 5, 5]] * 3  # the true state in front
+    write(tmp_path / "b.hdf5", ([0, 0],), state=3)
+    with pytest.raises(ValueError, match="no successful demonstration"):
+        rf.read_demos(str(tmp_path / "b.hdf5"), ())
+    with pytest.raises(ValueError, match="no demonstrations in robomimic's layout"):
+        rf.read_demos(str(tmp_path / "none.hdf5"), ())
+
+
+def test_robomimics_own_names(tmp_path):
+    names = dict(object=2, robot0_gripper_qpos=2, robot0_eef_pos=3, robot0_eef_quat=4, robot0_eef_vel=3)
+    write(tmp_path / "can.hdf5", ([0, 1],), **names)
+    state = rf.read_demos(str(tmp_path / "can.hdf5"), ())[0][0]["state"][0].tolist()
+    arm = [14.0] * 3 + [15.0] * 4 + [19.0] * 2
+    assert state == [*arm, 6.0, 6.0, *arm]
+
+
+# --- A base is a program and nothing else -------------------------------------------------------
+class Evil:
+    """Unpickled, it writes a file."""
+
+    def __reduce__(self):
+        return open, ("touched", "w")
+
+
+def repack(source: Path, target: Path, changed: dict, added: dict | None = None):
+    """A copy of an archive with some of its members changed by functions of their bytes."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as new:
+        for name in old.namelist():
+            content = old.read(name)
+            for end, change in changed.items():
+                if name.endswith(end):
+                    content = change(content)
+            new.writestr(name, content)
+        for name, content in (added or {}).items():
+            new.writestr(f"{name}", content)
+
+
+def pickled(_=None) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    torch.save(Evil(), buffer)
+    return buffer.getvalue()
+
+
+def replaced(before: str, after: str):
+    def change(content: bytes) -> bytes:
+        assert before.encode() in content
+        return content.replace(before.encode(), after.encode(), 1)
+
+    return change
+
+
+CODE = "__import__('os').mkdir('touched')"
+CRAFTED = {
+    "inputs": {"sample_inputs/model.pt": pickled},
+    "tensor": {
+        "constants_config.json": replaced('"use_pickle": false', '"use_pickle": true'),
+        "constants/tensor_0": pickled,
+    },
+    "operator": {"model.json": replaced("torch.ops.aten.mul.Tensor", "torch.os.mkdir")},
+    "file": {"model.json": replaced("torch.ops.aten.mul.Tensor", "torch.ops.aten.from_file.default")},
+    "expression": {"model.json": replaced("Symbol('s", f"{CODE} or Symbol('s")},
+    "name": {"model.json": replaced('"name": "mul"', f'"name": "mul={CODE}"')},
+    "guard": {"model.json": replaced('"guards_code": []', f'"guards_code": ["{CODE}"]')},
+    "tree": {"model.json": replaced("builtins.tuple", "__enum__")},
+    "object": {
+        "constants_config.json": replaced('"path_name": "tensor_0"', '"path_name": "opaque_obj_0"'),
+    },
+}
+
+
+@pytest.mark.parametrize("part", CRAFTED)
+def test_a_crafted_program_is_refused_before_anything_of_it_runs(files, tmp_path, monkeypatch, part):
+    monkeypatch.chdir(tmp_path)
+    repack(files / "base.pt2", tmp_path / "evil.pt2", CRAFTED[part])
+    with pytest.raises(ValueError, match="the base is no plain program"):
+        rf.load_program((tmp_path / "evil.pt2").read_bytes(), "cpu")
+    assert not Path("touched").exists()
+
+
+def test_a_program_of_an_older_kind_or_with_machine_code_is_refused(files, tmp_path):
+    for name in ("version", "base/data/aotinductor/model/a.so", "base/data/weights/model.pt"):
+        repack(files / "base.pt2", tmp_path / "evil.pt2", {}, {name: "1"})
+        with pytest.raises(ValueError, match="the base is no plain program"):
+            rf.load_program((tmp_path / "evil.pt2").read_bytes(), "cpu")
+
+
+def test_programs_of_layers_are_taken_and_give_the_same_for_any_number_of_rows():
+    class Base(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(8, 4, 16, 0.0, "gelu", batch_first=True, norm_first=True)
+            self.embed, self.out = nn.Linear(5, 8), nn.Linear(8, 2)
+            self.register_buffer("queries", torch.randn(4, 8))
+
+        def forward(self, state):
+            n = state.shape[0]
+            x = self.embed(state)[:, None] + self.queries.expand(n, -1, -1)
+            return self.out(self.layer(x) + 0 * torch.randn(n, 4, 8))
+
+    torch.manual_seed(0)
+    base, buffer = Base().eval(), __import__("io").BytesIO()
+    with torch.no_grad():
+        export(base, (torch.zeros(2, 5),), buffer)
+    program, about = rf.load_program(buffer.getvalue(), "cpu")
+    assert about == {}
+    for n in (1, 2, 7):
+        state = torch.randn(n, 5)
+        torch.testing.assert_close(program(state), base(state))
+
+
+# --- Runs ---------------------------------------------------------------------------------------
+def rows(path) -> list[dict]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def same(a: dict, b: dict):
+    """Whether two checkpoints are equal, bit for bit, times aside."""
+    assert a.keys() == b.keys()
+    for key in ("agent", "base", "collector", "critic_optimizer", "actor_optimizer", "replay", "random"):
+        torch.testing.assert_close(a[key], b[key], atol=0, rtol=0)
+    for key in a["progress"].keys() - {"wall_time", "train_time"}:
+        assert a["progress"][key] == b["progress"][key], key
+
+
+def test_a_run_trains_evaluates_and_writes_what_the_page_says(fake):
+    out = rf.train(arguments(fake, name="a", save_buffer=True, capture_video=True))
+    run = Path(out["run"])
+    written = {path.name for path in run.iterdir()}
+    assert written == {"args.json", "metrics.csv", "eval.csv", "best.pt", "checkpoint.pt", "videos"}
+    assert [int(row["global_step"]) for row in rows(run / "eval.csv")] == [0, 60, 120]
+    assert [int(row["global_step"]) for row in rows(run / "metrics.csv")] == [60, 90, 120]
+    checkpoint = rf.load(run / "checkpoint.pt")
+    assert bytes(checkpoint["base"].numpy()) == (fake / "base.pt2").read_bytes()
+    assert checkpoint["args"]["base"] == "" and checkpoint["progress"]["updates"] == 45
+    torch.manual_seed(1)
+    actor = rf.Agent({"state": [5], "action": 2}, arguments()).actor
+    for name, fresh in actor.state_dict().items():
+        trained = checkpoint["agent"]["actor." + name]
+        assert name == "limit" or not torch.equal(trained, fresh), name
+    policy = rf.Policy(run / "checkpoint.pt")
+    for n in (5, 1):
+        policy.reset()
+        assert policy.act(FakeEnv(n, asymmetric=True).obs).shape == (n, 2)
+    assert list((run / "videos").glob("step_000000120.mp4"))
+
+
+RESUMED = {
+    "plain": {},
+    "guards": dict(gate="agree", ramp_steps=40, warmup_clean=0.5, anneal=0.5, trust=0.1),
+    "pixels": dict(obs="pixels"),
+    "ibrl": dict(mode="ibrl", gate="min"),
+}
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+def test_ctrl_c_saves_and_resume_continues_exactly(fake, monkeypatch, kind):
+    changes = dict(save_buffer=True, **RESUMED[kind])
+    rf.train(arguments(fake, name="whole", **changes))
+    step = FakeEnv.step
+
+    def interrupted(env, actions):
+        if env.num_envs == 3 and env.steps == 25:  # the training environment, at transition 78
+            signal.raise_signal(signal.SIGINT)
+        return step(env, actions)
+
+    monkeypatch.setattr(FakeEnv, "step", interrupted)
+    with pytest.raises(SystemExit, match="interrupted at step 78: continue with --resume runs/part"):
+        rf.train(arguments(fake, name="part", **changes))
+    monkeypatch.setattr(FakeEnv, "step", step)
+    for name in ("eval.csv", "metrics.csv"):  # as if the run had gone on unsaved
+        Path(f"runs/part/{name}").open("a").write("999999\n")
+    rf.train(rf.parse_args(["--resume", "runs/part"]))
+    same(rf.load("runs/whole/checkpoint.pt"), rf.load("runs/part/checkpoint.pt"))
+    for name in ("eval.csv", "metrics.csv"):
+        steps = [[row["global_step"] for row in rows(f"runs/{run}/{name}")] for run in ("whole", "part")]
+        assert steps[0] == steps[1]
+
+
+def test_a_run_that_ended_goes_on_longer_as_if_it_had_never_stopped(fake):
+    rf.train(arguments(fake, name="whole", save_buffer=True))
+    rf.train(arguments(fake, name="part", save_buffer=True, total_timesteps=60))
+    rf.train(rf.parse_args(["--resume", "runs/part", "--total-timesteps", "120"]))
+    same(rf.load("runs/whole/checkpoint.pt"), rf.load("runs/part/checkpoint.pt"))
+
+
+def test_without_the_buffer_a_run_goes_on_with_an_empty_one(fake, capsys):
+    rf.train(arguments(fake, name="a", total_timesteps=60))
+    assert "replay" not in rf.load("runs/a/checkpoint.pt")
+    out = rf.train(rf.parse_args(["--resume", "runs/a", "--total-timesteps", "120"]))
+    assert out["global_step"] == 120 and "buffer starts empty" in capsys.readouterr().out
+
+
+def test_learning_rates_fall_over_the_last_share_of_the_run(fake):
+    rf.train(arguments(fake, name="a", anneal=0.5))
+    checkpoint = rf.load("runs/a/checkpoint.pt")
+    for name in ("critic_optimizer", "actor_optimizer"):
+        lr = checkpoint[name]["param_groups"][0]["lr"]
+        assert lr == pytest.approx(1e-3 * (1 - 117 / 120) / 0.5)  # the last updates begin at 117
+
+
+@pytest.mark.parametrize("flag, value", [("--tau", "0.1"), ("--num-envs", "4"), ("--demos", "x"), ("--mode", "ibrl")])
+def test_resume_refuses_what_it_cannot_honour(fake, flag, value):
+    rf.train(arguments(fake, name="a", total_timesteps=60))
+    with pytest.raises(ValueError, match=f"^{flag} belongs to runs/a: it cannot change on --resume$"):
+        rf.parse_args(["--resume", "runs/a", flag, value])
+    again = rf.parse_args(["--resume", "runs/a", "--base", str(fake / "base.pt2")])
+    with pytest.raises(ValueError, match="^the base is in the checkpoint: --base cannot be given$"):
+        rf.train(again)
+
+
+def test_best_is_the_best(fake, monkeypatch):
+    rates, evaluate = iter([0.2, 0.6, 0.4]), rf.evaluate
+
+    def rated(*inputs):
+        return evaluate(*inputs) | {"eval/success_rate": next(rates)}
+
+    monkeypatch.setattr(rf, "evaluate", rated)
+    rf.train(arguments(fake, name="a"))
+    assert rf.load("runs/a/best.pt")["progress"]["global_step"] == 60
+    assert rf.load("runs/a/checkpoint.pt")["progress"]["best"] == 0.6
+
+
+def test_evaluation_has_no_noise_and_leaves_training_alone(fake):
+    out = rf.train(arguments(fake, name="a", noise=5.0, limit=(1.0,)))
+    before = torch.get_rng_state()
+    args = rf.parse_args(["--evaluate", "--checkpoint", "runs/a/checkpoint.pt", "--no-capture-video"])
+    for _ in range(2):
+        again = rf.train(args)
+        assert all(again[key] == out[key] for key in again)
+    policy, env = rf.Policy("runs/a/checkpoint.pt"), FakeEnv(8, asymmetric=True)
+    torch.set_rng_state(before)
+    rf.evaluate(policy, env, args)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_callable_can_be_the_base_and_is_never_named_by_a_file(fake, tmp_path):
+    (tmp_path / "mybase.py").write_text(
+        "class Base:\n"
+        "    def __init__(self, env): assert env.num_envs\n"
+        "    def reset(self, mask): pass\n"
+        "    def act(self, obs): return -obs['state'][:, :2].clamp(-1, 1)\n"
+    )
+    rf.train(arguments(fake, name="a", base="mybase:Base", save_buffer=True, total_timesteps=60))
+    first = rows("runs/a/eval.csv")[0]
+    assert float(first["eval/success_rate"]) == 1.0  # at first the base alone
+    checkpoint = rf.load("runs/a/checkpoint.pt")
+    assert checkpoint["base"] is None and checkpoint["args"]["base"] == ""
+    checkpoint["args"]["base"] = "this_would_be_imported:Base"
+    rf.save(Path("runs/a/checkpoint.pt"), checkpoint)
+    more = ["--total-timesteps", "90", "--resume", "runs/a"]
+    evaluate = ["--evaluate", "--checkpoint", "runs/a/checkpoint.pt"]
+    for argv in (more, evaluate):
+        with pytest.raises(ValueError, match="^name the base: --base FILE.pt2, or --base module:callable$"):
+            rf.train(rf.parse_args(argv))
+        assert rf.train(rf.parse_args([*argv, "--base", "mybase:Base"]))
+    assert rf.Policy("runs/a/checkpoint.pt", base=rf.NoBase(2)).act(FakeEnv(2, asymmetric=True).obs).shape == (2, 2)
+
+
+@pytest.mark.parametrize("mode", ["rlpd", "ibrl"])
+def test_other_modes_run(fake, mode):
+    out = rf.train(arguments(fake, name=mode, mode=mode, gate="min" if mode == "ibrl" else "none"))
+    moved = float(rows(f"runs/{mode}/metrics.csv")[-1]["train/moved"])
+    assert out["global_step"] == 120 and moved > 0.1  # an actor of its own, not within the bound
+
+
+def test_actor_and_learner_apart(fake):
+    out = rf.train(arguments(fake, name="a", async_=True, save_buffer=True))
+    checkpoint = rf.load("runs/a/checkpoint.pt")
+    assert checkpoint["replay"]["head"] * 3 == out["global_step"] >= 120
+    assert float(rows("runs/a/metrics.csv")[-1]["train/moved"]) > 0
+    out = rf.train(rf.parse_args(["--resume", "runs/a", "--total-timesteps", "180"]))
+    assert out["global_step"] >= 180
+
+
+def make_broken(args):
+    """Broken in the actor's process, at its 20th step."""
+    env, eval_env = make_fakes(args)
+    if env is not None:
+        env.state_dict = None
+        step = env.step
+
+        def broken(actions):
+            if env.steps == 20:
+                raise RuntimeError("the arm is unplugged")
+            return step(actions)
+
+        env.step = broken
+    return env, eval_env
+
+
+def test_what_a_dead_actor_recorded_is_kept(fake, monkeypatch):
+    monkeypatch.setattr(rf, "make_envs", make_broken)
+    with pytest.raises(SystemExit, match="interrupted at step 60: continue with --resume runs/a"):
+        rf.train(arguments(fake, name="a", async_=True, save_buffer=True))
+    assert rf.load("runs/a/checkpoint.pt")["replay"]["head"] == 20
+
+
+def test_a_nan_stops_the_run_and_is_named(fake, monkeypatch):
+    step = FakeEnv.step
+
+    def broken(env, actions):
+        obs, rewards, *rest, info = step(env, actions)
+        return obs, rewards, *rest, info | {"success": info["success"] * float("nan")}
+
+    monkeypatch.setattr(FakeEnv, "step", broken)
+    with pytest.raises(FloatingPointError, match="is not finite at step .*; last good checkpoint: runs/a/"):
+        rf.train(arguments(fake, name="a"))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(demos=""), "^give --demos FILE, demonstrations, or --offline 0$"),
+        (dict(limit=(0.1,) * 3), "^--limit takes one number, or one for each of 2 actions$"),
+        (dict(heads=1), "^--heads must be at least 2"),
+        (dict(base=""), "^name the base: --base FILE.pt2"),
+        (dict(evaluate=True), "^--evaluate needs --checkpoint FILE$"),
+        (dict(env_id="Other"), "^the base is for Fake, not Other$"),
+        (dict(buffer_size=20), "must hold$"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(fake, changes, message):
+    with pytest.raises(ValueError, match=message):
+        rf.train(arguments(fake, name="a", **changes))
+
+
+def test_defaults_are_those_of_mode_recipe_and_device():
+    args = rf.parse_args(["--device", "cpu", "--mode", "rlpd", "--demos", "x"])
+    assert args.noise == 0.1 and args.hidden == 128 and args.gate == "none"
+    ours = rf.parse_args(["--device", "cpu", "--demos", "x"])
+    assert all(getattr(ours, key) == value for key, value in rf.GUARDS.items())
+    published = rf.parse_args(["--device", "cpu", "--demos", "x", "--recipe", "published"])
+    assert published.gate == "none" and published.warmup_noise == 0.2 and published.offline == 0.5
+
+
+def test_a_wrong_command_line_gives_one_line(tmp_path):
+    command = [sys.executable, rf.__file__, "--device", "cpu", "--evaluate"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr == "error: --evaluate needs --checkpoint FILE\n"
+
+
+def test_so101_episodes_end_at_success_without_images():
+    pytest.importorskip("mujoco_warp", reason='the SO-101 needs MuJoCo Warp: pip install -e ".[so101]"')
+    env, eval_env = rf.make_envs(rf.Args(device="cpu", num_envs=2, eval_envs=1))
+    assert rf.observe(env.reset(seed=0), pixels=False)["state"].shape == (2, 59)
+    env.reward = lambda: (torch.zeros(2), torch.tensor([False, True]))
+    _, _, terminations, truncations, info = env.step(torch.zeros(2, 6))
+    assert terminations.tolist() == [False, True] and not truncations.any()
+    assert info["success"].tolist() == [False, True]
+    env.close()
+    eval_env.close()
