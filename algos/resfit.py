@@ -62,7 +62,6 @@ import re
 import signal
 import sys
 import time
-from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -81,7 +80,6 @@ EVAL_SEED = 10_000
 ROLLING = 100  # episodes over which the success of training is averaged
 GRAD_CLIP = 1.0  # largest norm of a gradient
 KAPPA = 1.0  # of equation 6
-AHEAD = 256  # updates that --async may owe before the actor waits
 
 # --- Args ---------------------------------------------------------------------------------------
 # What --recipe ours turns on; the page has what was measured.
@@ -195,12 +193,10 @@ def check(args: Args):
     need(whole_rounds, "--eval-episodes must be a multiple of --eval-envs")
     no_demos = args.evaluate or args.offline == 0
     need(args.demos or no_demos, "give --demos FILE, demonstrations, or --offline 0")
-    need(0 <= args.offline < 1, "--offline is a share of the batch: from 0 to less than 1")
     need(args.heads >= 2, "--heads must be at least 2: targets take the smaller of a pair")
-    need(all(0 <= limit <= 1 for limit in args.limit), "--limit must be from 0 to 1")
     fewest = (args.n_step + 2) * args.num_envs
-    enough = args.buffer_size >= args.learning_starts >= fewest
-    need(enough, f"--buffer-size >= --learning-starts >= {fewest} must hold")
+    enough = args.buffer_size - args.num_envs >= args.learning_starts >= fewest
+    need(enough, f"--learning-starts must be from {fewest} to --buffer-size minus --num-envs")
     available = torch.cuda.is_available() or args.device == "cpu"
     need(available, "there is no CUDA device here: use --device cpu")
 
@@ -233,18 +229,21 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 
 def resumed_args(run: str, argv: list[str]) -> Args:
-    """The arguments of a run; only length, tracking, a callable base and a device of the same kind
-    may be given again.
+    """The arguments of a run; only length, tracking, a device of the same kind and a base that is a
+    callable may be given again.
 
     Raises ValueError that names the first argument that differs, FileNotFoundError without a
     checkpoint.
     """
-    saved = replace(Args(**load(Path(run) / "checkpoint.pt")["args"]), resume=run)
+    checkpoint = load(Path(run) / "checkpoint.pt")
+    saved = replace(Args(**checkpoint["args"]), resume=run)
     args = tyro.cli(Args, args=argv, default=saved, description=__doc__.split("\n\n")[0])
+    may_change = {"total_timesteps", "track", "device"}
+    if checkpoint["base"] is None:
+        may_change.add("base")
     for name, value in asdict(args).items():
+        same = name in may_change or value == getattr(saved, name)
         flag = "--" + name.replace("_", "-")
-        free = name in ("total_timesteps", "track", "device", "base")
-        same = free or value == getattr(saved, name)
         need(same, f"{flag} belongs to {run}: it cannot change on --resume")
     same_kind = args.device.split(":")[0] == saved.device.split(":")[0]
     message = f"--device must stay a {saved.device}: random numbers differ between kinds of device"
@@ -390,14 +389,13 @@ class Critics(nn.Module):
         self.trunk = Trunk(encoder)
         sizes = [self.trunk.width + shapes["action"], args.hidden, args.hidden, 1]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        self.gains, self.shifts = nn.ParameterList(), nn.ParameterList()  # of layer norm
         for inputs, outputs in zip(sizes, sizes[1:], strict=False):
             heads = [nn.init.orthogonal_(torch.empty(outputs, inputs)).T for _ in range(args.heads)]
             self.weights.append(torch.stack(heads))
             self.biases.append(torch.zeros(args.heads, 1, outputs))
-        for _ in range(2):
-            self.gains.append(torch.ones(args.heads, 1, args.hidden))
-            self.shifts.append(torch.zeros(args.heads, 1, args.hidden))
+        shape = (args.heads, 1, args.hidden)  # of layer norm
+        self.gains = nn.ParameterList(torch.ones(shape) for _ in range(2))
+        self.shifts = nn.ParameterList(torch.zeros(shape) for _ in range(2))
 
     def forward(self, x, actions, heads=slice(None)):
         """`heads`: which of them, an index tensor; the default is all."""
@@ -555,11 +553,6 @@ class Replay:
             self.data[key][self.head % self.slots] = value
         self.head += 1
 
-    def cut(self):
-        """Episodes end with the newest step, as by time-outs."""
-        if self.data:
-            self.data["discounts"][(self.head - 1) % self.slots] = 0
-
     def sample(self, batch_size: int) -> dict:
         """B transitions, uniform over the steps that have n_step others after them."""
         oldest, newest = max(0, self.head - self.slots), self.head - self.n_step
@@ -573,23 +566,18 @@ class Replay:
         -> obs, next_obs (dicts), actions (B, A), rewards (B,) = sum of gamma^i x discounts before x
         r_i and discounts (B,) = gamma^n x product of the n discounts.
         """
-        steps = torch.arange(self.n_step, device=at.device)[:, None]  # (n, 1)
-        window = (at + steps) % self.slots, env  # (n, B)
-        alive = self.data["discounts"][window].cumprod(0)
-        before = torch.cat([torch.ones_like(alive[:1]), alive[:-1]])
-        rewards = (self.gamma**steps * before * self.data["rewards"][window]).sum(0)
+        rewards, discounts = 0.0, 1.0
+        for i in range(self.n_step):
+            row = (at + i) % self.slots
+            rewards = rewards + discounts * self.data["rewards"][row, env]
+            discounts = discounts * self.gamma * self.data["discounts"][row, env]
+        batch = dict(rewards=rewards, discounts=discounts, obs={}, next_obs={})
         row, next_row = at % self.slots, (at + self.n_step) % self.slots
-        obs, next_obs = {}, {}
+        batch["actions"] = self.data["actions"][row, env]
         for key in self.data.keys() & {"state", "rgb", "base"}:
-            obs[key] = self.data[key][row, env]
-            next_obs[key] = self.data[key][next_row, env]
-        return dict(
-            obs=obs,
-            next_obs=next_obs,
-            actions=self.data["actions"][row, env],
-            rewards=rewards,
-            discounts=self.gamma**self.n_step * alive[-1],
-        )
+            batch["obs"][key] = self.data[key][row, env]
+            batch["next_obs"][key] = self.data[key][next_row, env]
+        return batch
 
     def state_dict(self) -> dict:
         used = min(self.head, self.slots)
@@ -607,20 +595,16 @@ class Replay:
             self.data[key][: len(rows)] = rows
 
 
-def store_demos(args: Args, shapes: dict, base) -> Replay:
+def store_demos(args: Args, base) -> Replay:
     """Demonstrations as a buffer of one environment, with the base's action at each step.
 
     All step through the base side by side, and it begins anew with each.
-    Raises ValueError if they do not fit the environment.
     """
     demos, _ = read_demos(args.demos, args.cameras if args.obs == "pixels" else ())
     data = {}
     for key in demos[0]:
         rows = np.concatenate([demo[key] for demo in demos])
         data[key] = torch.from_numpy(rows).to(args.device)  # (M, ...)
-    for key in shapes.keys() - {"action"}:
-        has = list(data[key].shape[1:])
-        need(has == shapes[key], f"{args.demos} has {key} of {has}, the environment {shapes[key]}")
     lengths = torch.tensor([len(demo["actions"]) for demo in demos], device=args.device)
     ends = lengths.cumsum(0) - 1
     data["base"] = torch.zeros_like(data["actions"])
@@ -684,12 +668,11 @@ def choose(agent: Agent, obs, scale: float, args: Args, noise=0.0, heads=slice(N
 
 def draw(args: Args, batch_size: int, action_dim: int) -> dict:
     """The random numbers of an update: noise (B, A), a pair of heads, two shifts of images (B, 2)."""
-    shape, sides = (batch_size, 2), 2 * args.pad + 1
+    shifts = (2, batch_size, 2)
     return dict(
         noise=torch.randn(batch_size, action_dim, device=args.device),
         heads=torch.randperm(args.heads, device=args.device)[:2],
-        shift=torch.randint(0, sides, shape, device=args.device),
-        next_shift=torch.randint(0, sides, shape, device=args.device),
+        shifts=torch.randint(0, 2 * args.pad + 1, shifts, device=args.device),
     )
 
 
@@ -697,11 +680,10 @@ def random_shift(obs: dict, offsets: torch.Tensor, pad: int) -> dict:
     """Its images moved by `offsets` (B, 2) - pad pixels, edges repeated; the rest as it is."""
     if "rgb" not in obs:
         return obs
-    b, h, w, _ = obs["rgb"].shape
-    device = offsets.device
-    y = (torch.arange(h, device=device) + offsets[:, :1] - pad).clamp(0, h - 1)  # (B, H)
-    x = (torch.arange(w, device=device) + offsets[:, 1:] - pad).clamp(0, w - 1)  # (B, W)
-    image = torch.arange(b, device=device)[:, None, None]
+    b, size = obs["rgb"].shape[:2]
+    pixels = torch.arange(size, device=offsets.device) + offsets[:, :, None] - pad  # (B, 2, H)
+    y, x = pixels.clamp(0, size - 1).unbind(1)
+    image = torch.arange(b, device=offsets.device)[:, None, None]
     return obs | {"rgb": obs["rgb"][image, y[:, :, None], x[:, None, :]]}
 
 
@@ -711,7 +693,7 @@ def critic_loss(agent: Agent, batch: dict, draws: dict, scale: float, args: Args
     -> loss, features (B, E), metrics
     """
     with torch.no_grad():
-        after = agent.encoder(random_shift(batch["next_obs"], draws["next_shift"], args.pad))
+        after = agent.encoder(random_shift(batch["next_obs"], draws["shifts"][1], args.pad))
         base, heads = batch["next_obs"]["base"], draws["heads"]
         noise = (args.noise * draws["noise"]).clamp(-args.noise_clip, args.noise_clip)
         residual = bounded(scale * agent.actor_target(after, base), noise, agent.actor.limit)
@@ -720,7 +702,7 @@ def critic_loss(agent: Agent, batch: dict, draws: dict, scale: float, args: Args
         if args.gate != "none":  # the better of proposal and base
             next_q = torch.maximum(next_q, agent.critics_target(after, base, heads).amin(0))
         targets = batch["rewards"] + batch["discounts"] * next_q
-    x = agent.encoder(random_shift(batch["obs"], draws["shift"], args.pad))
+    x = agent.encoder(random_shift(batch["obs"], draws["shifts"][0], args.pad))
     q = agent.critics(x, batch["actions"])
     loss = (q - targets).square().mean()  # differs (3)
     metrics = {
@@ -798,27 +780,28 @@ def join(first: dict, second: dict) -> dict:
 class Learner:
     """Agent, optimizers and buffers, and the updates that are owed."""
 
-    def __init__(self, agent: Agent, demos: Replay | None, args: Args):
-        self.agent, self.demos, self.args = agent, demos, args
-        self.replay = Replay(args.buffer_size // args.num_envs, args)
+    def __init__(self, agent: Agent, base, args: Args):
+        self.agent, self.args, self.metrics = agent, args, {}  # metrics: the latest
+        self.replay, self.demos = Replay(args.buffer_size // args.num_envs, args), None
+        if args.demos:
+            self.demos = store_demos(args, base)
+            agent.encoder.fit(self.demos.data["state"][:, 0])
         values = [*agent.encoder.parameters(), *agent.critics.parameters()]
         self.critic_optimizer = torch.optim.AdamW(values, args.lr, fused=True)
         self.actor_optimizer = torch.optim.AdamW(
             agent.actor.parameters(), args.actor_lr, fused=True
         )
-        self.metrics = []  # a dict of tensors for each step and update
 
     def step(self, scale: float, with_actor: bool):
         """One update."""
         batch = draw_batch(self.replay, self.demos, self.args)
         draws = draw(self.args, *batch["actions"].shape)
         optimizers = self.critic_optimizer, self.actor_optimizer
-        self.metrics.append(
-            update(self.agent, optimizers, batch, draws, scale, with_actor, self.args)
-        )
+        metrics = update(self.agent, optimizers, batch, draws, scale, with_actor, self.args)
+        self.metrics |= metrics
 
     def catch_up(self, progress: dict, transitions: int):
-        """The updates owed for `transitions` more; with --async one, so that acting goes on."""
+        """The updates owed for `transitions` more, in what is left of the run."""
         args = self.args
         if not progress["updates"]:
             for _ in tqdm(range(args.critic_warmup), "critic warm-up", leave=False):
@@ -829,42 +812,24 @@ class Learner:
             self.critic_optimizer.param_groups[0]["lr"] = share * args.lr
             self.actor_optimizer.param_groups[0]["lr"] = share * args.actor_lr
         progress["owed"] += transitions * args.utd
-        most = 1 if args.async_ else math.inf
-        for _ in range(int(min(progress["owed"], most))):
+        while progress["owed"] >= 1:
             progress["owed"] -= 1
             progress["updates"] += 1
             self.step(progress["scale"], progress["updates"] % args.policy_frequency == 0)
-
-    def read(self, step: int, checkpoint: Path) -> dict[str, float]:
-        """Each metric's mean since the last reading. Raises FloatingPointError if one is not finite."""
-        values = defaultdict(list)
-        for metrics in self.metrics:
-            for name, value in metrics.items():
-                values[name].append(value)
-        self.metrics.clear()
-        means = {name: float(torch.stack(tensors).mean()) for name, tensors in values.items()}
-        for name, mean in means.items():
-            if not math.isfinite(mean):
-                message = f"{name} is not finite at step {step}; last good checkpoint: {checkpoint}"
-                raise FloatingPointError(message)
-        return means
 
 
 # --- evaluate -----------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(policy, env, args: Args, video: Path | None = None) -> dict:
-    """Whole episodes without noise from fixed seeds, the random state of training untouched.
-
-    -> metrics
-    """
+    """Whole episodes without noise from fixed seeds -> metrics. Training's random state is kept."""
     random = GlobalRandom()
     before = random.state_dict()
     torch.manual_seed(EVAL_SEED)  # of bases that draw
     frames, took, successes, lengths = [], [], [], []
     for seed in range(EVAL_SEED, EVAL_SEED + args.eval_episodes // env.num_envs):
         obs = env.reset(seed=seed)
-        policy.reset()
         running = torch.ones(env.num_envs, dtype=torch.bool, device=args.device)
+        policy.reset(running)
         while running.any():
             if video and seed == EVAL_SEED:
                 images = env.render(range(min(4, env.num_envs)), size=160)
@@ -877,14 +842,13 @@ def evaluate(policy, env, args: Args, video: Path | None = None) -> dict:
             ended = running & ends  # each environment counts once
             successes.append(info["episode"]["success_at_end"][ended])
             lengths.append(info["episode"]["length"][ended])
-            running &= ~ended
+            running = running & ~ended
     random.load_state_dict(before)
     if video:
         video.parent.mkdir(parents=True, exist_ok=True)
         imageio.mimwrite(video, frames, fps=max(1, round(env.control_hz)), macro_block_size=1)
-    rate = float(torch.cat(successes).float().mean())
     return {
-        "eval/success_rate": rate,
+        "eval/success_rate": float(torch.cat(successes).float().mean()),
         "eval/length": float(torch.cat(lengths).float().mean()),
         "eval/took": float(torch.stack(took).mean()),
     }
@@ -927,7 +891,7 @@ NAME = r"[\w.+-]*"
 TEXTS = {
     "target": r"torch\.ops\.aten\.(?!from_file|__)\w+\.\w+|_operator\.(add|sub|mul|floordiv|getitem)",
     "path_name": r"(weight|tensor)_\d+",
-    "expr_str": r"(Symbol|Integer|Mul|Add|positive|integer|True|'[su]\d+'|[\d\s(),=*+-])*",
+    "expr_str": r"(Symbol|Integer|Add|Mul|Pow|Min|Max|Mod|FloorDiv|positive|integer|True|'[su]\d+'|[\d\s(),=*+-])*",
     "in_spec": r'(builtins\.(tuple|list|dict)|type|context|children_spec|null|[\d\s\[\]{}":,\\])*',
 }
 TEXTS["guards_code"] = r"(L\['\w+'\]\.size\(\)\[\d\]|[\d\s=<>])*"
@@ -978,21 +942,11 @@ def load_program(content: bytes, device: str):
     return program.module(check_guards=False), about
 
 
-def base_program(args: Args, checkpoint: dict | None) -> torch.Tensor | None:
-    """The .pt2 file of the checkpoint or of --base, as uint8; None if the base is a callable."""
-    if checkpoint:
-        given_twice = checkpoint["base"] is not None and args.base
-        need(not given_twice, "the base is in the checkpoint: --base cannot be given")
-        return checkpoint["base"]
-    if not args.base.endswith(".pt2"):
-        return None
-    return torch.frombuffer(bytearray(Path(args.base).read_bytes()), dtype=torch.uint8)
-
-
 def open_base(args: Args, program: torch.Tensor | None, action_dim: int, env=None):
     """The base: an object with reset(mask) and act(obs); a callable is called with `env`.
 
-    Raises ValueError for a program that is another task's, or that could do more than compute.
+    `program`: a .pt2 file as uint8. Raises ValueError if it is another task's, or could do more
+    than compute.
     """
     if args.mode == "rlpd":
         return NoBase(action_dim)
@@ -1006,6 +960,13 @@ def open_base(args: Args, program: torch.Tensor | None, action_dim: int, env=Non
         wanted = getattr(args, key)
         need(about.get(key, wanted) == wanted, f"the base is for {about.get(key)}, not {wanted}")
     return ChunkQueue(compute, about.get("execute"))
+
+
+def read_program(path: str) -> torch.Tensor | None:
+    """A .pt2 file as uint8; None for a base that is none."""
+    if not path.endswith(".pt2"):
+        return None
+    return torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8)
 
 
 # same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
@@ -1110,13 +1071,11 @@ class Policy:
         self.base = base or open_base(self.args, checkpoint["base"], action_dim)
         self.agent = Agent(self.shapes, self.args).to(device)
         self.agent.load_state_dict(checkpoint["agent"])
-        self.reset()
+        self.reset(torch.ones(1, dtype=torch.bool))
 
-    def reset(self, ended: torch.Tensor | None = None):
-        """Episodes begin, everywhere or in a mask (N,): the base forgets what it had planned."""
-        self.begins = ended is None  # everywhere: N is known with the next observation
-        if ended is not None:
-            self.base.reset(ended)
+    def reset(self, begins: torch.Tensor):
+        """Episodes begin where the mask (N,) is True, everywhere if N is another than before."""
+        self.base.reset(begins.to(self.args.device))
 
     @torch.no_grad()
     def act(self, obs: dict) -> torch.Tensor:
@@ -1127,9 +1086,6 @@ class Policy:
         device = self.args.device
         tensors = {key: torch.as_tensor(value, device=device) for key, value in obs.items()}
         seen = observe(tensors, self.args.obs == "pixels")
-        if self.begins:
-            self.base.reset(torch.ones(len(seen["state"]), dtype=torch.bool, device=device))
-            self.begins = False
         seen["base"] = self.base.act(seen)
         actions, self.took = choose(self.agent, seen, self.scale, self.args)
         return actions
@@ -1153,7 +1109,7 @@ class Collector:
         self.noisy = torch.where(mask, noisy, self.noisy)
 
     @torch.no_grad()
-    def step(self, warm: bool, scale: float, owed: float = 0.0) -> dict:
+    def step(self, warm: bool, scale: float) -> dict:
         """One step of every environment -> what the buffer stores of it."""
         args, obs, base = self.args, self.obs, self.obs["base"]
         if warm:
@@ -1176,22 +1132,20 @@ class Collector:
         )
 
     def state_dict(self) -> dict:
-        state = dict(env=self.env.state_dict(), obs=self.obs, noisy=self.noisy)
-        if hasattr(self.base, "state_dict"):
-            state["base"] = self.base.state_dict()
-        return state
+        return dict(obs=self.obs, noisy=self.noisy)
 
     def load_state_dict(self, state: dict):
         device = self.noisy.device
-        self.env.load_state_dict(state["env"])
         self.obs = {key: value.to(device) for key, value in state["obs"].items()}
         self.noisy = state["noisy"].to(device)
-        if "base" in state:
-            self.base.load_state_dict(state["base"])
 
 
 class Apart:
-    """A collector in a process of its own, so that a robot does not wait for the learner."""
+    """A collector in a process of its own, so that a robot does not wait for the learner.
+
+    It acts by the learner's weights, which lie in shared memory, and runs ahead as far as its steps
+    fit in a pipe.
+    """
 
     def __init__(self, args: Args, program: torch.Tensor | None, agent: Agent):
         context = torch.multiprocessing.get_context("spawn")
@@ -1203,11 +1157,9 @@ class Apart:
         self.process.start()
         sender.close()  # so that the pipe ends with the process
 
-    def step(self, warm: bool, scale: float, owed: float) -> dict | None:
-        """A step that has arrived; waits for one only where no update is owed."""
+    def step(self, warm: bool, scale: float) -> dict | None:
+        """The next step; None if the process has ended."""
         self.order.copy_(torch.tensor([warm, scale]))
-        if owed > AHEAD or (owed >= 1 and not self.pipe.poll()):
-            return None
         try:
             arrays = self.pipe.recv()
         except EOFError:
@@ -1221,7 +1173,7 @@ class Apart:
 
 
 def collect_apart(make, args: Args, program, agent: Agent, order: torch.Tensor, sender):
-    """The process of --async: steps without end. The pipe holds it where the learner is behind."""
+    """The process of --async: steps without end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the learner's
     torch.set_num_threads(1)
     env, eval_env = make(args)
@@ -1247,8 +1199,15 @@ def count(progress: dict, step: dict) -> dict:
     progress["global_step"] += len(ended)
     if len(progress["outcomes"]) == ROLLING:
         progress["lowest"] = min(progress["lowest"], rolling(progress["outcomes"]))
-    moved = (step["actions"] - step["base"]).abs().mean()
-    return {"train/took": step["took"].float().mean(), "train/moved": moved}
+    return {"train/took": step["took"].float().mean()}
+
+
+def check_finite(metrics: dict, step: int, checkpoint: Path):
+    """Raises FloatingPointError that names the first metric that is not finite."""
+    for name, value in metrics.items():
+        if not value.isfinite():
+            message = f"{name} is not finite at step {step}; last good checkpoint: {checkpoint}"
+            raise FloatingPointError(message)
 
 
 def ramp(global_step: int, args: Args) -> float:
@@ -1256,6 +1215,33 @@ def ramp(global_step: int, args: Args) -> float:
     if not args.ramp_steps:
         return 1.0
     return min(max((global_step - args.learning_starts) / args.ramp_steps, 0.0), 1.0)
+
+
+def evaluate_checkpoint(args: Args) -> dict:
+    """What --evaluate does. -> metrics"""
+    checkpoint = load(args.checkpoint)
+    _, env = make_envs(args)
+    base = open_base(args, checkpoint["base"], env.action_dim, env)
+    policy = Policy(checkpoint, args.device, base)
+    video = Path(args.checkpoint).parent / "videos/evaluate.mp4" if args.capture_video else None
+    results = evaluate(policy, env, args, video)
+    print(json.dumps(results))
+    env.close()
+    return results
+
+
+def restore(parts: dict, checkpoint: dict, run: Path) -> dict:
+    """Parts and CSV files go on from a checkpoint. -> its counters"""
+    for name, part in parts.items():
+        if name in checkpoint:
+            part.load_state_dict(checkpoint[name])
+    replay = parts["replay"]
+    if not replay.head:
+        print(f"{run} was run without --save-buffer: its replay buffer starts empty")
+    elif "collector" not in parts:  # the actor's process begins new episodes: the old ones end
+        replay.data["discounts"][(replay.head - 1) % replay.slots] = 0
+    cut_back(run, checkpoint["csv_sizes"])
+    return checkpoint["progress"]
 
 
 def train(args: Args) -> dict:
@@ -1267,36 +1253,32 @@ def train(args: Args) -> dict:
     check(args)
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
-    env, eval_env = make_envs(replace(args, evaluate=args.evaluate or args.async_))
-    source = args.checkpoint if args.evaluate else Path(args.resume or "") / "checkpoint.pt"
-    checkpoint = load(source) if args.evaluate or args.resume else None
-    program, action_dim = base_program(args, checkpoint), eval_env.action_dim
-    eval_base = open_base(args, program, action_dim, eval_env)
     if args.evaluate:
-        video = Path(args.checkpoint).parent / "videos/evaluate.mp4" if args.capture_video else None
-        results = evaluate(Policy(checkpoint, args.device, eval_base), eval_env, args, video)
-        print(json.dumps(results))
-        eval_env.close()
-        return results
-
+        return evaluate_checkpoint(args)
+    env, eval_env = make_envs(replace(args, evaluate=args.async_))
     run = open_run(args)
-    base = open_base(args, program, action_dim, env)
-    shapes = {"action": action_dim}
+    checkpoint = load(run / "checkpoint.pt") if args.resume else None
+    program = checkpoint["base"] if checkpoint else read_program(args.base)
+    shapes = {"action": eval_env.action_dim}
     for key, value in observe(eval_env.reset(), args.obs == "pixels").items():
         shapes[key] = list(value.shape[1:])
-    demos = store_demos(args, shapes, base) if args.demos else None
+    base = open_base(args, program, shapes["action"], env)
+    eval_base = open_base(args, program, shapes["action"], eval_env)
     agent = Agent(shapes, args).to(args.device)
-    if demos:
-        agent.encoder.fit(demos.data["state"][:, 0])
-    learner = Learner(agent, demos, args)
-    collector = Apart(args, program, agent) if args.async_ else Collector(args, env, base, agent)
+    learner = Learner(agent, base, args)
     parts = dict(agent=agent, random=GlobalRandom(), replay=learner.replay)
     parts["critic_optimizer"] = learner.critic_optimizer
     parts["actor_optimizer"] = learner.actor_optimizer
-    if not args.async_:
-        parts["collector"] = collector
+    if args.async_:
+        collector = Apart(args, program, agent)
+    else:
+        collector = Collector(args, env, base, agent)
+        parts |= dict(env=env, collector=collector)
+        if hasattr(base, "state_dict"):
+            parts["queue"] = base
     progress = dict(global_step=0, wall_time=0.0, train_time=0.0, best=-1.0, scale=0.0)
     progress |= dict(owed=0.0, updates=0, episodes=0, lowest=1.0, outcomes=[])
+
     def content() -> dict:
         about = dict(algo="resfit", args=asdict(args) | {"base": ""}, spec=eval_env.spec)
         about |= dict(shapes=shapes, base=program, progress=dict(progress))
@@ -1310,22 +1292,14 @@ def train(args: Args) -> dict:
     policy = Policy(content(), args.device, eval_base)
     policy.agent = agent
     if checkpoint:
-        for name, part in parts.items():
-            if name in checkpoint:
-                part.load_state_dict(checkpoint[name])
-        progress = checkpoint["progress"]
-        cut_back(run, checkpoint["csv_sizes"])
-        if args.async_:
-            learner.replay.cut()
-        if not args.save_buffer:
-            print(f"{run} was run without --save-buffer: its replay buffer starts empty")
+        progress = restore(parts, checkpoint, run)
         checkpoint = None  # its mapped tensors are released
     else:
         (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
         save_run()
     results, before = {}, progress["global_step"]
-    first, first_time = before, progress["train_time"]
-    born, begin = START - progress["wall_time"], time.perf_counter() - first_time
+    born = START - progress["wall_time"]
+    begin = time.perf_counter() - progress["train_time"]
     bar = tqdm(total=args.total_timesteps, initial=before, unit="step", mininterval=1)
     interrupt = Interrupt()
     while True:
@@ -1337,14 +1311,15 @@ def train(args: Args) -> dict:
         eval_due = step // args.eval_freq > before // args.eval_freq or (last and step > before)
 
         # log
-        if eval_due or step // args.log_freq > before // args.log_freq:
-            means = learner.read(step, run / "checkpoint.pt")
+        log_due = eval_due or step // args.log_freq > before // args.log_freq
+        if log_due and "loss/actor" in learner.metrics:  # the first row names the columns
             row = clock | {"train/rolling_success": training, "train/scale": progress["scale"]}
             row["train/episodes"] = progress["episodes"]
             row["train/nan_resets"] = int(env.nan_resets) if env else 0
-            row["time/sps"] = (step - first) / (progress["train_time"] - first_time)
-            if "loss/actor" in means:  # the first row names the columns
-                write_row(run / "metrics.csv", row | means, args.track)
+            row["time/sps"] = step / progress["train_time"]
+            row |= {name: float(value) for name, value in learner.metrics.items()}
+            check_finite(learner.metrics, step, run / "checkpoint.pt")
+            write_row(run / "metrics.csv", row, args.track)
 
         # evaluate and save; at first the base alone
         if eval_due or progress["best"] < 0:
@@ -1352,10 +1327,9 @@ def train(args: Args) -> dict:
             policy.scale = progress["scale"]
             video = run / f"videos/step_{step:09d}.mp4" if last and args.capture_video else None
             results = evaluate(policy, eval_env, args, video)
-            success = results["eval/success_rate"]
             row = clock | results | {"train/rolling_success": training}
-            row["train/lowest"] = progress["lowest"]
-            write_row(run / "eval.csv", row, args.track)
+            write_row(run / "eval.csv", row | {"train/lowest": progress["lowest"]}, args.track)
+            success = results["eval/success_rate"]
             bar.write(f"{step} steps: success {success:.3f}, in training {training:.3f}")
             if success >= progress["best"]:
                 progress["best"] = success
@@ -1368,9 +1342,9 @@ def train(args: Args) -> dict:
         # act, step and store
         before, warm = step, step < args.learning_starts
         progress["scale"] = ramp(step, args)
-        taken = collector.step(warm, progress["scale"], progress["owed"])
+        taken = collector.step(warm, progress["scale"])
         if taken:
-            learner.metrics.append(count(progress, taken))
+            learner.metrics |= count(progress, taken)
             learner.replay.add(taken)
         transitions = progress["global_step"] - step
         bar.update(transitions)
