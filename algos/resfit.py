@@ -534,16 +534,14 @@ class Replay:
     (0 in the last step of an episode, so that nothing beyond it counts).
     """
 
-    def __init__(self, slots: int, args: Args):
-        self.slots, self.n_step, self.gamma = slots, args.n_step, args.gamma
-        self.device = args.device
+    def __init__(self, slots: int, num_envs: int, args: Args):
+        self.slots, self.num_envs, self.device = slots, num_envs, args.device
+        self.n_step, self.gamma = args.n_step, args.gamma
         self.data, self.head = {}, 0  # head: steps since the run began
 
     def __len__(self) -> int:
         """Transitions in it."""
-        if not self.data:
-            return 0
-        return min(self.head, self.slots) * self.data["rewards"].shape[1]
+        return min(self.head, self.slots) * self.num_envs
 
     def add(self, step: dict):
         """Store one step of every environment, (N, ...) each."""
@@ -557,7 +555,7 @@ class Replay:
         """B transitions, uniform over the steps that have n_step others after them."""
         oldest, newest = max(0, self.head - self.slots), self.head - self.n_step
         at = torch.randint(oldest, newest, (batch_size,), device=self.device)
-        env = torch.randint(self.data["rewards"].shape[1], (batch_size,), device=self.device)
+        env = torch.randint(self.num_envs, (batch_size,), device=self.device)
         return self.transitions(at, env)
 
     def transitions(self, at, env) -> dict:
@@ -580,12 +578,9 @@ class Replay:
         return batch
 
     def state_dict(self) -> dict:
-        used = min(self.head, self.slots)
-        data = {}
-        for key, rows in self.data.items():
-            data[key] = (
-                rows if used == self.slots else rows[:used].clone()
-            )  # a view saves the whole
+        data = self.data
+        if self.head < self.slots:  # a view would save the whole
+            data = {key: rows[: self.head].clone() for key, rows in data.items()}
         return dict(head=self.head, data=data)
 
     def load_state_dict(self, state: dict):
@@ -619,7 +614,7 @@ def store_demos(args: Args, base) -> Replay:
     data["discounts"] = 1.0 - data["rewards"]
     # Windows may look beyond the last step, where nothing counts.
     data = {key: torch.cat([rows, rows[: args.n_step]])[:, None] for key, rows in data.items()}
-    replay = Replay(len(data["base"]), args)
+    replay = Replay(len(data["base"]), 1, args)
     replay.load_state_dict(dict(head=replay.slots, data=data))
     return replay
 
@@ -782,7 +777,8 @@ class Learner:
 
     def __init__(self, agent: Agent, base, args: Args):
         self.agent, self.args, self.metrics = agent, args, {}  # metrics: the latest
-        self.replay, self.demos = Replay(args.buffer_size // args.num_envs, args), None
+        self.replay = Replay(args.buffer_size // args.num_envs, args.num_envs, args)
+        self.demos = None
         if args.demos:
             self.demos = store_demos(args, base)
             agent.encoder.fit(self.demos.data["state"][:, 0])
@@ -792,13 +788,21 @@ class Learner:
             agent.actor.parameters(), args.actor_lr, fused=True
         )
 
+    def parts(self) -> dict:
+        """What a checkpoint holds of it."""
+        return dict(
+            agent=self.agent,
+            replay=self.replay,
+            critic_optimizer=self.critic_optimizer,
+            actor_optimizer=self.actor_optimizer,
+        )
+
     def step(self, scale: float, with_actor: bool):
         """One update."""
         batch = draw_batch(self.replay, self.demos, self.args)
         draws = draw(self.args, *batch["actions"].shape)
         optimizers = self.critic_optimizer, self.actor_optimizer
-        metrics = update(self.agent, optimizers, batch, draws, scale, with_actor, self.args)
-        self.metrics |= metrics
+        self.metrics |= update(self.agent, optimizers, batch, draws, scale, with_actor, self.args)
 
     def catch_up(self, progress: dict, transitions: int):
         """The updates owed for `transitions` more, in what is left of the run."""
@@ -816,6 +820,15 @@ class Learner:
             progress["owed"] -= 1
             progress["updates"] += 1
             self.step(progress["scale"], progress["updates"] % args.policy_frequency == 0)
+
+    def read(self, step: int, checkpoint: Path) -> dict[str, float]:
+        """The latest metrics. Raises FloatingPointError that names the first that is not finite."""
+        metrics = {name: float(value) for name, value in self.metrics.items()}
+        for name, value in metrics.items():
+            message = f"{name} is not finite at step {step}; last good checkpoint: {checkpoint}"
+            if not math.isfinite(value):
+                raise FloatingPointError(message)
+        return metrics
 
 
 # --- evaluate -----------------------------------------------------------------------------------
@@ -1131,6 +1144,13 @@ class Collector:
             took=took,
         )
 
+    def parts(self) -> dict:
+        """What a checkpoint holds of it; of a base of your own what its `state_dict` says."""
+        parts = dict(env=self.env, collector=self)
+        if hasattr(self.base, "state_dict"):
+            parts["queue"] = self.base
+        return parts
+
     def state_dict(self) -> dict:
         return dict(obs=self.obs, noisy=self.noisy)
 
@@ -1195,19 +1215,18 @@ def count(progress: dict, step: dict) -> dict:
     ended = step["discounts"] == 0
     successes = step["rewards"][ended].tolist()
     progress["outcomes"] = [*progress["outcomes"], *successes][-ROLLING:]
-    progress["episodes"] += len(successes)
     progress["global_step"] += len(ended)
     if len(progress["outcomes"]) == ROLLING:
         progress["lowest"] = min(progress["lowest"], rolling(progress["outcomes"]))
     return {"train/took": step["took"].float().mean()}
 
 
-def check_finite(metrics: dict, step: int, checkpoint: Path):
-    """Raises FloatingPointError that names the first metric that is not finite."""
-    for name, value in metrics.items():
-        if not value.isfinite():
-            message = f"{name} is not finite at step {step}; last good checkpoint: {checkpoint}"
-            raise FloatingPointError(message)
+def shapes_of(env, args: Args) -> dict:
+    """What the networks see and give: "action" A, "state" [S] and, from pixels, "rgb" [H, W, C]."""
+    shapes = {"action": env.action_dim}
+    for key, value in observe(env.reset(), args.obs == "pixels").items():
+        shapes[key] = list(value.shape[1:])
+    return shapes
 
 
 def ramp(global_step: int, args: Args) -> float:
@@ -1259,35 +1278,34 @@ def train(args: Args) -> dict:
     run = open_run(args)
     checkpoint = load(run / "checkpoint.pt") if args.resume else None
     program = checkpoint["base"] if checkpoint else read_program(args.base)
-    shapes = {"action": eval_env.action_dim}
-    for key, value in observe(eval_env.reset(), args.obs == "pixels").items():
-        shapes[key] = list(value.shape[1:])
+    shapes = shapes_of(eval_env, args)
     base = open_base(args, program, shapes["action"], env)
-    eval_base = open_base(args, program, shapes["action"], eval_env)
+    eval_base = copy.copy(base)  # the same program, with a queue of its own
+    if program is None:
+        eval_base = open_base(args, program, shapes["action"], eval_env)
     agent = Agent(shapes, args).to(args.device)
     learner = Learner(agent, base, args)
-    parts = dict(agent=agent, random=GlobalRandom(), replay=learner.replay)
-    parts["critic_optimizer"] = learner.critic_optimizer
-    parts["actor_optimizer"] = learner.actor_optimizer
+    parts = learner.parts() | dict(random=GlobalRandom())
     if args.async_:
         collector = Apart(args, program, agent)
     else:
         collector = Collector(args, env, base, agent)
-        parts |= dict(env=env, collector=collector)
-        if hasattr(base, "state_dict"):
-            parts["queue"] = base
+        parts |= collector.parts()
     progress = dict(global_step=0, wall_time=0.0, train_time=0.0, best=-1.0, scale=0.0)
-    progress |= dict(owed=0.0, updates=0, episodes=0, lowest=1.0, outcomes=[])
+    progress |= dict(owed=0.0, updates=0, lowest=1.0, outcomes=[])
 
     def content() -> dict:
-        about = dict(algo="resfit", args=asdict(args) | {"base": ""}, spec=eval_env.spec)
-        about |= dict(shapes=shapes, base=program, progress=dict(progress))
-        return about | dict(agent=agent.state_dict())
+        """All that Policy needs."""
+        facts = dict(algo="resfit", args=asdict(args) | {"base": ""}, spec=eval_env.spec)
+        facts |= dict(shapes=shapes, base=program, progress=dict(progress))
+        return facts | dict(agent=agent.state_dict())
 
     def save_run():
-        kept = [name for name in parts if name != "replay" or args.save_buffer]
-        states = {name: parts[name].state_dict() for name in kept}
-        save(run / "checkpoint.pt", content() | states | dict(csv_sizes=csv_sizes(run)))
+        states = dict(csv_sizes=csv_sizes(run))
+        for name, part in parts.items():
+            if name != "replay" or args.save_buffer:
+                states[name] = part.state_dict()
+        save(run / "checkpoint.pt", content() | states)
 
     policy = Policy(content(), args.device, eval_base)
     policy.agent = agent
@@ -1313,12 +1331,10 @@ def train(args: Args) -> dict:
         # log
         log_due = eval_due or step // args.log_freq > before // args.log_freq
         if log_due and "loss/actor" in learner.metrics:  # the first row names the columns
-            row = clock | {"train/rolling_success": training, "train/scale": progress["scale"]}
-            row["train/episodes"] = progress["episodes"]
+            row = clock | learner.read(step, run / "checkpoint.pt")
+            row |= {"train/rolling_success": training, "train/scale": progress["scale"]}
             row["train/nan_resets"] = int(env.nan_resets) if env else 0
             row["time/sps"] = step / progress["train_time"]
-            row |= {name: float(value) for name, value in learner.metrics.items()}
-            check_finite(learner.metrics, step, run / "checkpoint.pt")
             write_row(run / "metrics.csv", row, args.track)
 
         # evaluate and save; at first the base alone
@@ -1327,8 +1343,8 @@ def train(args: Args) -> dict:
             policy.scale = progress["scale"]
             video = run / f"videos/step_{step:09d}.mp4" if last and args.capture_video else None
             results = evaluate(policy, eval_env, args, video)
-            row = clock | results | {"train/rolling_success": training}
-            write_row(run / "eval.csv", row | {"train/lowest": progress["lowest"]}, args.track)
+            row = {"train/rolling_success": training, "train/lowest": progress["lowest"]}
+            write_row(run / "eval.csv", clock | results | row, args.track)
             success = results["eval/success_rate"]
             bar.write(f"{step} steps: success {success:.3f}, in training {training:.3f}")
             if success >= progress["best"]:

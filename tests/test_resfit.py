@@ -188,7 +188,7 @@ def test_losses_gradients_and_gate_are_those_of_f2f0a1a(case):
 def test_n_step_sums_are_those_of_f2f0a1a():
     """golden/resfit.npz: what f2f0a1a's Replay sampled of 50 steps of three environments."""
     saved = golden("n_step")
-    replay = rf.Replay(64, arguments(n_step=3, gamma=0.9))
+    replay = rf.Replay(64, 3, arguments(n_step=3, gamma=0.9))
     for t in range(50):
         rewards, dones = saved["rewards"][t], saved["dones"][t]
         step = {"state": torch.full((3, 1), t), "actions": torch.zeros(3, 1), "rewards": rewards}
@@ -247,7 +247,7 @@ def test_queue_asks_at_chunk_ends_and_after_resets_and_nowhere_else():
 
 
 def test_a_ring_that_wraps_never_tears_an_episode():
-    small, large = rf.Replay(23, arguments()), rf.Replay(400, arguments())
+    small, large = rf.Replay(23, 2, arguments()), rf.Replay(400, 2, arguments())
     draw = torch.Generator().manual_seed(0)
     for t in range(300):
         rewards, ends = torch.rand(2, generator=draw), torch.rand(2, generator=draw) < 0.2
