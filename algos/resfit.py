@@ -900,15 +900,18 @@ MEMBERS = (
     r"|constants/(tensor_\d+|model_constants_config\.json))|models/model\.json|extra/base\.json"
     r"|archive_(format|version)|byteorder|\.data/\w+"
 )
-NAME = r"[\w.+-]*"
-TEXTS = {
-    "target": r"torch\.ops\.aten\.(?!from_file|__)\w+\.\w+|_operator\.(add|sub|mul|floordiv|getitem)",
+TEXT = {
+    "target": r"torch\.ops\.aten\.(?!from_file|__)\w+\.\w+|_operator\.(add|sub|mul|floordiv|getitem)"
+    r"|torch\.ops\.higher_order\.wrap_with_(set_grad_enabled|autocast)",
     "path_name": r"(weight|tensor)_\d+",
-    "expr_str": r"(Symbol|Integer|Add|Mul|Pow|Min|Max|Mod|FloorDiv|positive|integer|True|'[su]\d+'|[\d\s(),=*+-])*",
+    "as_string": r".*",
+    "expr_str": r"(Symbol|Integer|Add|Mul|Pow|Min|Max|Mod|FloorDiv|positive|integer|True"
+    r"|'[su]\d+'|[\d\s(),=*+-])*",
+    "guards_code": r"(L\['\w+'\]\.size\(\)\[\d\]|[\d\s=<>])*",
     "in_spec": r'(builtins\.(tuple|list|dict)|type|context|children_spec|null|[\d\s\[\]{}":,\\])*',
+    "out_spec": r'(type|context|children_spec|null|[\d\s\[\]{}":,\\])*',
 }
-TEXTS["guards_code"] = r"(L\['\w+'\]\.size\(\)\[\d\]|[\d\s=<>])*"
-TEXTS["out_spec"] = TEXTS["in_spec"]
+NAME = r"[\w.+-]*"  # all other text
 
 
 def check_program(part, key: str = ""):
@@ -924,7 +927,7 @@ def check_program(part, key: str = ""):
         for value in part:
             check_program(value, key)
     elif isinstance(part, str):
-        plain = re.fullmatch(TEXTS.get(key, NAME), part)
+        plain = re.fullmatch(TEXT.get(key, NAME), part)
         need(plain, f"{key} {part[:80]!r} is no plain tensor operator or name")
     else:
         need(key != "use_pickle" or not part, "it has pickled tensors")

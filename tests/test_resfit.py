@@ -572,15 +572,18 @@ def test_best_is_the_best(fake, monkeypatch):
 
 def test_evaluation_has_no_noise_and_leaves_training_alone(fake):
     out = rf.train(arguments(fake, name="a", noise=5.0, limit=(1.0,)))
-    before = torch.get_rng_state()
     args = rf.parse_args(["--evaluate", "--checkpoint", "runs/a/checkpoint.pt", "--no-capture-video"])
-    for _ in range(2):
-        again = rf.train(args)
-        assert all(again[key] == out[key] for key in again)
+    again = rf.train(args)
+    assert all(again[key] == out[key] for key in again)
     policy, env = rf.Policy("runs/a/checkpoint.pt"), FakeEnv(8, asymmetric=True)
-    torch.set_rng_state(before)
+    torch.manual_seed(123)
+    before, actions = torch.get_rng_state(), []
     rf.evaluate(policy, env, args)
     assert torch.equal(torch.get_rng_state(), before)
+    for _ in range(2):
+        policy.reset(torch.ones(8, dtype=torch.bool))
+        actions.append(policy.act(env.obs))
+    assert torch.equal(*actions)
 
 
 def test_a_callable_can_be_the_base_and_is_never_named_by_a_file(fake, tmp_path):
