@@ -179,7 +179,7 @@ class Args:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # of networks, data and envs
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
 def need(holds, message: str):
     """Raises ValueError with the message unless something holds."""
     if not holds:
@@ -217,7 +217,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     first_look = [word for word in argv if word not in ("-h", "--help")]
     given = tyro.cli(Args, args=first_look)
     if given.resume:
-        return resumed_args(given.resume, argv)
+        others = [word for word in argv if word not in ("--base", given.base)]
+        return replace(resumed_args(given.resume, others), base=given.base)
     if given.checkpoint:
         saved = Args(**load(given.checkpoint)["args"])
         defaults = replace(saved, name="", resume=None, device=given.device)
@@ -228,26 +229,20 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return tyro.cli(Args, args=argv, default=defaults, description=__doc__.split("\n\n")[0])
 
 
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
 def resumed_args(run: str, argv: list[str]) -> Args:
-    """The arguments of a run; only length, tracking, a device of the same kind and a base that is a
-    callable may be given again.
+    """The arguments of a run. Only its length, tracking and a device of the same kind may change.
 
-    Raises ValueError that names the first argument that differs, FileNotFoundError without a
-    checkpoint.
+    Raises ValueError that names what differs, FileNotFoundError without a checkpoint.
     """
-    checkpoint = load(Path(run) / "checkpoint.pt")
-    saved = replace(Args(**checkpoint["args"]), resume=run)
+    saved = replace(Args(**load(Path(run) / "checkpoint.pt")["args"]), resume=run)
     args = tyro.cli(Args, args=argv, default=saved, description=__doc__.split("\n\n")[0])
-    may_change = {"total_timesteps", "track", "device"}
-    if checkpoint["base"] is None:
-        may_change.add("base")
     for name, value in asdict(args).items():
-        same = name in may_change or value == getattr(saved, name)
+        free = name in ("total_timesteps", "steps", "track", "device")
         flag = "--" + name.replace("_", "-")
-        need(same, f"{flag} belongs to {run}: it cannot change on --resume")
-    same_kind = args.device.split(":")[0] == saved.device.split(":")[0]
-    message = f"--device must stay a {saved.device}: random numbers differ between kinds of device"
-    need(same_kind, message)
+        need(free or value == getattr(saved, name), f"{flag} cannot change on --resume of {run}")
+    kind = saved.device.split(":")[0]
+    need(args.device.startswith(kind), f"--device must stay {kind}: its random numbers are others")
     return args
 
 
@@ -333,7 +328,7 @@ class Encoder(nn.Module):
 
 
 class Trunk(nn.Module):
-    """(B, E) -> (B, width): the images' part compressed, by the actor's or the critics' own layer."""
+    """(B, E) -> (B, width): the images' part compressed, by a layer of the actor's or critics' own."""
 
     def __init__(self, encoder: Encoder):
         super().__init__()
@@ -382,7 +377,7 @@ class Actor(nn.Module):
 
 
 class Critics(nn.Module):
-    """features (B, E), executed action (B, A) -> values (H, B): H perceptrons as stacked weights."""
+    """features (B, E), executed action (B, A) -> values (H, B): perceptrons as stacked weights."""
 
     def __init__(self, encoder: Encoder, shapes: dict, args: Args):
         super().__init__()
@@ -421,9 +416,9 @@ class Agent(nn.Module):
 
 
 # --- Storage ------------------------------------------------------------------------------------
-# same in: resfit.py, bc_chunk.py
+# same in: resfit, bc_chunk
 def read_demo(group, cameras: tuple[str, ...]) -> dict | None:
-    """One demonstration up to its first success, as `read_demos` gives it; None without a success."""
+    """One demonstration up to its first success, as `read_demos` gives it; None without one."""
     if "success" in group:
         success = group["success"][()] > 0
     else:
@@ -446,7 +441,7 @@ def read_demo(group, cameras: tuple[str, ...]) -> dict | None:
     return demo | {"actions": group["actions"][:length].astype(np.float32)}
 
 
-# same in: resfit.py, bc_chunk.py
+# same in: resfit, bc_chunk
 def read_demos(path: str, cameras: tuple[str, ...]) -> tuple[list[dict], list[dict]]:
     """Successful demonstrations of a file in robomimic's layout: to train on, and to validate on.
 
@@ -615,7 +610,7 @@ def store_demos(args: Args, base) -> Replay:
     # Windows may look beyond the last step, where nothing counts.
     data = {key: torch.cat([rows, rows[: args.n_step]])[:, None] for key, rows in data.items()}
     replay = Replay(len(data["base"]), 1, args)
-    replay.load_state_dict(dict(head=replay.slots, data=data))
+    replay.data, replay.head = data, replay.slots
     return replay
 
 
@@ -632,18 +627,22 @@ def propose(base, residual, args: Args):
 
 
 @torch.no_grad()
-def select(agent: Agent, x, base, proposal, scale: float, args: Args, heads=slice(None)):
-    """Eq. 6: the proposal (B, A) where the target critics prefer it, elsewhere the base's action.
+def choose(agent: Agent, obs, scale: float, args: Args, noise=0.0, heads=slice(None)):
+    """Eqs. 2 and 6: the proposal where the target critics prefer it, elsewhere the base's action.
 
-    "agree" asks all heads, and the more strictly the smaller `scale`, the share of the residual that
-    is let through; "min" is IBRL's choice by the smaller value of `heads`. -> actions, took (B,)
+    "agree" asks all heads, and the more strictly the smaller `scale`, the share of the residual
+    that is let through; "min" is IBRL's choice by the smaller value of `heads`.
+    -> actions (N, A), took (N,): where it was the proposal
     """
+    x, base = agent.encoder(obs), obs["base"]
+    residual = bounded(scale * agent.actor(x, base), noise, agent.actor.limit)
+    proposal = propose(base, residual, args)
     if args.gate == "none":
         return proposal, torch.ones(len(base), dtype=torch.bool, device=base.device)
     if args.gate == "agree":
         heads = slice(None)
     both = torch.cat([proposal, base])
-    new, old = agent.critics_target(x.repeat(2, 1), both, heads).chunk(2, 1)  # (H, B) each
+    new, old = agent.critics_target(x.repeat(2, 1), both, heads).chunk(2, 1)  # (H, N) each
     if args.gate == "agree":
         gain = new - old
         strictness = KAPPA + args.caution * (1 - scale)
@@ -653,16 +652,8 @@ def select(agent: Agent, x, base, proposal, scale: float, args: Args, heads=slic
     return torch.where(took[:, None], proposal, base), took
 
 
-@torch.no_grad()
-def choose(agent: Agent, obs, scale: float, args: Args, noise=0.0, heads=slice(None)):
-    """Eqs. 2 and 6 -> actions (N, A), took (N,): where the residual was let through"""
-    x, base = agent.encoder(obs), obs["base"]
-    residual = bounded(scale * agent.actor(x, base), noise, agent.actor.limit)
-    return select(agent, x, base, propose(base, residual, args), scale, args, heads)
-
-
 def draw(args: Args, batch_size: int, action_dim: int) -> dict:
-    """The random numbers of an update: noise (B, A), a pair of heads, two shifts of images (B, 2)."""
+    """The random numbers of an update: noise (B, A), a pair of heads, two shifts (B, 2)."""
     shifts = (2, batch_size, 2)
     return dict(
         noise=torch.randn(batch_size, action_dim, device=args.device),
@@ -734,7 +725,7 @@ def target_update(target: nn.Module, net: nn.Module, tau: float):
 
 
 def update(agent, optimizers, batch, draws, scale: float, with_actor: bool, args: Args) -> dict:
-    """One step of encoder and critics, with `with_actor` one of the actor too, then their targets."""
+    """One step of encoder and critics, `with_actor` one of the actor too, then their targets."""
     critic_optimizer, actor_optimizer = optimizers
     loss, x, metrics = critic_loss(agent, batch, draws, scale, args)
     descend(loss, critic_optimizer)
@@ -868,7 +859,7 @@ def evaluate(policy, env, args: Args, video: Path | None = None) -> dict:
 
 
 # --- save / load --------------------------------------------------------------------------------
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
 def save(path: Path, content: dict):
     """Write under a temporary name, then rename: an interrupted save leaves the old file whole."""
     temporary = path.with_suffix(".tmp")
@@ -893,7 +884,7 @@ def load(path: str | Path) -> dict:
     return checkpoint
 
 
-# torch.export.load would run pickles and Python text of a .pt2 file. So its members, and every text
+# torch.export.load would run pickles and Python text of a .pt2 file. So its members, and all text
 # in them by the key that it stands under, must be what a program of plain tensor operators has.
 MEMBERS = (
     r"data/(weights/(weight_\d+|model_weights_config\.json)|sample_inputs/model\.pt"
@@ -901,8 +892,9 @@ MEMBERS = (
     r"|archive_(format|version)|byteorder|\.data/\w+"
 )
 TEXT = {
-    "target": r"torch\.ops\.aten\.(?!from_file|__)\w+\.\w+|_operator\.(add|sub|mul|floordiv|getitem)"
-    r"|torch\.ops\.higher_order\.wrap_with_(set_grad_enabled|autocast)",
+    "target": r"torch\.ops\.aten\.(?!from_file|__)\w+\.\w+"
+    r"|torch\.ops\.higher_order\.wrap_with_(set_grad_enabled|autocast)"
+    r"|_operator\.(add|sub|mul|floordiv|getitem)",
     "path_name": r"(weight|tensor)_\d+",
     "as_string": r".*",
     "expr_str": r"(Symbol|Integer|Add|Mul|Pow|Min|Max|Mod|FloorDiv|positive|integer|True"
@@ -978,6 +970,13 @@ def open_base(args: Args, program: torch.Tensor | None, action_dim: int, env=Non
     return ChunkQueue(compute, about.get("execute"))
 
 
+def saved_program(checkpoint: dict, args: Args) -> torch.Tensor | None:
+    """The program in a checkpoint; None if its base is a callable, which --base then names."""
+    given_twice = checkpoint["base"] is not None and args.base
+    need(not given_twice, "the base is in the checkpoint: --base cannot be given")
+    return checkpoint["base"]
+
+
 def read_program(path: str) -> torch.Tensor | None:
     """A .pt2 file as uint8; None for a base that is none."""
     if not path.endswith(".pt2"):
@@ -985,31 +984,27 @@ def read_program(path: str) -> torch.Tensor | None:
     return torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8)
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, resfit, bc_chunk
 class GlobalRandom:
     """torch's global generators, as a part of a checkpoint."""
 
     def state_dict(self) -> dict:
-        state = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            state["cuda"] = torch.cuda.get_rng_state()
-        return state
+        return dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all())
 
     def load_state_dict(self, state: dict):
         torch.set_rng_state(state["cpu"])
-        if "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"])
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
 class Interrupt:
-    """Ctrl-C or SIGTERM sets `asked`, and the loop saves when its step is whole; a second one ends it at once."""
+    """Ctrl-C or SIGTERM sets `asked`: the loop finishes its step and saves. Twice ends at once."""
 
     def __init__(self):
         self.asked = False
-        self.earlier = {
-            number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        self.earlier = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.earlier[number] = signal.signal(number, self)
 
     def __call__(self, number, frame):
         self.asked = True
@@ -1020,9 +1015,9 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
 def write_row(path: Path, row: dict, track: bool):
-    """Append to a CSV file, whose first row names the columns; with `track` to Weights & Biases too."""
+    """Append to a CSV file, whose first row names the columns; `track`: to Weights & Biases too."""
     with path.open("a", newline="") as file:
         writer = csv.writer(file)
         if file.tell() == 0:
@@ -1034,40 +1029,36 @@ def write_row(path: Path, row: dict, track: bool):
         wandb.log(row, step=row["global_step"])
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
 def csv_sizes(run: Path) -> dict[str, int]:
-    """Bytes of each CSV file of the run: what comes later than a checkpoint is cut off on --resume."""
+    """Bytes of each CSV file of the run: what a checkpoint has not seen is cut off on --resume."""
     return {path.name: path.stat().st_size for path in run.glob("*.csv")}
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
 def cut_back(run: Path, sizes: dict[str, int]):
-    """Shorten each CSV file to its size at the checkpoint; one that was not there yet goes."""
+    """Shorten each CSV file to its size at the checkpoint; a later one is emptied."""
     for path in run.glob("*.csv"):
         os.truncate(path, sizes.get(path.name, 0))
 
 
-# same in: squint_sac.py, drqv2.py, sac_pixels.py, sapo_rewarped.py, ppo_mjx_go1.py, resfit.py, bc_chunk.py, distill_go1.py
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
 def open_run(args: Args) -> Path:
     """The run's folder, made or found. Raises ValueError if another run has the name."""
-    name = (
-        args.name
-        or f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    )
-    run = Path(args.resume or Path("runs") / name)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    task = args.env_id.replace("/", "-")
+    name = args.name or f"{task}__{Path(__file__).stem}__s{args.seed}__{stamp}"
+    run = Path(args.resume or f"runs/{name}")
     taken = (run / "checkpoint.pt").exists() and not args.resume
     need(not taken, f"{run} exists: continue it with --resume {run}, or choose another --name")
     run.mkdir(parents=True, exist_ok=True)
     if args.track:
-        import wandb
-
-        wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "cleanrobot"),
-            id=run.name,
-            name=run.name,
-            resume="allow",
-            config=asdict(args),
-        )
+        try:
+            import wandb
+        except ModuleNotFoundError as error:
+            raise ValueError("--track needs Weights & Biases: pip install wandb") from error
+        project = os.environ.get("WANDB_PROJECT", "cleanrobot")
+        wandb.init(project=project, id=run.name, name=run.name, resume="allow", config=asdict(args))
     return run
 
 
@@ -1243,7 +1234,7 @@ def evaluate_checkpoint(args: Args) -> dict:
     """What --evaluate does. -> metrics"""
     checkpoint = load(args.checkpoint)
     _, env = make_envs(args)
-    base = open_base(args, checkpoint["base"], env.action_dim, env)
+    base = open_base(args, saved_program(checkpoint, args), env.action_dim, env)
     policy = Policy(checkpoint, args.device, base)
     video = Path(args.checkpoint).parent / "videos/evaluate.mp4" if args.capture_video else None
     results = evaluate(policy, env, args, video)
@@ -1280,9 +1271,9 @@ def train(args: Args) -> dict:
     env, eval_env = make_envs(replace(args, evaluate=args.async_))
     run = open_run(args)
     checkpoint = load(run / "checkpoint.pt") if args.resume else None
-    program = checkpoint["base"] if checkpoint else read_program(args.base)
+    program = saved_program(checkpoint, args) if checkpoint else read_program(args.base)
     shapes = shapes_of(eval_env, args)
-    base = open_base(args, program, shapes["action"], env)
+    base = open_base(args, program, shapes["action"], env or eval_env)
     eval_base = copy.copy(base)  # the same program, with a queue of its own
     if program is None:
         eval_base = open_base(args, program, shapes["action"], eval_env)
@@ -1375,6 +1366,7 @@ def train(args: Args) -> dict:
     for part in (bar, eval_env, collector if args.async_ else env):
         part.close()
     if not last:
+        learner.read(step, run / "checkpoint.pt")  # raises at a NaN, which is not to be saved
         save_run()
         sys.exit(f"interrupted at step {step}: continue with --resume {run}")
     return results | clock | {"lowest": progress["lowest"], "run": str(run)}

@@ -469,7 +469,8 @@ def rows(path) -> list[dict]:
 def same(a: dict, b: dict):
     """Whether two checkpoints are equal, bit for bit, times aside."""
     assert a.keys() == b.keys()
-    for key in ("agent", "base", "queue", "env", "collector", "critic_optimizer", "actor_optimizer", "replay", "random"):
+    optimizers = ("critic_optimizer", "actor_optimizer")
+    for key in ("agent", "base", "queue", "env", "collector", "replay", "random", *optimizers):
         torch.testing.assert_close(a[key], b[key], atol=0, rtol=0)
     for key in a["progress"].keys() - {"wall_time", "train_time"}:
         assert a["progress"][key] == b["progress"][key], key
@@ -551,11 +552,14 @@ def test_learning_rates_fall_over_the_last_share_of_the_run(fake):
         assert lr == pytest.approx(1e-3 * (1 - 117 / 120) / 0.5)  # the last updates begin at 117
 
 
-@pytest.mark.parametrize("flag, value", [("--tau", "0.1"), ("--num-envs", "4"), ("--demos", "x"), ("--base", "x.pt2")])
+@pytest.mark.parametrize("flag, value", [("--tau", "0.1"), ("--num-envs", "4"), ("--demos", "x"), ("--mode", "ibrl")])
 def test_resume_refuses_what_it_cannot_honour(fake, flag, value):
     rf.train(arguments(fake, name="a", total_timesteps=60))
-    with pytest.raises(ValueError, match=f"^{flag} belongs to runs/a: it cannot change on --resume$"):
+    with pytest.raises(ValueError, match=f"^{flag} cannot change on --resume of runs/a$"):
         rf.parse_args(["--resume", "runs/a", flag, value])
+    again = rf.parse_args(["--resume", "runs/a", "--base", str(fake / "base.pt2")])
+    with pytest.raises(ValueError, match="^the base is in the checkpoint: --base cannot be given$"):
+        rf.train(again)
 
 
 def test_best_is_the_best(fake, monkeypatch):
