@@ -259,7 +259,7 @@ def make_envs(args: Args) -> tuple:
         raise ValueError(message) from error
     pixels, robosuite = args.obs == "pixels", args.env_id.startswith("robosuite/")
     options = dict(
-        pictures=pixels,
+        images=pixels,
         asymmetric=not pixels,
         render_size=args.image_size,
         cameras=args.cameras,
