@@ -59,7 +59,11 @@ def record(path, episodes=12):
             group = file.create_group(f"data/demo_{i}")
             group["actions"] = torch.cat([row[1] for row in rows])
             group["rewards"] = np.array([row[2] for row in rows], np.float32)
-            for key, name in (("state", "state"), ("privileged", "privileged"), ("rgb", "wrist_image")):
+            for key, name in (
+                ("state", "state"),
+                ("privileged", "privileged"),
+                ("rgb", "wrist_image"),
+            ):
                 group[f"obs/{name}"] = torch.cat([row[0][key] for row in rows])
 
 
@@ -357,7 +361,9 @@ def test_demonstrations_stop_at_the_first_success_and_failures_are_left_out(tmp_
 
 
 def test_robomimics_own_names(tmp_path):
-    names = dict(object=2, robot0_gripper_qpos=2, robot0_eef_pos=3, robot0_eef_quat=4, robot0_eef_vel=3)
+    names = dict(
+        object=2, robot0_gripper_qpos=2, robot0_eef_pos=3, robot0_eef_quat=4, robot0_eef_vel=3
+    )
     write(tmp_path / "can.hdf5", ([0, 1],), **names)
     state = rf.read_demos(str(tmp_path / "can.hdf5"), ())[0][0]["state"][0].tolist()
     arm = [14.0] * 3 + [15.0] * 4 + [19.0] * 2
@@ -409,7 +415,9 @@ CRAFTED = {
         "constants/tensor_0": pickled,
     },
     "operator": {"model.json": replaced("torch.ops.aten.mul.Tensor", "torch.os.mkdir")},
-    "file": {"model.json": replaced("torch.ops.aten.mul.Tensor", "torch.ops.aten.from_file.default")},
+    "file": {
+        "model.json": replaced("torch.ops.aten.mul.Tensor", "torch.ops.aten.from_file.default")
+    },
     "expression": {"model.json": replaced("Symbol('s", f"{CODE} or Symbol('s")},
     "name": {"model.json": replaced('"name": "mul"', f'"name": "mul={CODE}"')},
     "guard": {"model.json": replaced('"guards_code": []', f'"guards_code": ["{CODE}"]')},
@@ -421,7 +429,9 @@ CRAFTED = {
 
 
 @pytest.mark.parametrize("part", CRAFTED)
-def test_a_crafted_program_is_refused_before_anything_of_it_runs(files, tmp_path, monkeypatch, part):
+def test_a_crafted_program_is_refused_before_anything_of_it_runs(
+    files, tmp_path, monkeypatch, part
+):
     monkeypatch.chdir(tmp_path)
     repack(files / "base.pt2", tmp_path / "evil.pt2", CRAFTED[part])
     with pytest.raises(ValueError, match="the base is no plain program"):
@@ -440,7 +450,9 @@ def test_programs_of_layers_are_taken_and_give_the_same_for_any_number_of_rows()
     class Base(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer = nn.TransformerEncoderLayer(8, 4, 16, 0.0, "gelu", batch_first=True, norm_first=True)
+            self.layer = nn.TransformerEncoderLayer(
+                8, 4, 16, 0.0, "gelu", batch_first=True, norm_first=True
+            )
             self.embed, self.out = nn.Linear(5, 8), nn.Linear(8, 2)
             self.register_buffer("queries", torch.randn(4, 8))
 
@@ -518,7 +530,9 @@ def test_ctrl_c_saves_and_resume_continues_exactly(fake, monkeypatch, kind):
         return step(env, actions)
 
     monkeypatch.setattr(FakeEnv, "step", interrupted)
-    with pytest.raises(SystemExit, match="interrupted at step 78: continue with --resume runs/part"):
+    with pytest.raises(
+        SystemExit, match="interrupted at step 78: continue with --resume runs/part"
+    ):
         rf.train(arguments(fake, name="part", **changes))
     monkeypatch.setattr(FakeEnv, "step", step)
     for name in ("eval.csv", "metrics.csv"):  # as if the run had gone on unsaved
@@ -526,7 +540,9 @@ def test_ctrl_c_saves_and_resume_continues_exactly(fake, monkeypatch, kind):
     rf.train(rf.parse_args(["--resume", "runs/part"]))
     same(rf.load("runs/whole/checkpoint.pt"), rf.load("runs/part/checkpoint.pt"))
     for name in ("eval.csv", "metrics.csv"):
-        steps = [[row["global_step"] for row in rows(f"runs/{run}/{name}")] for run in ("whole", "part")]
+        steps = [
+            [row["global_step"] for row in rows(f"runs/{run}/{name}")] for run in ("whole", "part")
+        ]
         assert steps[0] == steps[1]
 
 
@@ -552,7 +568,9 @@ def test_learning_rates_fall_over_the_last_share_of_the_run(fake):
         assert lr == pytest.approx(1e-3 * (1 - 117 / 120) / 0.5)  # the last updates begin at 117
 
 
-@pytest.mark.parametrize("flag, value", [("--tau", "0.1"), ("--num-envs", "4"), ("--demos", "x"), ("--mode", "ibrl")])
+@pytest.mark.parametrize(
+    "flag, value", [("--tau", "0.1"), ("--num-envs", "4"), ("--demos", "x"), ("--mode", "ibrl")]
+)
 def test_resume_refuses_what_it_cannot_honour(fake, flag, value):
     rf.train(arguments(fake, name="a", total_timesteps=60))
     with pytest.raises(ValueError, match=f"^{flag} cannot change on --resume of runs/a$"):
@@ -576,7 +594,9 @@ def test_best_is_the_best(fake, monkeypatch):
 
 def test_evaluation_has_no_noise_and_leaves_training_alone(fake):
     out = rf.train(arguments(fake, name="a", noise=5.0, limit=(1.0,)))
-    args = rf.parse_args(["--evaluate", "--checkpoint", "runs/a/checkpoint.pt", "--no-capture-video"])
+    args = rf.parse_args(
+        ["--evaluate", "--checkpoint", "runs/a/checkpoint.pt", "--no-capture-video"]
+    )
     again = rf.train(args)
     assert all(again[key] == out[key] for key in again)
     policy, env = rf.Policy("runs/a/checkpoint.pt"), FakeEnv(8, asymmetric=True)
@@ -607,15 +627,23 @@ def test_a_callable_can_be_the_base_and_is_never_named_by_a_file(fake, tmp_path)
     more = ["--total-timesteps", "90", "--resume", "runs/a"]
     evaluate = ["--evaluate", "--checkpoint", "runs/a/checkpoint.pt"]
     for argv in (more, evaluate):
-        with pytest.raises(ValueError, match="^name the base: --base FILE.pt2, or --base module:callable$"):
+        with pytest.raises(
+            ValueError, match="^name the base: --base FILE.pt2, or --base module:callable$"
+        ):
             rf.train(rf.parse_args(argv))
         assert rf.train(rf.parse_args([*argv, "--base", "mybase:Base"]))
-    assert rf.Policy("runs/a/checkpoint.pt", base=rf.NoBase(2)).act(FakeEnv(2, asymmetric=True).obs).shape == (2, 2)
+    assert rf.Policy("runs/a/checkpoint.pt", base=rf.NoBase(2)).act(
+        FakeEnv(2, asymmetric=True).obs
+    ).shape == (2, 2)
 
 
 @pytest.mark.parametrize("mode", ["rlpd", "ibrl"])
 def test_other_modes_run(fake, mode):
-    out = rf.train(arguments(fake, name=mode, mode=mode, gate="min" if mode == "ibrl" else "none", save_buffer=True))
+    out = rf.train(
+        arguments(
+            fake, name=mode, mode=mode, gate="min" if mode == "ibrl" else "none", save_buffer=True
+        )
+    )
     assert out["global_step"] == 120
     data = rf.load(f"runs/{mode}/checkpoint.pt")["replay"]["data"]
     moved = (data["actions"] - data["base"]).abs()[20:]
@@ -664,7 +692,9 @@ def test_a_nan_stops_the_run_and_is_named(fake, monkeypatch):
         return obs, rewards, *rest, info | {"success": info["success"] * float("nan")}
 
     monkeypatch.setattr(FakeEnv, "step", broken)
-    with pytest.raises(FloatingPointError, match="is not finite at step .*; last good checkpoint: runs/a/"):
+    with pytest.raises(
+        FloatingPointError, match="is not finite at step .*; last good checkpoint: runs/a/"
+    ):
         rf.train(arguments(fake, name="a"))
 
 
@@ -701,7 +731,9 @@ def test_a_wrong_command_line_gives_one_line(tmp_path):
 
 
 def test_so101_episodes_end_at_success_without_images():
-    pytest.importorskip("mujoco_warp", reason='the SO-101 needs MuJoCo Warp: pip install -e ".[so101]"')
+    pytest.importorskip(
+        "mujoco_warp", reason='the SO-101 needs MuJoCo Warp: pip install -e ".[so101]"'
+    )
     env, eval_env = rf.make_envs(rf.Args(device="cpu", num_envs=2, eval_envs=1))
     assert rf.observe(env.reset(seed=0), pixels=False)["state"].shape == (2, 59)
     env.reward = lambda: (torch.zeros(2), torch.tensor([False, True]))
