@@ -312,26 +312,8 @@ class ChunkPolicy(nn.Module):
 
 # --- Storage ------------------------------------------------------------------------------------
 # same in: resfit.py, bc_chunk.py
-def read_obs(group, cameras: tuple[str, ...], rows: slice) -> dict:
-    """Rows of a demonstration's observations: "state" (T, S) and, with cameras, "rgb" (T, H, W, C)."""
-    state, true_state = ["state"], ["privileged"]
-    if "state" not in group:  # robomimic's own names
-        parts = ("_eef_pos", "_eef_quat", "_gripper_qpos")
-        state = sorted(name for name in group if name.endswith(parts))
-        true_state = [*state, "object"]
-    names = state if cameras else [*true_state, *state]
-    columns = [group[name][rows] for name in names if name in group]
-    columns = [column.reshape(len(column), -1) for column in columns]
-    obs = {"state": np.concatenate(columns, 1).astype(np.float32)}
-    if cameras:
-        images = [group[f"{camera}_image"][rows] for camera in cameras]
-        obs["rgb"] = np.concatenate(images, -1)
-    return obs
-
-
-# same in: resfit.py, bc_chunk.py
 def read_demo(group, cameras: tuple[str, ...]) -> dict | None:
-    """One demonstration up to its first success, as `read_demos` gives it; None without a success."""
+    """One demonstration up to its first success, as `read_demos` gives it; None without one."""
     if "success" in group:
         success = group["success"][()] > 0
     else:
@@ -339,10 +321,18 @@ def read_demo(group, cameras: tuple[str, ...]) -> dict | None:
     if not success.any():
         return None
     length = int(success.argmax()) + 1
-    demo = read_obs(group["obs"], cameras, slice(length + 1))
-    if len(demo["state"]) == length:  # success in the last row: what follows stands elsewhere
-        last = read_obs(group.get("next_obs", group["obs"]), cameras, slice(-1, None))
-        demo = {key: np.concatenate([demo[key], last[key]]) for key in demo}
+    obs = group["obs"]
+    state, true_state = ["state"], ["privileged"]
+    if "state" not in obs:  # robomimic's own names
+        parts = ("_eef_pos", "_eef_quat", "_gripper_qpos")
+        state = sorted(name for name in obs if name.endswith(parts))
+        true_state = [*state, "object"]
+    names = state if cameras else [*true_state, *state]
+    columns = [obs[name][:length].reshape(length, -1) for name in names if name in obs]
+    demo = {"state": np.concatenate(columns, 1).astype(np.float32)}
+    if cameras:
+        images = [obs[f"{camera}_image"][:length] for camera in cameras]
+        demo["rgb"] = np.concatenate(images, -1)
     return demo | {"actions": group["actions"][:length].astype(np.float32)}
 
 
@@ -350,9 +340,9 @@ def read_demo(group, cameras: tuple[str, ...]) -> dict | None:
 def read_demos(path: str, cameras: tuple[str, ...]) -> tuple[list[dict], list[dict]]:
     """Successful demonstrations of a file in robomimic's layout: to train on, and to validate on.
 
-    Each ends at its first success: "actions" float32 (T, A) and T + 1 observations, the last one
-    after the last action: "state" float32 (T + 1, S); with cameras "rgb" uint8 (T + 1, H, W, C),
-    without any the simulator's true state in front of "state". Raises ValueError.
+    Each is a dict of its T steps up to the first success: "actions" float32 (T, A), "state" float32
+    (T, S) and "rgb" uint8 (T, H, W, C) of the cameras; without cameras "state" begins with the
+    simulator's true state. Raises ValueError.
     """
     import h5py
 
@@ -382,7 +372,7 @@ class Chunks:
         self.ahead = torch.arange(args.chunk, device=args.device)
         self.rows = {}
         for key in demos[0]:
-            steps = [demo[key][: len(demo["actions"])] for demo in demos]
+            steps = [demo[key] for demo in demos]
             self.rows[key] = torch.from_numpy(np.concatenate(steps)).to(args.device)  # (M, ...)
         lengths = torch.tensor([len(demo["actions"]) for demo in demos], device=args.device)
         self.ends = lengths.cumsum(0).repeat_interleave(
