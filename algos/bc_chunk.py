@@ -1,6 +1,6 @@
 """Behaviour cloning in chunks: a transformer predicts the next K actions of a demonstrator.
 
-Trained by regression, as in ACT (Zhao et al., arXiv 2304.13705), or by flow matching (Lipman et al.,
+Trained by regression as in ACT (Zhao et al., arXiv 2304.13705), or by flow matching (Lipman et al.,
 arXiv 2210.02747). With an observation o and the K actions a that were demonstrated from there on:
 
     act       mean |f(o) - a|                                                                  (1)
@@ -118,7 +118,7 @@ class Args:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # of everything
 
 
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
 def need(holds, message: str):
     """Raises ValueError with the message unless something holds."""
     if not holds:
@@ -161,7 +161,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return tyro.cli(Args, args=argv, default=defaults, description=__doc__.split("\n\n")[0])
 
 
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, resfit, bc_chunk
 def resumed_args(run: str, argv: list[str]) -> Args:
     """The arguments of a run. Only its length, tracking and a device of the same kind may change.
 
@@ -306,25 +306,9 @@ class ChunkPolicy(nn.Module):
 
 
 # --- Storage ------------------------------------------------------------------------------------
-def read_obs(group, cameras: tuple[str, ...], rows: slice) -> dict:
-    """Rows of a demonstration's observations: "state" (T, S) and, with cameras, "rgb" (T, H, W, C)."""
-    state, true_state = ["state"], ["privileged"]
-    if "state" not in group:  # robomimic's own names
-        parts = ("_eef_pos", "_eef_quat", "_gripper_qpos")
-        state = sorted(name for name in group if name.endswith(parts))
-        true_state = [*state, "object"]
-    names = state if cameras else [*true_state, *state]
-    columns = [group[name][rows] for name in names if name in group]
-    columns = [column.reshape(len(column), -1) for column in columns]
-    obs = {"state": np.concatenate(columns, 1).astype(np.float32)}
-    if cameras:
-        images = [group[f"{camera}_image"][rows] for camera in cameras]
-        obs["rgb"] = np.concatenate(images, -1)
-    return obs
-
-
+# same in: resfit, bc_chunk
 def read_demo(group, cameras: tuple[str, ...]) -> dict | None:
-    """One demonstration up to its first success, as `read_demos` gives it; None without a success."""
+    """One demonstration up to its first success, as `read_demos` gives it; None without one."""
     if "success" in group:
         success = group["success"][()] > 0
     else:
@@ -332,19 +316,28 @@ def read_demo(group, cameras: tuple[str, ...]) -> dict | None:
     if not success.any():
         return None
     length = int(success.argmax()) + 1
-    demo = read_obs(group["obs"], cameras, slice(length + 1))
-    if len(demo["state"]) == length:  # success in the last row: what follows stands elsewhere
-        last = read_obs(group.get("next_obs", group["obs"]), cameras, slice(-1, None))
-        demo = {key: np.concatenate([demo[key], last[key]]) for key in demo}
+    obs = group["obs"]
+    state, true_state = ["state"], ["privileged"]
+    if "state" not in obs:  # robomimic's own names
+        parts = ("_eef_pos", "_eef_quat", "_gripper_qpos")
+        state = sorted(name for name in obs if name.endswith(parts))
+        true_state = [*state, "object"]
+    names = state if cameras else [*true_state, *state]
+    columns = [obs[name][:length].reshape(length, -1) for name in names if name in obs]
+    demo = {"state": np.concatenate(columns, 1).astype(np.float32)}
+    if cameras:
+        images = [obs[f"{camera}_image"][:length] for camera in cameras]
+        demo["rgb"] = np.concatenate(images, -1)
     return demo | {"actions": group["actions"][:length].astype(np.float32)}
 
 
+# same in: resfit, bc_chunk
 def read_demos(path: str, cameras: tuple[str, ...]) -> tuple[list[dict], list[dict]]:
     """Successful demonstrations of a file in robomimic's layout: to train on, and to validate on.
 
-    Each ends at its first success: "actions" float32 (T, A) and T + 1 observations, the last one
-    after the last action: "state" float32 (T + 1, S); with cameras "rgb" uint8 (T + 1, H, W, C),
-    without any the simulator's true state in front of "state". Raises ValueError.
+    Each is a dict of its T steps up to the first success: "actions" float32 (T, A), "state" float32
+    (T, S) and "rgb" uint8 (T, H, W, C) of the cameras; without cameras "state" begins with the
+    simulator's true state. Raises ValueError.
     """
     import h5py
 
@@ -374,7 +367,7 @@ class Chunks:
         self.ahead = torch.arange(args.chunk, device=args.device)
         self.rows = {}
         for key in demos[0]:
-            steps = [demo[key][: len(demo["actions"])] for demo in demos]
+            steps = [demo[key] for demo in demos]
             self.rows[key] = torch.from_numpy(np.concatenate(steps)).to(args.device)  # (M, ...)
         lengths = torch.tensor([len(demo["actions"]) for demo in demos], device=args.device)
         self.ends = lengths.cumsum(0).repeat_interleave(
@@ -463,7 +456,7 @@ def evaluate(
 
 
 # --- save / load --------------------------------------------------------------------------------
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, resfit, bc_chunk
 def save(path: Path, content: dict):
     """Write under a temporary name, then rename: an interrupted save leaves the old file whole."""
     temporary = path.with_suffix(".tmp")
@@ -510,7 +503,7 @@ def export(checkpoint: str | Path, path: Path):
     torch.export.save(program, path, extra_files={"base.json": json.dumps(about)})
 
 
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, resfit, bc_chunk
 class GlobalRandom:
     """torch's global generators, as a part of a checkpoint."""
 
@@ -522,7 +515,7 @@ class GlobalRandom:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
 class Interrupt:
     """Ctrl-C sets `asked`: the loop finishes its step and saves. A second one ends it at once."""
 
@@ -538,7 +531,7 @@ class Interrupt:
         signal.signal(signal.SIGINT, self.earlier)
 
 
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
 def write_row(path: Path, row: dict, track: bool):
     """Append to a CSV file, whose first row names the columns; `track`: to Weights & Biases too."""
     with path.open("a", newline="") as file:
@@ -552,20 +545,20 @@ def write_row(path: Path, row: dict, track: bool):
         wandb.log(row, step=row["global_step"])
 
 
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
 def csv_sizes(run: Path) -> dict[str, int]:
     """Bytes of each CSV file of the run: what a checkpoint has not seen is cut off on --resume."""
     return {path.name: path.stat().st_size for path in run.glob("*.csv")}
 
 
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
 def cut_back(run: Path, sizes: dict[str, int]):
     """Shorten each CSV file to its size at the checkpoint; a later one is emptied."""
     for path in run.glob("*.csv"):
         os.truncate(path, sizes.get(path.name, 0))
 
 
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, resfit, bc_chunk
 def open_run(args: Args) -> Path:
     """The run's folder, made or found. Raises ValueError if another run has the name."""
     stamp = time.strftime("%Y%m%d-%H%M%S")

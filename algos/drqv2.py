@@ -5,7 +5,7 @@ Data-Augmented Reinforcement Learning", arXiv 2107.09645.
 
     target   y = sum of g^i r_(t+i), i < n, + g^n min_k Q'_k(h(o_(t+n)), mu(h(o_(t+n))) + e), where
              h encodes a shifted image
-    critic   sum over k = 1, 2 of E[(Q_k(h(o_t), a_t) - y)^2], also through h             (eqs. 1, 2)
+    critic   sum over k = 1, 2 of E[(Q_k(h(o_t), a_t) - y)^2], also through h            (eqs. 1, 2)
     actor    -E[min_k Q_k(h(o_t), mu(h(o_t)) + e)], without a gradient into h             (eq. 3)
     noise    e = clip(N(0, s^2), -c, c) in the losses, N(0, s^2) while acting, s falling  (eq. 4)
 
@@ -184,7 +184,7 @@ class Args:
     cudagraphs: bool = True  # on a GPU: replay each update as one CUDA graph, without its sampling
 
 
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
 def need(holds, message: str):
     """Raises ValueError with the message unless something holds."""
     if not holds:
@@ -239,7 +239,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return tyro.cli(Args, args=argv, default=Args(**values), description=about)
 
 
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, resfit, bc_chunk
 def resumed_args(run: str, argv: list[str]) -> Args:
     """The arguments of a run. Only its length, tracking and a device of the same kind may change.
 
@@ -645,7 +645,7 @@ def evaluate(policy, env, args: Args, video: Path) -> dict:
 
 
 # --- save / load ----------------------------------------------------------------------------------
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, resfit, bc_chunk
 def save(path: Path, content: dict):
     """Write under a temporary name, then rename: an interrupted save leaves the old file whole."""
     temporary = path.with_suffix(".tmp")
@@ -670,7 +670,7 @@ def load(path: str | Path) -> dict:
     return checkpoint
 
 
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, resfit, bc_chunk
 class GlobalRandom:
     """torch's global generators, as a part of a checkpoint."""
 
@@ -682,7 +682,7 @@ class GlobalRandom:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
 class Interrupt:
     """Ctrl-C sets `asked`: the loop finishes its step and saves. A second one ends it at once."""
 
@@ -698,7 +698,7 @@ class Interrupt:
         signal.signal(signal.SIGINT, self.earlier)
 
 
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
 def write_row(path: Path, row: dict, track: bool):
     """Append to a CSV file, whose first row names the columns; `track`: to Weights & Biases too."""
     with path.open("a", newline="") as file:
@@ -712,13 +712,13 @@ def write_row(path: Path, row: dict, track: bool):
         wandb.log(row, step=row["global_step"])
 
 
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
 def csv_sizes(run: Path) -> dict[str, int]:
     """Bytes of each CSV file of the run: what a checkpoint has not seen is cut off on --resume."""
     return {path.name: path.stat().st_size for path in run.glob("*.csv")}
 
 
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
 def cut_back(run: Path, sizes: dict[str, int]):
     """Shorten each CSV file to its size at the checkpoint; a later one is emptied."""
     for path in run.glob("*.csv"):
@@ -772,7 +772,7 @@ def check_finite(agent: Agent, metrics: dict, global_step: int, run: Path):
             raise FloatingPointError(f"{name} is not finite at step {global_step}; {good}")
 
 
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, resfit, bc_chunk
 def open_run(args: Args) -> Path:
     """The run's folder, made or found. Raises ValueError if another run has the name."""
     stamp = time.strftime("%Y%m%d-%H%M%S")

@@ -229,7 +229,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return tyro.cli(Args, args=argv, default=defaults, description=__doc__.split("\n\n")[0])
 
 
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, resfit, bc_chunk
 def resumed_args(run: str, argv: list[str]) -> Args:
     """The arguments of a run. Only its length, tracking and a device of the same kind may change.
 
@@ -328,7 +328,7 @@ class Encoder(nn.Module):
 
 
 class Trunk(nn.Module):
-    """(B, E) -> (B, width): the images' part compressed, by a layer of the actor's or critics' own."""
+    """(B, E) -> (B, width): the images' part compressed, by a layer of the actor's or critics'."""
 
     def __init__(self, encoder: Encoder):
         super().__init__()
@@ -859,7 +859,7 @@ def evaluate(policy, env, args: Args, video: Path | None = None) -> dict:
 
 
 # --- save / load --------------------------------------------------------------------------------
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, resfit, bc_chunk
 def save(path: Path, content: dict):
     """Write under a temporary name, then rename: an interrupted save leaves the old file whole."""
     temporary = path.with_suffix(".tmp")
@@ -998,21 +998,18 @@ class GlobalRandom:
 
 # same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
 class Interrupt:
-    """Ctrl-C or SIGTERM sets `asked`: the loop finishes its step and saves. Twice ends at once."""
+    """Ctrl-C sets `asked`: the loop finishes its step and saves. A second one ends it at once."""
 
     def __init__(self):
         self.asked = False
-        self.earlier = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.earlier[number] = signal.signal(number, self)
+        self.earlier = signal.signal(signal.SIGINT, self)
 
     def __call__(self, number, frame):
         self.asked = True
         self.restore()
 
     def restore(self):
-        for number, handler in self.earlier.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, self.earlier)
 
 
 # same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
@@ -1042,7 +1039,7 @@ def cut_back(run: Path, sizes: dict[str, int]):
         os.truncate(path, sizes.get(path.name, 0))
 
 
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, resfit, bc_chunk
 def open_run(args: Args) -> Path:
     """The run's folder, made or found. Raises ValueError if another run has the name."""
     stamp = time.strftime("%Y%m%d-%H%M%S")

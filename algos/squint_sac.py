@@ -160,7 +160,7 @@ class Args:
     cudagraphs: bool = True  # replay a block of updates as one CUDA graph; needs cuda, tensordict
 
 
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
 def need(holds, message: str):
     """Raises ValueError with the message unless something holds."""
     if not holds:
@@ -209,7 +209,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return tyro.cli(Args, args=argv, default=defaults, description=__doc__.split("\n\n")[0])
 
 
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, resfit, bc_chunk
 def resumed_args(run: str, argv: list[str]) -> Args:
     """The arguments of a run. Only its length, tracking and a device of the same kind may change.
 
@@ -621,7 +621,7 @@ def evaluate_all(policy, eval_envs: dict, args: Args, video: Path) -> dict:
 
 
 # --- save / load ----------------------------------------------------------------------------------
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, resfit, bc_chunk
 def save(path: Path, content: dict):
     """Write under a temporary name, then rename: an interrupted save leaves the old file whole."""
     temporary = path.with_suffix(".tmp")
@@ -668,7 +668,7 @@ def load_run(run: Path, parts: dict) -> dict:
     return checkpoint
 
 
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, resfit, bc_chunk
 class GlobalRandom:
     """torch's global generators, as a part of a checkpoint."""
 
@@ -680,7 +680,7 @@ class GlobalRandom:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
 class Interrupt:
     """Ctrl-C sets `asked`: the loop finishes its step and saves. A second one ends it at once."""
 
@@ -696,7 +696,7 @@ class Interrupt:
         signal.signal(signal.SIGINT, self.earlier)
 
 
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
 def write_row(path: Path, row: dict, track: bool):
     """Append to a CSV file, whose first row names the columns; `track`: to Weights & Biases too."""
     with path.open("a", newline="") as file:
@@ -710,13 +710,13 @@ def write_row(path: Path, row: dict, track: bool):
         wandb.log(row, step=row["global_step"])
 
 
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
 def csv_sizes(run: Path) -> dict[str, int]:
     """Bytes of each CSV file of the run: what a checkpoint has not seen is cut off on --resume."""
     return {path.name: path.stat().st_size for path in run.glob("*.csv")}
 
 
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
 def cut_back(run: Path, sizes: dict[str, int]):
     """Shorten each CSV file to its size at the checkpoint; a later one is emptied."""
     for path in run.glob("*.csv"):
@@ -763,7 +763,7 @@ class Policy(nn.Module):
 
 
 # --- train ----------------------------------------------------------------------------------------
-# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, bc_chunk
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, resfit, bc_chunk
 def open_run(args: Args) -> Path:
     """The run's folder, made or found. Raises ValueError if another run has the name."""
     stamp = time.strftime("%Y%m%d-%H%M%S")

@@ -140,8 +140,8 @@ def test_places_of_the_images():
 def test_chunks_end_with_their_demonstration():
     demos = []
     for first, length in ((0, 2), (10, 3)):
-        numbers = first + np.arange(length + 1, dtype=np.float32)[:, None]
-        demos.append(dict(state=numbers, actions=numbers[:-1] / 100))
+        numbers = first + np.arange(length, dtype=np.float32)[:, None]
+        demos.append(dict(state=numbers, actions=numbers / 100))
     chunks = bc.Chunks(demos, arguments(chunk=3))
     batch, starts = chunks.sample(200), set()
     for state, actions, weights in zip(
@@ -153,7 +153,7 @@ def test_chunks_end_with_their_demonstration():
         expected = [(start + i) / 100 for i in range(left)]
         assert actions[:left, 0].tolist() == pytest.approx(expected)
         starts.add(start)
-    assert starts == {0, 1, 10, 11, 12}  # the observations after the last actions begin no chunk
+    assert starts == {0, 1, 10, 11, 12}
 
 
 def test_policy_asks_again_when_the_executed_actions_are_done():

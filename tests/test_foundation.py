@@ -28,8 +28,7 @@ SECTIONS = ("Imports", *REQUIRED[:3], "Storage", *REQUIRED[3:])
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # Distribution names whose module is called otherwise.
-MODULES = {"imageio-ffmpeg": "imageio_ffmpeg", "mujoco-warp": "mujoco_warp", "orbax-checkpoint": "orbax",
-           "warp-lang": "warp"}
+MODULES = {"imageio-ffmpeg": "imageio_ffmpeg", "mujoco-warp": "mujoco_warp", "warp-lang": "warp"}
 
 each_algo = pytest.mark.parametrize("path", ALGOS, ids=lambda path: path.stem)
 
