@@ -96,6 +96,8 @@ def make(env_id: str, num_envs: int, device="cpu", **options):
     Raises ValueError, in one line that says what would do, for an unknown id, for an option that the simulator does not
     have, and where something is not installed.
     """
+    if env_id.startswith("Go1"):
+        raise ValueError(f"{env_id} is an environment in JAX, made by envs.go1.make: see algos/ppo_mjx_go1.py")
     name, module, package, install = next(row[1:] for row in SIMULATORS if fnmatchcase(env_id, row[0]))
     if not installed(package):
         raise ValueError(f"{env_id} ({name}) needs {package}: {install}")

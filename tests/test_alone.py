@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,23 @@ CASES = {
         "return stranger.Point(args.eval_envs, seed=7, end_on_success=True)",
         "--device cpu --demos demos.hdf5 --eval-envs 4 --eval-episodes 4 --steps 20 --eval-freq 10 --log-freq 5 "
         "--batch-size 8 --dim 16 --chunk 4 --execute 2",
+    ),
+    "resfit": (
+        "return stranger.Point(args.num_envs, end_on_success=True), "
+        "stranger.Point(args.eval_envs, seed=7, end_on_success=True)",
+        "--device cpu --demos demos.hdf5 --base base.pt2 --num-envs 4 --eval-envs 4 --eval-episodes 4 "
+        "--total-timesteps 120 --eval-freq 60 --log-freq 20 --learning-starts 40 --critic-warmup 4 --batch-size 8 "
+        "--buffer-size 400 --hidden 16 --heads 3",
+    ),
+    "ppo_mjx_go1": (
+        JAX,
+        "--num-envs 4 --eval-episodes 4 --total-timesteps 128 --eval-freq 64 --log-freq 32 --unroll-length 8 "
+        "--num-minibatches 2 --hidden 16",
+    ),
+    "distill_go1": (
+        JAX,
+        "--teacher teacher.npz --num-envs 4 --eval-episodes 4 --total-timesteps 128 --eval-freq 64 --log-freq 32 "
+        "--unroll-length 8",
     ),
 }  # fmt: skip
 NAMES = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
@@ -108,6 +126,31 @@ def write_demos(path: Path):
             group["success"] = np.linalg.norm(np.add(states, 0.3 * np.array(actions)), axis=1) < 0.3
 
 
+def write_base(path: Path):
+    """A program of torch.export that goes to the middle, half as fast as it could: two actions a chunk."""
+    import torch
+
+    class Half(torch.nn.Module):
+        def forward(self, state):
+            return (-1.5 * state).clamp(-1, 1)[:, None].repeat(1, 2, 1)
+
+    sizes = ({0: torch.export.Dim("n", min=1)},)
+    torch.export.save(torch.export.export(Half(), (torch.zeros(4, 2),), dynamic_shapes=sizes), path)
+
+
+def write_teacher(path: Path):
+    """An untrained policy of ppo_mjx_go1.py for strangers.jax_point."""
+    import ppo_mjx_go1 as ppo
+    import strangers
+
+    env = strangers.jax_point()
+    shapes = dict(state=env.obs_dim, privileged_state=env.privileged_dim, action=env.action_dim)
+    args = ppo.Args(env_id="Point", hidden=(16,))
+    _, learner = ppo.new_learner(shapes, args)
+    meta = dict(algo=ppo.ALGO, args=asdict(args), shapes=shapes, spec={}, progress={}, csv_sizes={})
+    ppo.save(path, meta, ppo.named(params=learner.params, stats=learner.stats))
+
+
 def weights(path: Path) -> dict[str, np.ndarray]:
     """Every array of a checkpoint, whatever the format."""
     if path.suffix == ".npz":
@@ -128,8 +171,9 @@ def copy_alone(name: str, folder: Path) -> list[str]:
     folder.mkdir(exist_ok=True)
     shutil.copy(ROOT / "tests/strangers.py", folder / "stranger.py")
     (folder / f"{name}.py").write_text(replace_make_envs((ROOT / f"algos/{name}.py").read_text(), body))
-    if "demos.hdf5" in words:
-        write_demos(folder / "demos.hdf5")
+    for file, write in (("demos.hdf5", write_demos), ("base.pt2", write_base), ("teacher.npz", write_teacher)):
+        if file in words:
+            write(folder / file)
     return words.split()
 
 
@@ -139,7 +183,8 @@ def test_a_copied_file_trains_alone(name, tmp_path):
         pytest.importorskip("jax", reason='needs JAX: pip install -e ".[go1]"')
     words = copy_alone(name, tmp_path)
     script = f"{name}.py"
-    done = execute(tmp_path, script, *words, "--name", "run", "--no-capture-video")
+    film = [] if name == "distill_go1" else ["--no-capture-video"]
+    done = execute(tmp_path, script, *words, "--name", "run", *film)
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "runs/run"
     assert len(rows(run / "eval.csv")) >= 2, "two evaluations"

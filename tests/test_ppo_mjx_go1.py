@@ -616,9 +616,12 @@ def test_files_that_do_not_fit_are_refused_and_change_nothing(fake, whole):
     ):
         with pytest.raises(ValueError, match=message):
             ppo.train(arguments(name="a", checkpoint=best, **changes))
-    with pytest.raises(ValueError, match="exists: continue it with --resume"):
-        ppo.train(arguments(name=str(whole)))
     assert not Path("runs").exists()
+    Path("runs/taken").mkdir(parents=True)
+    Path("runs/taken/checkpoint.npz").touch()
+    with pytest.raises(ValueError, match="exists: continue it with --resume"):
+        ppo.train(arguments(name="taken"))
+    assert [path.name for path in Path("runs").rglob("*")] == ["taken", "checkpoint.npz"]
     Path("text.npz").write_text("no weights")
     with pytest.raises(ValueError, match="^text.npz is no checkpoint"):
         ppo.load("text.npz")
