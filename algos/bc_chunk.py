@@ -35,7 +35,7 @@ Shapes: N environments, B batch, K actions of a chunk, A action dimensions, S st
 H, W, C of images (C is 3 a camera), D width, T tokens, M stored steps. global_step counts updates.
 """
 
-# --- Imports ------------------------------------------------------------------------------------
+# --- Imports --------------------------------------------------------------------------------------
 import os
 
 # Threads spin for a moment before they wait: much longer, and a run beside other work collapses.
@@ -65,7 +65,7 @@ FLOW_STEPS = 8  # Euler steps from noise to actions
 GRAD_CLIP = 10.0  # largest norm of a gradient
 HELD_OUT = 1024  # chunks for the validation loss
 
-# --- Args ---------------------------------------------------------------------------------------
+# --- Args -----------------------------------------------------------------------------------------
 # (pattern of env ids, kind of device) -> defaults; later rows win
 TUNED = {
     ("*", "cpu"): dict(
@@ -131,6 +131,7 @@ def check(args: Args):
     need(args.demos or args.evaluate, "give --demos FILE, demonstrations in robomimic's layout")
     need(1 <= args.execute <= args.chunk, "--execute must be from 1 to --chunk")
     need(args.dim % 4 == 0, "--dim must be a multiple of 4: attention has four heads")
+    need(args.eval_envs > 0, "--eval-envs must be at least 1")
     whole_rounds = args.eval_episodes % args.eval_envs == 0
     need(whole_rounds, "--eval-episodes must be a multiple of --eval-envs")
     available = torch.cuda.is_available() or args.device == "cpu"
@@ -178,7 +179,7 @@ def resumed_args(run: str, argv: list[str]) -> Args:
     return args
 
 
-# --- make_envs ----------------------------------------------------------------------------------
+# --- make_envs ------------------------------------------------------------------------------------
 def make_envs(args: Args):
     """-> the evaluation environment, ending episodes at success; contract: envs/__init__.py."""
     try:
@@ -212,7 +213,7 @@ def observe(obs: dict, pixels: bool) -> dict:
     return {"state": obs["state"]}
 
 
-# --- Networks -----------------------------------------------------------------------------------
+# --- Networks -------------------------------------------------------------------------------------
 class Tokens(nn.Module):
     """uint8 (N, H, W, C) -> (N, T, D): two convolutions a camera, 81 places of 84 x 84 pixels."""
 
@@ -302,10 +303,7 @@ class ChunkPolicy(nn.Module):
         return x.clamp(-1, 1)
 
 
-# --- Storage ------------------------------------------------------------------------------------
-
-
-# --- Storage ------------------------------------------------------------------------------------
+# --- Storage --------------------------------------------------------------------------------------
 # same in: resfit, bc_chunk
 def read_demo(group, cameras: tuple[str, ...]) -> dict | None:
     """One demonstration up to its first success, as `read_demos` gives it; None without one."""
@@ -384,7 +382,7 @@ class Chunks:
         return batch
 
 
-# --- Update functions ---------------------------------------------------------------------------
+# --- Update functions -----------------------------------------------------------------------------
 def clone_loss(net: ChunkPolicy, batch: dict) -> torch.Tensor:
     """Equation 1 or 2, the mean over the steps that have a weight."""
     actions, weights = batch["actions"], batch["weights"]
@@ -410,7 +408,7 @@ def update(net: ChunkPolicy, optimizer: torch.optim.Optimizer, batch: dict) -> d
     return {"loss/clone": loss.detach()}
 
 
-# --- evaluate -----------------------------------------------------------------------------------
+# --- evaluate -------------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(
     policy, env, args: Args, video: Path | None = None, held_out: dict | None = None
@@ -455,7 +453,7 @@ def evaluate(
     return results
 
 
-# --- save / load --------------------------------------------------------------------------------
+# --- save / load ----------------------------------------------------------------------------------
 # same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, resfit, bc_chunk
 def save(path: Path, content: dict):
     """Write under a temporary name, then rename: an interrupted save leaves the old file whole."""
@@ -586,7 +584,7 @@ def check_finite(tensors: dict, step: int, checkpoint: Path):
             raise FloatingPointError(message)
 
 
-# --- Policy -------------------------------------------------------------------------------------
+# --- Policy ---------------------------------------------------------------------------------------
 class Policy:
     """Observation in, action out, from one checkpoint: a file, or its content."""
 
@@ -614,7 +612,7 @@ class Policy:
         return self.chunks[:, self.age - 1]
 
 
-# --- train --------------------------------------------------------------------------------------
+# --- train ----------------------------------------------------------------------------------------
 def load_demos(args: Args, env) -> tuple[list[dict], list[dict]]:
     """Demonstrations to train and to validate on. ValueError if they do not fit the environment."""
     pixels = args.obs == "pixels"

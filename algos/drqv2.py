@@ -196,7 +196,7 @@ def check(args: Args):
     need(args.num_envs > 0, "--num-envs must be at least 1")
     need(min(args.n_step, args.frame_stack) > 0, "--n-step and --frame-stack must be at least 1")
     need(
-        args.eval_episodes % args.eval_envs == 0,
+        args.eval_envs > 0 and args.eval_episodes % args.eval_envs == 0,
         "--eval-episodes must be a multiple of --eval-envs",
     )
     need(

@@ -46,7 +46,7 @@ Shapes: N environments, B batch, K actions of a chunk, H heads, A action dimensi
 dimensions, C channels (3 a camera), D width of a token, E features.
 """
 
-# --- Imports ------------------------------------------------------------------------------------
+# --- Imports --------------------------------------------------------------------------------------
 import os
 
 # Threads spin for a moment before they wait: much longer, and a run beside other work collapses.
@@ -81,7 +81,7 @@ ROLLING = 100  # episodes over which the success of training is averaged
 GRAD_CLIP = 1.0  # largest norm of a gradient
 KAPPA = 1.0  # of equation 6
 
-# --- Args ---------------------------------------------------------------------------------------
+# --- Args -----------------------------------------------------------------------------------------
 # What --recipe ours turns on; the page has what was measured.
 GUARDS = dict(
     warmup_clean=0.5, ramp_steps=19_200, gate="agree", caution=1.5, trust=0.02, offline=0.25
@@ -189,7 +189,7 @@ def need(holds, message: str):
 def check(args: Args):
     """Raises ValueError, one line, for a choice that would fail late, silently or unreadably."""
     need(args.checkpoint or not args.evaluate, "--evaluate needs --checkpoint FILE")
-    whole_rounds = args.eval_episodes % args.eval_envs == 0
+    whole_rounds = args.eval_envs > 0 and args.eval_episodes % args.eval_envs == 0
     need(whole_rounds, "--eval-episodes must be a multiple of --eval-envs")
     no_demos = args.evaluate or args.offline == 0
     need(args.demos or no_demos, "give --demos FILE, demonstrations, or --offline 0")
@@ -246,7 +246,7 @@ def resumed_args(run: str, argv: list[str]) -> Args:
     return args
 
 
-# --- make_envs ----------------------------------------------------------------------------------
+# --- make_envs ------------------------------------------------------------------------------------
 def make_envs(args: Args) -> tuple:
     """-> training environment (None with --evaluate), evaluation environment.
 
@@ -282,7 +282,7 @@ def observe(obs: dict, pixels: bool) -> dict:
     return {"state": torch.cat(parts, -1)}
 
 
-# --- Networks -----------------------------------------------------------------------------------
+# --- Networks -------------------------------------------------------------------------------------
 class Encoder(nn.Module):
     """obs -> (B, E): tokens of the images after one layer of attention, flattened; then the state.
 
@@ -415,7 +415,7 @@ class Agent(nn.Module):
         self.critics_target = copy.deepcopy(self.critics).requires_grad_(False)
 
 
-# --- Storage ------------------------------------------------------------------------------------
+# --- Storage --------------------------------------------------------------------------------------
 # same in: resfit, bc_chunk
 def read_demo(group, cameras: tuple[str, ...]) -> dict | None:
     """One demonstration up to its first success, as `read_demos` gives it; None without one."""
@@ -614,7 +614,7 @@ def store_demos(args: Args, base) -> Replay:
     return replay
 
 
-# --- Update functions ---------------------------------------------------------------------------
+# --- Update functions -----------------------------------------------------------------------------
 def bounded(residual, noise, limit):
     """Residual and noise, together within [-l, l]."""
     return torch.clamp(residual + noise, -limit, limit)  # differs (2)
@@ -822,7 +822,7 @@ class Learner:
         return metrics
 
 
-# --- evaluate -----------------------------------------------------------------------------------
+# --- evaluate -------------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(policy, env, args: Args, video: Path | None = None) -> dict:
     """Whole episodes without noise from fixed seeds -> metrics. Training's random state is kept."""
@@ -858,7 +858,7 @@ def evaluate(policy, env, args: Args, video: Path | None = None) -> dict:
     }
 
 
-# --- save / load --------------------------------------------------------------------------------
+# --- save / load ----------------------------------------------------------------------------------
 # same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, resfit, bc_chunk
 def save(path: Path, content: dict):
     """Write under a temporary name, then rename: an interrupted save leaves the old file whole."""
@@ -1059,7 +1059,7 @@ def open_run(args: Args) -> Path:
     return run
 
 
-# --- Policy -------------------------------------------------------------------------------------
+# --- Policy ---------------------------------------------------------------------------------------
 class Policy:
     """Observation in, action out: base, residual and gate, from one checkpoint (file or content).
 
@@ -1095,7 +1095,7 @@ class Policy:
         return actions
 
 
-# --- train --------------------------------------------------------------------------------------
+# --- train ----------------------------------------------------------------------------------------
 class Collector:
     """Steps the training environments, by (2) and (6) or as warm-up, for the buffer."""
 

@@ -222,7 +222,9 @@ def check(args: Args):
     need(cuda or args.device == "cpu", "there is no CUDA device here: use --device cpu")
     need(args.evaluate == bool(args.checkpoint), "--evaluate and --checkpoint FILE go together")
     need(args.num_envs > 0 and args.eval_envs > 0, "--num-envs, --eval-envs must be at least 1")
-    whole = args.eval_episodes % args.eval_envs == 0 and args.eval_episodes > 1
+    whole = (
+        args.eval_envs > 0 and args.eval_episodes % args.eval_envs == 0 and args.eval_episodes > 1
+    )
     need(whole, "--eval-episodes must be a multiple of --eval-envs, and at least 2")
     trained = args.critic_gradient or args.encoder == "autoencoder"
     need(trained, "--no-critic-gradient trains no convolutions without --encoder autoencoder")

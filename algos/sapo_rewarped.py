@@ -53,7 +53,6 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -199,8 +198,6 @@ def check(args: Args):
     need(rest == 0, "--num-minibatches must divide --num-envs x --horizon")
     need(args.alpha > 0, "--alpha must be above 0: its logarithm is learned")
     need(args.evaluate == bool(args.checkpoint), "--evaluate and --checkpoint FILE go together")
-    tracker = not args.track or find_spec("wandb")
-    need(tracker, "--track needs Weights & Biases: pip install -e '.[track]'")
     there = torch.cuda.is_available() or args.device == "cpu"
     need(there, "there is no CUDA device here: use --device cpu")
 

@@ -171,7 +171,7 @@ def check(args: Args):
     """Raises ValueError, one line, for a choice that would fail late, silently or unreadably."""
     need(args.num_envs > 0, "--num-envs must be at least 1")
     need(args.checkpoint or not args.evaluate, "--evaluate needs --checkpoint FILE")
-    whole_batches = args.eval_episodes % args.eval_envs == 0
+    whole_batches = args.eval_envs > 0 and args.eval_episodes % args.eval_envs == 0
     need(whole_batches, "--eval-episodes must be a multiple of --eval-envs")
     whole_blocks = args.num_updates % args.policy_frequency == 0
     need(whole_blocks, "--num-updates must be a multiple of --policy-frequency")
