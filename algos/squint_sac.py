@@ -16,7 +16,9 @@ Differences from the authors' code:
  3. Episode clocks are staggered at the start; theirs run in lockstep.
  4. The tanh's share of log pi is exact (theirs adds 1e-6), and projection keeps the mass at 1
     (theirs can lose or double that of an atom that falls exactly on another).
- 5. Ours, not the paper's: `--asymmetric`. On a CPU the sizes are smaller: TUNED, below.
+ 5. Ours, not the paper's: `--asymmetric`; `--ema`, an average of encoder and actor over time that
+    is evaluated, saved and deployed while the raw weights explore. On a CPU 0.99, and the sizes
+    are smaller: TUNED, below.
 
 Commands, from the repository's root:
     train      python algos/squint_sac.py --env-id SO101LiftCube-v1
@@ -80,6 +82,7 @@ TUNED = {
         q_lr=1e-3,
         alpha_lr=1e-3,
         alpha=0.05,
+        ema=0.99,
         amp=False,
         compile=False,
         cudagraphs=False,
@@ -146,6 +149,7 @@ class Args:
     autotune: bool = True  # learn alpha so that the entropy is -A
     gamma: float = 0.9  # discount per step; raise v_max with it: rewards add up to 1 / (1 - gamma)
     tau: float = 0.01  # share of the critic that moves into its target
+    ema: float = 0.0  # of encoder and actor for evaluation: what stays of the average per block
     num_q: int = 2  # critic heads
     num_atoms: int = 101  # atoms of the return distribution
     v_min: float = -20.0  # lowest return represented
@@ -387,6 +391,8 @@ class Agent(nn.Module):
         self.critic = Critic(critic_state, shapes["action"], args)
         self.apply(init_weights)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
+        acting = nn.ModuleDict(dict(encoder=self.encoder, actor=self.actor))
+        self.averaged = copy.deepcopy(acting).requires_grad_(False)  # for Policy
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)), args.autotune)
         support = torch.linspace(args.v_min, args.v_max, args.num_atoms)
         self.register_buffer("support", support, persistent=False)
@@ -526,9 +532,9 @@ def descend(loss, optimizer):
 
 
 @torch.no_grad()
-def target_update(agent: Agent, tau: float):
-    """Polyak: target <- (1 - tau) target + tau critic. The encoder has no target."""
-    torch._foreach_lerp_(list(agent.target.parameters()), list(agent.critic.parameters()), tau)
+def follow(average, network, share: float):
+    """Polyak: average <- (1 - share) average + share network, two lists of parameters."""
+    torch._foreach_lerp_(list(average), list(network), share)
 
 
 def update_block(agent: Agent, batches: dict, args: Args, q_loss=critic_loss, pi_loss=actor_loss):
@@ -541,12 +547,14 @@ def update_block(agent: Agent, batches: dict, args: Args, q_loss=critic_loss, pi
         noise = torch.randn_like(batch["actions"].repeat(2, 1))
         loss, features, metrics = q_loss(agent, batch, noise, args)
         descend(loss, agent.q_optimizer)
-        target_update(agent, args.tau)
+        follow(agent.target.parameters(), agent.critic.parameters(), args.tau)
     noise = torch.randn_like(batch["actions"])
     agent.critic.requires_grad_(False)  # spares the critic's own gradients, which nobody would use
     loss, actor_metrics = pi_loss(agent, batch, features, noise, args)
     agent.critic.requires_grad_(True)
     descend(loss, agent.actor_optimizer)
+    acting = [*agent.encoder.parameters(), *agent.actor.parameters()]
+    follow(agent.averaged.parameters(), acting, 1 - args.ema)  # differs (5)
     return metrics | actor_metrics
 
 
@@ -741,8 +749,8 @@ class Policy(nn.Module):
             self.actor = Actor(shapes["state"], shapes["action"], self.args.actor_hidden)
         own = {}
         for name, value in checkpoint["agent"].items():
-            if name.startswith(("encoder.", "actor.")):
-                own[name] = value.clone()
+            if name.startswith("averaged."):
+                own[name.removeprefix("averaged.")] = value.clone()
         self.load_state_dict(own, assign=True)
         self.to(self.device)
 

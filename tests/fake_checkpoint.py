@@ -36,6 +36,7 @@ def checkpoint(seed: int = 0, spec: dict | None = None, **changes) -> dict:
         agent = squint_sac.Agent(args, shapes)
         for parameter in agent.actor.parameters():  # zero biases would hide mistakes with them
             parameter.data += 0.05 * torch.randn_like(parameter)
+        agent.averaged.actor.load_state_dict(agent.actor.state_dict())
     return squint_sac.weights(agent, args, spec, {"global_step": 0})
 
 

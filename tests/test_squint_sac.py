@@ -123,7 +123,7 @@ def test_losses_gradients_projection_and_polyak_equal_the_golden_numbers():
         found[f"metric/{name}"] = value
     moved = golden["rewards"][:, None] + args.gamma * agent.support
     found["projected"] = sq.project_distribution(golden["probs"], moved, agent.support)
-    sq.target_update(agent, args.tau)
+    sq.follow(agent.target.parameters(), agent.critic.parameters(), args.tau)
     for name, parameter in agent.target.named_parameters():
         found[f"polyak/target.{name}"] = summary(parameter)
 
@@ -333,7 +333,7 @@ def test_who_learns_from_which_loss():
     assert differences(before, middle) == {"encoder", "critic", "log_alpha"}
     metrics |= sq.update_block(agent, batches, args)
     assert differences(middle, agent.state_dict()) == {
-        "encoder", "critic", "log_alpha", "target", "actor"
+        "encoder", "critic", "log_alpha", "target", "actor", "averaged"
     }  # fmt: skip
     assert not any(value.requires_grad for value in metrics.values())
 
@@ -388,8 +388,23 @@ def test_block_equals_its_steps_written_out():
     actor_adam.zero_grad()
     sq.actor_loss(other, part(batches, 3), features, torch.randn(16, 2), args)[0].backward()
     actor_adam.step()
+    other.averaged.encoder.load_state_dict(other.encoder.state_dict())  # without --ema the latest
+    other.averaged.actor.load_state_dict(other.actor.state_dict())
     for name, value in agent.state_dict().items():
         torch.testing.assert_close(value, other.state_dict()[name], atol=2e-6, rtol=1e-5)
+
+
+def test_the_average_is_that_of_all_blocks():
+    """After three blocks: 0.9^3 of the first weights, and 0.1 x 0.9^age of those after each block."""
+    agent, batches, args = learning_parts(ema=0.9)
+    weights = [agent.actor.mean.weight.detach().clone()]
+    for _ in range(3):
+        sq.update_block(agent, batches, args)
+        weights.append(agent.actor.mean.weight.detach().clone())
+    expected = 0.9**3 * weights[0] + 0.1 * (0.81 * weights[1] + 0.9 * weights[2] + weights[3])
+    torch.testing.assert_close(agent.averaged.actor.mean.weight, expected)
+    convs = [agent.averaged.encoder.convs[0].weight, agent.encoder.convs[0].weight]
+    assert not torch.equal(*convs), "the encoder is averaged, too"
 
 
 def trained_by(device: str, **fast) -> dict:
@@ -594,7 +609,7 @@ def test_interval_is_wilsons():
 
 
 def test_policy_from_the_file_equals_the_actor(fake):
-    args = arguments(name="run")
+    args = arguments(name="run", ema=0.8)
     sq.train(args)
     before = torch.get_rng_state()
     policy = sq.Policy("runs/run/best.pt")
@@ -603,8 +618,11 @@ def test_policy_from_the_file_equals_the_actor(fake):
     agent.load_state_dict(agent_of("run", "best.pt"))
     env = FakeEnv(5)
     obs = env.step(torch.ones(5, 2))[0]
-    mean, _ = agent.actor(agent.encoder(obs["rgb"]), obs["state"])
+    averaged = agent.averaged
+    mean, _ = averaged.actor(averaged.encoder(obs["rgb"]), obs["state"])
     torch.testing.assert_close(policy.act(obs), torch.tanh(mean))
+    raw, _ = agent.actor(agent.encoder(obs["rgb"]), obs["state"])
+    assert not torch.allclose(raw, mean), "the average is what acts"
     numpy_obs = {key: value.numpy() for key, value in obs.items()}
     assert torch.equal(policy.act(numpy_obs), policy.act(obs))
     assert policy.spec == env.spec
