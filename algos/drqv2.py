@@ -354,7 +354,7 @@ class Agent(nn.Module):
         return torch.tanh(self.actor(features, state)[0])
 
 
-def make_optimizers(agent: Agent, args: Args) -> dict:
+def make_optimizers(agent: Agent, args: Args):
     adam = partial(torch.optim.Adam, fused=True, capturable=args.device != "cpu")
     critic_side = [*agent.encoder.parameters(), *agent.critic.parameters()]  # differs (6)
     return dict(
@@ -529,7 +529,7 @@ def descend(loss, optimizer):
     optimizer.step()
 
 
-def update(agent: Agent, optimizers: dict, losses: tuple, args: Args, batch: dict, std) -> dict:
+def update(agent: Agent, optimizers: dict, losses: tuple, args: Args, batch: dict, std):
     """One step of everything: critic and encoder, actor on the features from before it, target."""
     q_loss, pi_loss = losses
     loss, features, metrics = q_loss(agent, batch, std, args)

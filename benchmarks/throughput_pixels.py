@@ -238,7 +238,7 @@ def learner(algo, hyper):
         one_update = drqv2.make_update(agent, drqv2.make_optimizers(agent, hyper), hyper)
         std = torch.full((), 0.5, device=device)
         return lambda: one_update(replay.sample(hyper.batch_size), std), 1
-    agent = sac_pixels.Agent(shapes, hyper).to(device, memory_format=torch.channels_last)
+    agent = sac_pixels.Agent(hyper, shapes).to(device, memory_format=torch.channels_last)
     learn = sac_pixels.make_update(agent, sac_pixels.make_optimizers(agent, hyper), hyper)
     count = hyper.policy_frequency
     return lambda: learn([replay.sample(hyper.batch_size) for _ in range(count)]), count
