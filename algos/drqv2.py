@@ -63,63 +63,65 @@ from tqdm import tqdm
 
 START = time.time()  # `wall_time` counts from here
 EVAL_SEED = 10_000
-CLOCK = ("global_step", "wall_time", "train_time")  # first columns of the CSV files
+EPISODE = ("return", "success_at_end")  # what is logged of an episode that ended
 
 # --- Args -----------------------------------------------------------------------------------------
-MEDIUM = (
-    "acrobot_swingup cartpole_swingup_sparse cheetah_run finger_turn_* hopper_hop "
-    "quadruped_* reach_duplo reacher_* walker_run"
+MEDIUM = dict(total_timesteps=1_550_000, std_steps=500_000)  # 3.1 M frames
+SMALL = dict(  # ours, for a CPU
+    image_size=48,
+    pad=2,
+    encoder_channels=16,
+    encoder_strides=(2, 1, 1),
+    hidden=256,
+    # A small critic learns more slowly at an equal learning rate, and until it tells states apart
+    # the actor must not follow it.
+    lr=1e-3,
+    batch_size=64,
+    buffer_size=100_000,
+    total_timesteps=100_000,
+    std_steps=25_000,
+    eval_freq=10_000,
+    eval_episodes=5,
+    eval_envs=1,
+    amp=False,
+    compile=False,
+    cudagraphs=False,
 )
-# (patterns of env ids, kind of device) -> defaults other than those below, which are the published
-# ones for an easy task; later rows win. A step is an agent step, as everywhere in this file: two
-# frames, at an action repeat of 2.
+# "env_id device" -> defaults other than those below, which are the published ones for an easy task;
+# later rows win. A step is an agent step, as everywhere in this file: two frames, at an action
+# repeat of 2.
 TUNED = {
-    (MEDIUM, ""): dict(total_timesteps=1_550_000, std_steps=500_000),  # 3.1 M frames
-    ("humanoid_*", ""): dict(
+    "acrobot_swingup *": MEDIUM,
+    "cartpole_swingup_sparse *": MEDIUM,
+    "cheetah_run *": MEDIUM,
+    "finger_turn_*": MEDIUM,
+    "hopper_hop *": MEDIUM,
+    "quadruped_*": MEDIUM,
+    "reach_duplo *": MEDIUM,
+    "reacher_*": MEDIUM,
+    "walker_run *": MEDIUM,
+    "humanoid_*": dict(
         total_timesteps=15_050_000,  # 30.1 M frames
         std_steps=2_000_000,
         lr=8e-5,
         actor_lr=8e-5,
         feature_dim=100,
     ),
-    ("walker_*", ""): dict(n_step=1, batch_size=512),
-    ("quadruped_run", ""): dict(buffer_size=100_000),
-    # What follows is ours. A small critic learns more slowly at an equal learning rate, and until
-    # it tells states apart the actor must not follow it.
-    ("*", "cpu"): dict(
-        image_size=48,
-        pad=2,
-        encoder_channels=16,
-        encoder_strides=(2, 1, 1),
-        hidden=256,
-        lr=1e-3,
-        batch_size=64,
-        buffer_size=100_000,
-        total_timesteps=100_000,
-        std_steps=25_000,
-        eval_freq=10_000,
-        eval_episodes=5,
-        eval_envs=1,
-        amp=False,
-        compile=False,
-    ),
-    ("dot_reach", ""): dict(
+    "walker_*": dict(n_step=1, batch_size=512),
+    "quadruped_run *": dict(buffer_size=100_000),
+    "* cpu": SMALL,
+    "dot_reach *": SMALL
+    | dict(
         num_envs=8,
         update_every=8,
         action_repeat=1,
         frame_stack=1,
         image_size=32,
-        pad=2,
-        encoder_channels=16,
         encoder_strides=(2, 2, 1),
-        hidden=256,
-        batch_size=64,
-        lr=1e-3,
         actor_lr=1e-3,
         gamma=0.9,
         tau=0.02,
         std_steps=12_000,
-        buffer_size=100_000,
         total_timesteps=60_000,
         eval_freq=5_000,
         eval_episodes=64,
@@ -138,13 +140,11 @@ class Args:
     eval_freq: int = 5_000  # transitions between evaluations, each of which saves a checkpoint
     eval_episodes: int = 10  # episodes of an evaluation, with the same seeds every time
     eval_envs: int = 5  # of them at once; divides eval_episodes
-    log_freq: int = (
-        1_000  # transitions between rows of metrics.csv, for which the GPU is waited for
-    )
+    log_freq: int = 1_000  # transitions between rows of metrics.csv; each waits for the device
     evaluate: bool = False  # only evaluate the weights of --checkpoint
     checkpoint: str | None = None  # file with the weights to start from; all else starts afresh
     resume: str | None = None  # run folder to continue, with its arguments
-    save_buffer: bool = False  # save the replay buffer too: larger, but --resume continues exactly
+    save_buffer: bool = False  # save the whole buffer too: large, but --resume continues exactly
     capture_video: bool = True  # film one episode of every evaluation
     track: bool = False  # log to Weights & Biases too; its WANDB_* variables choose project, mode
 
@@ -181,7 +181,7 @@ class Args:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # of networks and buffer
     amp: bool = True  # losses in bfloat16 where that is safe; weights and Adam stay in float32
     compile: bool = True  # compile the two losses, random shifts included, with torch.compile
-    cudagraphs: bool = True  # on a GPU: replay each update as one CUDA graph, without its sampling
+    cudagraphs: bool = True  # replay an update as one CUDA graph; needs cuda, tensordict
 
 
 # same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
@@ -195,31 +195,22 @@ def check(args: Args):
     """Raises ValueError, one line, for a choice that would fail late, silently or unreadably."""
     need(args.num_envs > 0, "--num-envs must be at least 1")
     need(min(args.n_step, args.frame_stack) > 0, "--n-step and --frame-stack must be at least 1")
-    need(
-        args.eval_envs > 0 and args.eval_episodes % args.eval_envs == 0,
-        "--eval-episodes must be a multiple of --eval-envs",
-    )
-    need(
-        args.learning_starts >= (args.n_step + 1) * args.num_envs,
-        "--learning-starts must be at least (--n-step + 1) x --num-envs",
-    )
-    need(
-        args.buffer_size >= (args.n_step + args.frame_stack + 2) * args.num_envs,
-        "--buffer-size must be at least (--n-step + --frame-stack + 2) x --num-envs",
-    )
+    whole = args.eval_envs > 0 and args.eval_episodes % args.eval_envs == 0
+    need(whole, "--eval-episodes must be a multiple of --eval-envs")
+    complete = args.learning_starts >= (args.n_step + 1) * args.num_envs
+    need(complete, "--learning-starts must be at least (--n-step + 1) x --num-envs")
+    room = args.buffer_size >= (args.n_step + args.frame_stack + 2) * args.num_envs
+    need(room, "--buffer-size must be at least (--n-step + --frame-stack + 2) x --num-envs")
     need(args.checkpoint or not args.evaluate, "--evaluate needs --checkpoint FILE")
-    need(
-        torch.cuda.is_available() or args.device == "cpu",
-        "there is no CUDA device here: use --device cpu",
-    )
+    here = torch.cuda.is_available() or args.device == "cpu"
+    need(here, "there is no CUDA device here: use --device cpu")
 
 
 def tuned(env_id: str, device: str) -> dict:
     """The rows of TUNED that apply, merged; later rows win."""
     values = {}
-    for (patterns, kind), row in TUNED.items():
-        of_task = any(fnmatch(env_id, pattern) for pattern in patterns.split())
-        if of_task and device.startswith(kind):
+    for pattern, row in TUNED.items():
+        if fnmatch(f"{env_id} {device}", pattern):
             values |= row
     return values
 
@@ -234,9 +225,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
         values = load(given.checkpoint)["args"] | dict(name="", resume=None, device=given.device)
     else:
         values = dict(env_id=given.env_id, device=given.device)
-        values |= tuned(given.env_id, given.device)
-    about = __doc__.split("\n\n")[0]
-    return tyro.cli(Args, args=argv, default=Args(**values), description=about)
+        values |= tuned(**values)
+    return tyro.cli(Args, args=argv, default=Args(**values), description=__doc__.split("\n\n")[0])
 
 
 # same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, resfit, bc_chunk
@@ -267,16 +257,19 @@ def make_envs(args: Args) -> tuple:
     except ModuleNotFoundError as error:
         message = "make_envs needs cleanrobot's envs: pip install -e . in the repository"
         raise ValueError(message) from error
+    options = dict(
+        image_size=args.image_size,
+        action_repeat=args.action_repeat,
+        camera=args.camera,
+        fast_render=args.fast_render or None,
+    )
     if args.env_id.startswith("SO101"):
         options = dict(render_size=args.image_size)
-    else:
-        options = dict(image_size=args.image_size, action_repeat=args.action_repeat)
-        options |= dict(camera=args.camera, fast_render=args.fast_render or None)
-    eval_env = envs.make(args.env_id, args.eval_envs, args.device, seed=EVAL_SEED, **options)
+    make = partial(envs.make, args.env_id, device=args.device, **options)
+    eval_env = make(num_envs=args.eval_envs, seed=EVAL_SEED)
     if args.evaluate:
         return None, eval_env
-    env = envs.make(args.env_id, args.num_envs, args.device, seed=args.seed, **options)
-    return env, eval_env
+    return make(num_envs=args.num_envs, seed=args.seed), eval_env
 
 
 # --- Networks -------------------------------------------------------------------------------------
@@ -313,52 +306,34 @@ class Encoder(nn.Module):
 
     def forward(self, rgb):
         x = rgb.permute(0, 3, 1, 2).float().div_(255).sub_(0.5)  # channels last, as a view
-        return (
-            self.convs(x).permute(0, 2, 3, 1).flatten(1)
-        )  # a view again: any order of features do
+        return self.convs(x).permute(0, 2, 3, 1).flatten(1)  # a view again
 
 
-def make_trunk(features: int, size: int) -> nn.Sequential:
-    """features (B, D) -> (B, size). Actor, critic and target have one each."""
-    return nn.Sequential(nn.Linear(features, size), nn.LayerNorm(size), nn.Tanh())
+# same in: drqv2, sac_pixels
+class Heads(nn.Module):
+    """A trunk and MLPs on it: features (B, D), others (B, ...) -> (heads, B, outputs).
 
+    The actor has one head, the critic two; each of them has a trunk of its own.
+    """
 
-def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(inputs, hidden),
-        nn.ReLU(inplace=True),
-        nn.Linear(hidden, hidden),
-        nn.ReLU(inplace=True),
-        nn.Linear(hidden, outputs),
-    )
-
-
-class Actor(nn.Module):
-    """features (B, D), state (B, S) -> mean action (B, A) in [-1, 1]; the noise has a schedule."""
-
-    def __init__(self, features: int, shapes: dict, args: Args):
+    def __init__(self, features: int, others: int, heads: int, outputs: int, args: Args):
         super().__init__()
-        self.trunk = make_trunk(features, args.feature_dim)
-        self.policy = mlp(args.feature_dim + shapes["state"], args.hidden, shapes["action"])
+        size, hidden = args.feature_dim, args.hidden
+        self.trunk = nn.Sequential(nn.Linear(features, size), nn.LayerNorm(size), nn.Tanh())
+        self.heads = nn.ModuleList()
+        for _ in range(heads):
+            head = nn.Sequential(
+                nn.Linear(size + others, hidden),
+                nn.ReLU(),
+                nn.Linear(hidden, hidden),
+                nn.ReLU(),
+                nn.Linear(hidden, outputs),
+            )
+            self.heads.append(head)
 
-    def forward(self, features, state):
-        x = torch.cat([self.trunk(features), state], -1)
-        return torch.tanh(self.policy(x).float())
-
-
-class Critic(nn.Module):
-    """features (B, D), state (B, S), actions (B, A) -> both values (2, B): one trunk, two heads."""
-
-    def __init__(self, features: int, shapes: dict, args: Args):
-        super().__init__()
-        self.trunk = make_trunk(features, args.feature_dim)
-        inputs = args.feature_dim + shapes["state"] + shapes["action"]
-        self.q1 = mlp(inputs, args.hidden, 1)
-        self.q2 = mlp(inputs, args.hidden, 1)
-
-    def forward(self, features, state, actions):
-        x = torch.cat([self.trunk(features), state, actions], -1)
-        return torch.stack([self.q1(x), self.q2(x)]).squeeze(-1).float()
+    def forward(self, features, *others):
+        x = torch.cat([self.trunk(features), *others], -1)
+        return torch.stack([head(x).float() for head in self.heads])
 
 
 class Agent(nn.Module):
@@ -366,20 +341,25 @@ class Agent(nn.Module):
 
     def __init__(self, args: Args, shapes: dict):
         super().__init__()
+        state, action = shapes["state"], shapes["action"]
         self.encoder = Encoder(shapes["channels"] * args.frame_stack, args)
-        self.actor = Actor(self.encoder.features, shapes, args)
-        self.critic = Critic(self.encoder.features, shapes, args)
+        self.actor = Heads(self.encoder.features, state, 1, action, args)
+        self.critic = Heads(self.encoder.features, state + action, 2, 1, args)
         self.apply(init_orthogonal)
         self.encoder.to(memory_format=torch.channels_last)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
 
+    def mean(self, features, state):
+        """Mean actions (B, A) in [-1, 1]; the noise has a schedule."""
+        return torch.tanh(self.actor(features, state)[0])
 
-def make_optimizers(agent: Agent, args: Args) -> dict:
-    options = dict(fused=True, capturable=args.device.startswith("cuda"))
+
+def make_optimizers(agent: Agent, args: Args):
+    adam = partial(torch.optim.Adam, fused=True, capturable=args.device != "cpu")
     critic_side = [*agent.encoder.parameters(), *agent.critic.parameters()]  # differs (6)
     return dict(
-        critic_optimizer=torch.optim.Adam(critic_side, args.lr, **options),
-        actor_optimizer=torch.optim.Adam(agent.actor.parameters(), args.actor_lr, **options),
+        critic_optimizer=adam(critic_side, args.lr),
+        actor_optimizer=adam(agent.actor.parameters(), args.actor_lr),
     )
 
 
@@ -393,50 +373,49 @@ def free_memory(device: torch.device) -> float:
     free = math.inf
     if machine.exists():
         free = 1024 * int(re.search(r"MemAvailable: *(\d+)", machine.read_text())[1])
-    if limit.exists() and limit.read_text().strip() != "max":
+    if limit.exists() and "max" not in limit.read_text():
         free = min(free, int(limit.read_text()))
     return free
 
 
 # same in: drqv2, sac_pixels
 class Replay:
-    """A ring of F slots for each of N environments, where `obs` is. Every frame is stored once.
+    """A ring of slots for each of N environments, where `obs` is. Every frame is stored once.
 
     An episode of L steps takes L + 1 slots in a row: each has an observation, with the action
-    that followed, its reward and its discount (0 where it terminates); the final observation
-    stands alone in the last one. `age` counts from the episode's first slot, so a slot is final
-    if the next one's age is 0. `head` (N,) numbers the slots of the present observations since
-    the run began; modulo F it is their place in the ring.
+    that followed, its reward and its discount (0 where it terminates); the `final` observation
+    stands alone in the last one. `age` counts from the episode's first slot. A place numbers the
+    slots of all environments since the run began, in turn, so an environment's next slot is N
+    places on; modulo the rows of `data` it is where to look. `head` (N,): the present places.
     """
 
-    def __init__(
-        self, obs: dict, action_dim: int, slots: int, stack: int, n_step: int, gamma: float
-    ):
-        self.slots, self.stack, self.n_step, self.gamma = slots, stack, n_step, gamma
-        num_envs, device = len(obs["rgb"]), obs["rgb"].device
-        self.envs = torch.arange(num_envs, device=device)
-        self.head = torch.zeros_like(self.envs)
-        zeros = torch.zeros(num_envs, device=device)
-        first = dict(
-            rgb=obs["rgb"],
-            state=obs["state"],
-            actions=torch.zeros((num_envs, action_dim), device=device),
+    def __init__(self, obs: dict, actions, args: Args, n_step: int = 1):
+        """The first observations, and actions of 0, of every environment."""
+        self.num_envs, self.stack, self.n_step = len(actions), args.frame_stack, n_step
+        self.gamma = args.gamma
+        self.rows = args.buffer_size // self.num_envs * self.num_envs
+        self.head = torch.arange(self.num_envs, device=actions.device)
+        zeros = actions[:, 0]
+        first = obs | dict(
+            actions=actions,
             rewards=zeros,
             discounts=zeros,
             age=zeros.int(),
+            final=zeros.bool(),
         )
-        size = slots * sum(value.nbytes for value in first.values()) / 2**30
-        free = free_memory(device) / 2**30
+        size = self.rows * sum(value[0].nbytes for value in first.values()) / 2**30
+        free = free_memory(actions.device) / 2**30
         message = f"the replay buffer needs {size:.1f} GiB of {free:.1f}: lower --buffer-size"
         need(size < free, message)  # now, and not when it fills up after hours
-        self.data = {}
-        for name, value in first.items():
-            self.data[name] = value.new_zeros((slots * num_envs, *value.shape[1:]))
-            self.data[name][:num_envs] = value
+        self.data = {key: x.new_zeros((self.rows, *x.shape[1:])) for key, x in first.items()}
+        self.put(self.head, first)
 
-    def row(self, slot, env):
-        """Where `data` has the slots (B,) of environments (B,)."""
-        return slot % self.slots * len(self.envs) + env
+    def get(self, name: str, place):
+        return self.data[name].index_select(0, place % self.rows)
+
+    def put(self, place, values: dict):
+        for name, value in values.items():
+            self.data[name][place % self.rows] = value
 
     def add(self, actions, rewards, discounts, dones, final_obs: dict, next_obs: dict):
         """Store a step of every environment, all (N, ...), without waiting for the device.
@@ -444,90 +423,61 @@ class Replay:
         final_obs: the true next observation; next_obs: the one to act on, of another
         episode where `dones`.
         """
-        data = self.data
-        now = self.row(self.head, self.envs)
-        after = self.row(self.head + 1, self.envs)
-        self.head += 1 + dones
-        begin = self.row(self.head, self.envs)  # of a new episode where `dones`, else = after
-        data["actions"][now] = actions
-        data["rewards"][now] = rewards
-        data["discounts"][now] = discounts
-        age = data["age"][now] + 1
-        data["age"][after] = age
-        data["age"][begin] = torch.where(dones, 0, age)
-        for name in ("rgb", "state"):
-            data[name][after] = final_obs[name]
-            data[name][begin] = next_obs[name]
+        self.put(self.head, dict(actions=actions, rewards=rewards, discounts=discounts))
+        age = self.get("age", self.head) + 1
+        self.put(self.head + self.num_envs, final_obs | dict(age=age, final=dones))
+        self.head += self.num_envs * (1 + dones)
+        self.put(self.head, next_obs | dict(age=age * ~dones, final=False))
 
-    def is_final(self, slot, env):
-        return self.data["age"][self.row(slot + 1, env)] == 0
-
-    def observe(self, slot, env) -> dict:
+    def observe(self, place) -> dict:
         """-> "rgb" (B, H, W, stack x C), oldest frame first, and "state" (B, S).
 
         An episode's first frame stands for those before it.
         """
-        age = self.data["age"][self.row(slot, env)]
-        frames = []
+        age, frames = self.get("age", place), []
         for back in reversed(range(self.stack)):
-            row = self.row(slot - age.clamp(max=back), env)
-            frames.append(self.data["rgb"].index_select(0, row))
-        return {"rgb": torch.cat(frames, -1), "state": self.data["state"][self.row(slot, env)]}
-
-    def present(self) -> dict:
-        """The observations to act on, (N, ...)."""
-        return self.observe(self.head, self.envs)
-
-    def transitions(self, slot, env) -> dict:
-        """Of n steps from slots (B,) on, or of as many as the episode still has.
-
-        -> obs, next_obs (dicts), actions (B, A), rewards (B,) = sum of gamma^i x discounts before
-        x r_i, discounts (B,) = gamma^n x product of the n discounts.
-        """
-        data, end = self.data, slot
-        rewards = torch.zeros(len(slot), device=slot.device)
-        discounts = torch.ones_like(rewards)
-        for _ in range(self.n_step):
-            row = self.row(end, env)
-            running = ~self.is_final(end, env)
-            rewards = rewards + running * discounts * data["rewards"][row]
-            further = discounts * self.gamma * data["discounts"][row]
-            discounts = torch.where(running, further, discounts)
-            end = end + running
-        return dict(
-            obs=self.observe(slot, env),
-            actions=data["actions"][self.row(slot, env)],
-            rewards=rewards,
-            discounts=discounts,
-            next_obs=self.observe(end, env),
-        )
+            frames.append(self.get("rgb", place - self.num_envs * age.clamp(max=back)))
+        return dict(rgb=torch.cat(frames, -1), state=self.get("state", place))
 
     def sample(self, batch_size: int) -> dict:
-        """B transitions, uniform over environments and steps, without waiting for the device."""
+        """B transitions, uniform over environments and steps, without waiting for the device.
+
+        Of n steps, or of as many as the episode still has: obs, next_obs (dicts), actions (B, A),
+        rewards (B,) = sum of gamma^i x discounts before x r_i, discounts (B,) = gamma^n x product
+        of the n discounts.
+        """
+        n = self.num_envs
         draws = torch.rand((5, batch_size), dtype=torch.float64, device=self.head.device)
-        env = (draws[0] * len(self.envs)).long()
-        newest = self.head[env] - self.n_step  # the latest start whose n steps are stored
+        newest = self.head[(draws[0] * n).long()] - n * self.n_step  # start with all its steps
         # the oldest start has its stack and leaves a slot for the step back below
-        count = (newest + 1).clamp(max=self.slots - self.n_step - self.stack)
-        slot = newest - (draws[1] * count).long()
-        for draw in draws[2:]:  # no step starts at a final observation: draw again
-            again = newest - (draw * count).long()
-            slot = torch.where(self.is_final(slot, env), again, slot)
-        slot = slot - self.is_final(slot, env).long()  # once in length^4: the step before it
-        return self.transitions(slot, env)
+        count = (newest // n + 1).clamp(max=self.rows // n - self.n_step - self.stack)
+        starts = newest - n * (draws[1:] * count).long()  # (4, B)
+        start = starts[0]
+        for again in starts[1:]:  # no step starts at a final observation
+            start = torch.where(self.get("final", start), again, start)
+        start = start - n * self.get("final", start)  # once in length^4: the step before it
+
+        end, rewards, discounts = start, 0.0, 1.0
+        for _ in range(self.n_step):
+            running = ~self.get("final", end)
+            rewards = rewards + running * discounts * self.get("rewards", end)
+            further = discounts * self.gamma * self.get("discounts", end)
+            discounts = torch.where(running, further, discounts)
+            end = end + n * running
+        return dict(
+            obs=self.observe(start),
+            actions=self.get("actions", start),
+            rewards=rewards,
+            discounts=discounts,
+            next_obs=self.observe(end),
+        )
 
     def state_dict(self) -> dict:
-        state = dict(self.data, head=self.head)
-        used = int(self.head.max()) + 1
-        if used < self.slots:  # torch.save would write the rows that are not used yet, too
-            for name, value in self.data.items():
-                state[name] = value[: used * len(self.envs)].clone()
-        return state
+        return self.data | dict(head=self.head)
 
     def load_state_dict(self, state: dict):
-        self.head.copy_(state["head"])
-        for name, value in self.data.items():
-            value[: len(state[name])] = state[name]
+        for name, value in self.state_dict().items():
+            value.copy_(state[name])
 
 
 # --- Update functions -----------------------------------------------------------------------------
@@ -535,7 +485,7 @@ def noise_std(args: Args, global_step: int):
     """Standard deviation () of the exploration noise: it falls linearly with agent steps. Eq. 4"""
     share = min(global_step / args.std_steps, 1.0)
     std = args.std_start + (args.std_end - args.std_start) * share
-    return torch.full((), std, device=args.device)
+    return torch.tensor(std, device=args.device)
 
 
 def noisy_actions(mean, std, clip: float = math.inf):
@@ -544,30 +494,22 @@ def noisy_actions(mean, std, clip: float = math.inf):
     return actions + (actions.clamp(-1 + 1e-6, 1 - 1e-6) - actions).detach()
 
 
-@torch.no_grad()
-def explore(agent: Agent, obs: dict, std):
-    """Noisy actions (N, A) for stacked observations."""
-    return noisy_actions(agent.actor(agent.encoder(obs["rgb"]), obs["state"]), std)
-
-
 def critic_loss(agent: Agent, batch: dict, std, args: Args):
     """Loss of critic and encoder, eqs. 1 and 2. -> loss, features (B, D), metrics"""
     obs, next_obs = batch["obs"], batch["next_obs"]
-    with torch.autocast(std.device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False):
-        with torch.no_grad():
-            next_features = agent.encoder(random_shift(next_obs["rgb"], args.pad))
-            mean = agent.actor(next_features, next_obs["state"])
-            next_actions = noisy_actions(mean, std, args.std_clip)
-            next_q = agent.target(next_features, next_obs["state"], next_actions).amin(0)
-            targets = batch["rewards"] + batch["discounts"] * next_q
-        features = agent.encoder(random_shift(obs["rgb"], args.pad))
-        q = agent.critic(features, obs["state"], batch["actions"])  # (2, B)
-        loss = (q - targets).square().mean(-1).sum()
+    with torch.no_grad():
+        next_features = agent.encoder(random_shift(next_obs["rgb"], args.pad))
+        mean = agent.mean(next_features, next_obs["state"])
+        next_actions = noisy_actions(mean, std, args.std_clip)
+        next_q = agent.target(next_features, next_obs["state"], next_actions).squeeze(-1)
+        targets = batch["rewards"] + batch["discounts"] * next_q.amin(0)
+    features = agent.encoder(random_shift(obs["rgb"], args.pad))
+    q = agent.critic(features, obs["state"], batch["actions"]).squeeze(-1)  # (2, B)
+    loss = (q - targets).square().mean(-1).sum()
     metrics = {
         "loss/qf": loss.detach(),
         "train/q": q.detach().mean(),
         "train/target": targets.mean(),
-        "train/batch_reward": batch["rewards"].mean(),
     }
     return loss, features.detach(), metrics
 
@@ -575,10 +517,9 @@ def critic_loss(agent: Agent, batch: dict, std, args: Args):
 def actor_loss(agent: Agent, batch: dict, features, std, args: Args):
     """Eq. 3, on features (B, D) without their gradient. -> loss, metrics"""
     state = batch["obs"]["state"]
-    with torch.autocast(std.device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False):
-        mean = agent.actor(features, state)
-        actions = noisy_actions(mean, std, args.std_clip)
-        loss = -agent.critic(features, state, actions).amin(0).mean()
+    mean = agent.mean(features, state)
+    actions = noisy_actions(mean, std, args.std_clip)
+    loss = -agent.critic(features, state, actions).amin(0).mean()
     return loss, {"loss/actor": loss.detach(), "train/saturation": mean.detach().abs().mean()}
 
 
@@ -588,27 +529,31 @@ def descend(loss, optimizer):
     optimizer.step()
 
 
-def update(agent: Agent, optimizers: dict, losses: tuple, args: Args, batch: dict, std) -> dict:
+def update(agent: Agent, optimizers: dict, losses: tuple, args: Args, batch: dict, std):
     """One step of everything: critic and encoder, actor on the features from before it, target."""
-    loss, features, metrics = losses[0](agent, batch, std, args)
+    q_loss, pi_loss = losses
+    loss, features, metrics = q_loss(agent, batch, std, args)
     descend(loss, optimizers["critic_optimizer"])
     agent.critic.requires_grad_(False)  # spares the critic's own gradients, which nobody would use
-    loss, more = losses[1](agent, batch, features, std, args)
+    loss, more = pi_loss(agent, batch, features, std, args)
     agent.critic.requires_grad_(True)
     descend(loss, optimizers["actor_optimizer"])
     with torch.no_grad():  # the encoder has no target
-        targets, sources = list(agent.target.parameters()), list(agent.critic.parameters())
-        torch._foreach_lerp_(targets, sources, args.tau)
+        torch._foreach_lerp_(
+            list(agent.target.parameters()), list(agent.critic.parameters()), args.tau
+        )
     return metrics | more
 
 
 def make_update(agent: Agent, optimizers: dict, args: Args):
-    """-> `update` as a function of (batch, std), by the fastest way that `args` allows."""
-    losses = critic_loss, actor_loss
+    """-> `update` as a function of (batch, std): plain, with compiled losses, as one CUDA graph."""
+    kind = torch.device(args.device).type
+    mixed = torch.autocast(kind, torch.bfloat16, enabled=args.amp, cache_enabled=False)
+    losses = mixed(critic_loss), mixed(actor_loss)
     if args.compile:
-        losses = torch.compile(critic_loss), torch.compile(actor_loss)
+        losses = tuple(map(torch.compile, losses))
     one_update = partial(update, agent, optimizers, losses, args)
-    if args.cudagraphs and args.device.startswith("cuda"):
+    if args.cudagraphs:
         from tensordict.nn import CudaGraphModule
 
         one_update = CudaGraphModule(one_update, warmup=5)
@@ -616,31 +561,39 @@ def make_update(agent: Agent, optimizers: dict, args: Args):
 
 
 # --- evaluate -------------------------------------------------------------------------------------
-def evaluate(policy, env, args: Args, video: Path) -> dict:
-    """Whole episodes, mean actions, fixed seeds -> metrics. The video shows the first episode."""
-    returns, successes, frames = [], [], []
-    for batch in range(args.eval_episodes // env.num_envs):
-        obs = env.reset(seed=EVAL_SEED + batch)
+# same in: drqv2, sac_pixels
+def episode_sums(info: dict, ended):
+    """(3,): how many episodes ended, and sums of EPISODE over them."""
+    values = torch.stack([ended, *(info["episode"][key] for key in EPISODE)])
+    return torch.where(ended, values, 0.0).sum(-1)
+
+
+def evaluate(checkpoint, env, args: Args, video: Path) -> dict:
+    """Whole episodes, mean actions, fixed seeds. -> metrics. The video shows the first episode."""
+    policy = Policy(checkpoint, args.device)
+    scores, frames = [], []
+    for seed in range(EVAL_SEED, EVAL_SEED + args.eval_episodes // args.eval_envs):
+        obs = env.reset(seed=seed)
         policy.reset()
-        running = torch.ones(env.num_envs, dtype=torch.bool, device=args.device)
+        running = torch.ones(args.eval_envs, dtype=torch.bool, device=args.device)
         for _ in range(env.max_episode_steps):
-            if args.capture_video and batch == 0:
+            if args.capture_video and seed == EVAL_SEED:
                 frames.append(env.render()[0])
             obs, _, terminations, truncations, info = env.step(policy.act(obs))
             ended = (terminations | truncations) & running  # each environment counts once
-            returns.append(info["episode"]["return"][ended])
-            successes.append(info["episode"]["success_at_end"][ended])
             running &= ~ended
-    if args.capture_video:
-        video.parent.mkdir(parents=True, exist_ok=True)
+            values = torch.stack([info["episode"][key] for key in EPISODE])
+            scores.append(values[:, ended])
+    if frames:
+        video.parent.mkdir(exist_ok=True)
         imageio.mimwrite(video, frames, fps=env.control_hz)
-    returns = torch.cat(returns).double()
+    returns, successes = torch.cat(scores, 1).double()
     results = {
-        "eval/return": float(returns.mean()),
-        "eval/return_std": float(returns.std(correction=0)),
+        "eval/return": returns.mean().item(),
+        "eval/return_std": returns.std(correction=0).item(),
     }
     if getattr(env, "has_success", True):
-        results["eval/success_rate"] = float(torch.cat(successes).double().mean())
+        results["eval/success_rate"] = successes.mean().item()
     return results
 
 
@@ -664,9 +617,8 @@ def load(path: str | Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds; a reader needs one line
         raise ValueError(f"{path} is no checkpoint: damaged, or another kind of file") from error
-    need(
-        isinstance(checkpoint, dict) and checkpoint.get("algo") == "drqv2", f"{path} is not drqv2's"
-    )
+    ours = isinstance(checkpoint, dict) and checkpoint.get("algo") == "drqv2"
+    need(ours, f"{path} is not drqv2's")
     return checkpoint
 
 
@@ -725,13 +677,22 @@ def cut_back(run: Path, sizes: dict[str, int]):
         os.truncate(path, sizes.get(path.name, 0))
 
 
-def save_run(run: Path, facts: dict, progress: dict, parts: dict):
-    """checkpoint.pt, all that --resume needs. `facts` is what stays the same during a run."""
-    (run / "args.json").write_text(json.dumps(facts["args"], indent=1))
-    content = facts | dict(progress=progress, csv_sizes=csv_sizes(run))
+# same in: drqv2, sac_pixels
+def save_run(run: Path, content: dict, parts: dict):
+    """checkpoint.pt: all that it takes to continue."""
+    (run / "args.json").write_text(json.dumps(content["args"], indent=1))
+    states = {name: part.state_dict() for name, part in parts.items()}
+    save(run / "checkpoint.pt", content | states | dict(csv_sizes=csv_sizes(run)))
+
+
+# same in: drqv2, sac_pixels
+def load_run(run: Path, parts: dict) -> dict:
+    """Put every part and the CSV files back to the checkpoint. -> progress"""
+    checkpoint = load(run / "checkpoint.pt")
     for name, part in parts.items():
-        content[name] = part.state_dict()
-    save(run / "checkpoint.pt", content)
+        part.load_state_dict(checkpoint[name])
+    cut_back(run, checkpoint["csv_sizes"])
+    return checkpoint["progress"]
 
 
 # --- Policy ---------------------------------------------------------------------------------------
@@ -745,31 +706,45 @@ class Policy:
         checkpoint = source if isinstance(source, dict) else load(source)
         self.args, self.spec = Args(**checkpoint["args"]), checkpoint["spec"]
         with torch.device("meta"):  # shapes only: no random number is drawn
-            agent = Agent(self.args, checkpoint["shapes"])
-        agent.load_state_dict(checkpoint["agent"], assign=True)
-        self.agent, self.stack = agent.to(device), []
+            self.agent = Agent(self.args, checkpoint["shapes"])
+        self.agent.load_state_dict(checkpoint["agent"], assign=True)
+        self.agent.to(device)
+        self.reset()
 
     def reset(self):
         """Forget the earlier images; call at the start of every episode."""
         self.stack = []
 
     @torch.no_grad()
-    def act(self, obs: dict) -> torch.Tensor:
+    def act(self, obs: dict):
         """obs: "rgb" uint8 (N, H, W, 3), the newest image alone, and "state" (N, S), tensors on the
         device -> mean actions (N, A)."""
         past = self.stack[1:] or [obs["rgb"]] * (self.args.frame_stack - 1)
         self.stack = [*past, obs["rgb"]]
         features = self.agent.encoder(torch.cat(self.stack, -1))
-        return self.agent.actor(features, obs["state"])
+        return self.agent.mean(features, obs["state"])
 
 
 # --- train ----------------------------------------------------------------------------------------
-def check_finite(agent: Agent, metrics: dict, global_step: int, run: Path):
+# same in: drqv2, sac_pixels
+def check_finite(agent: Agent, metrics: dict, step: int, run: Path):
     """Raises FloatingPointError that names the first tensor or metric that is not finite."""
     for name, value in (agent.state_dict() | metrics).items():
         if not torch.as_tensor(value).isfinite().all():
-            good = f"last good checkpoint: {run / 'checkpoint.pt'}"
-            raise FloatingPointError(f"{name} is not finite at step {global_step}; {good}")
+            place = f"step {step}; last good checkpoint: {run}/checkpoint.pt"
+            raise FloatingPointError(f"{name} is not finite at {place}")
+
+
+# same in: drqv2, sac_pixels
+def training_metrics(env, episodes: torch.Tensor, losses: list[dict]) -> dict:
+    """Means over the episodes that ended, and over the updates, since the last row."""
+    count, *sums = episodes.tolist()
+    metrics = {"train/episodes": count, "train/nan_resets": int(env.nan_resets)}
+    for key, value in zip(EPISODE, sums, strict=True):
+        metrics[f"train/{key}"] = value / max(count, 1.0)
+    for key in losses[0] if losses else ():
+        metrics[key] = torch.stack([row[key] for row in losses]).mean().item()
+    return metrics
 
 
 # same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, resfit, bc_chunk
@@ -792,54 +767,6 @@ def open_run(args: Args) -> Path:
     return run
 
 
-def mean_metrics(history: list[dict]) -> dict[str, float]:
-    """Means over the updates since the last row; waits for the device."""
-    means = {}
-    for name in history[0] if history else ():
-        means[name] = float(torch.stack([metrics[name] for metrics in history]).mean())
-    return means
-
-
-def ended(dones, episode: dict):
-    """(3,): how many episodes ended, the sums of their returns and successes."""
-    values = torch.stack([dones, episode["return"], episode["success_at_end"]])
-    return torch.where(dones, values, 0.0).sum(-1)
-
-
-def log_row(run: Path, progress: dict, metrics: dict, episodes, env, args: Args):
-    """A row of metrics.csv; episodes: the sum of `ended` since the last one."""
-    count, returns, successes = episodes.tolist()
-    row = {name: progress[name] for name in CLOCK} | metrics
-    row["train/return"] = returns / max(count, 1)
-    row["train/success_at_end"] = successes / max(count, 1)
-    row["train/episodes"] = count
-    row["train/std"] = float(noise_std(args, progress["global_step"]))
-    row["train/nan_resets"] = int(env.nan_resets)
-    row["time/sps"] = progress["global_step"] / progress["train_time"]
-    write_row(run / "metrics.csv", row, args.track)
-
-
-def evaluate_now(run: Path, facts: dict, progress: dict, agent: Agent, env, args: Args) -> dict:
-    """A row of eval.csv, a video, and best.pt if it is the best so far. -> metrics"""
-    snapshot = facts | dict(progress=progress, agent=agent.state_dict())
-    video = run / f"videos/step_{progress['global_step']:09d}.mp4"
-    results = evaluate(Policy(snapshot, args.device), env, args, video)
-    clock = {name: progress[name] for name in CLOCK}
-    write_row(run / "eval.csv", clock | results, args.track)
-    if results["eval/return"] > progress["best"]:
-        progress["best"] = results["eval/return"]
-        save(run / "best.pt", snapshot)
-    return results
-
-
-def evaluate_checkpoint(args: Args, env) -> dict:
-    video = Path(args.checkpoint).parent / "videos/evaluate.mp4"
-    results = evaluate(Policy(args.checkpoint, args.device), env, args, video)
-    print(json.dumps(results))
-    env.close()
-    return results
-
-
 def train(args: Args) -> dict:
     """Train, or with --evaluate only evaluate. -> metrics of the last evaluation, progress, `run`.
 
@@ -851,106 +778,106 @@ def train(args: Args) -> dict:
     torch.manual_seed(args.seed)
     env, eval_env = make_envs(args)
     if args.evaluate:
-        return evaluate_checkpoint(args, eval_env)
+        video = Path(args.checkpoint).with_suffix(".mp4")
+        results = evaluate(args.checkpoint, eval_env, args, video)
+        print(json.dumps(results))
+        return results
 
-    progress = dict(global_step=0, wall_time=0.0, train_time=0.0, best=-math.inf)
-    if args.resume:
-        checkpoint = load(Path(args.resume) / "checkpoint.pt")
-        progress = checkpoint["progress"]
-    # without a saved buffer a resumed run begins with other episodes than at first
-    obs = env.reset(seed=args.seed + progress["global_step"])
     shapes = dict(channels=env.image_shape[2], state=env.state_dim, action=env.action_dim)
-    facts = dict(algo="drqv2", args=asdict(args), shapes=shapes, spec=env.spec)
     agent = Agent(args, shapes).to(args.device)
     optimizers = make_optimizers(agent, args)
     one_update = make_update(agent, optimizers, args)
-    slots = args.buffer_size // args.num_envs
-    replay = Replay(obs, env.action_dim, slots, args.frame_stack, args.n_step, args.gamma)
+    still = torch.zeros((args.num_envs, env.action_dim), device=args.device)
+    replay = Replay(env.reset(seed=args.seed), still, args, args.n_step)
     parts = dict(agent=agent, random=GlobalRandom(), **optimizers)
-    filled_since = progress["global_step"]
     if args.save_buffer:
         parts |= dict(env=env, replay=replay)
-        filled_since = 0
+    progress = dict(global_step=0, wall_time=0.0, train_time=0.0, best=-math.inf)
+    content = dict(algo="drqv2", args=asdict(args), shapes=shapes, spec=env.spec)
+    content |= dict(progress=progress, agent=agent.state_dict())  # which both follow the run
 
     run = open_run(args)
     if args.resume:
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
-        cut_back(run, checkpoint["csv_sizes"])
-        del checkpoint  # its mapped tensors are released
-    elif args.checkpoint:
-        agent.load_state_dict(load(args.checkpoint)["agent"])
-    save_run(run, facts, progress, parts)  # from now on it can be resumed
-
-    born = START - progress["wall_time"]
-    begin = time.perf_counter() - progress["train_time"]  # moved on by what is no training
-    episodes = torch.zeros(3, device=args.device)  # sums of `ended` since the last row
-    updates, history, results = 0, [], {}  # history: metrics of each update since the last row
-    first, last = progress["global_step"], args.total_timesteps
-    bar = tqdm(total=last, initial=first, unit="step", mininterval=1)
+        progress.update(load_run(run, parts))
+    else:
+        if args.checkpoint:
+            agent.load_state_dict(load(args.checkpoint)["agent"])
+        save_run(run, content, parts)
+    step, born = progress["global_step"], START - progress["wall_time"]
+    first = 0 if args.save_buffer else step  # transition in the buffer
+    results, losses, compiled = {}, [], False
+    episodes = torch.zeros(3, device=args.device)  # since the last row, as in episode_sums
+    bar = tqdm(total=args.total_timesteps, initial=step, unit="step")
     interrupt = Interrupt()
-    stop = first >= last
+    stop = step >= args.total_timesteps
+
     while not stop:
         # act
-        before = progress["global_step"]
-        std = noise_std(args, before)
-        if before < args.random_steps:
-            actions = torch.rand((args.num_envs, env.action_dim), device=args.device) * 2 - 1
+        begin = time.perf_counter()
+        std = noise_std(args, step)
+        if step < args.random_steps:
+            actions = torch.rand_like(still) * 2 - 1
         else:
-            actions = explore(agent, replay.present(), std)
+            seen = replay.observe(replay.head)
+            with torch.no_grad():
+                mean = agent.mean(agent.encoder(seen["rgb"]), seen["state"])
+            actions = noisy_actions(mean, std)
 
         # step
         obs, rewards, terminations, truncations, info = env.step(actions)
-        now = before + args.num_envs
-        progress["global_step"] = now
-        bar.update(args.num_envs)
 
         # store
         dones = terminations | truncations
-        discounts = info.get("discount", torch.ones_like(rewards)) * ~terminations  # differs (1)
+        discounts = info.get("discount", 1.0) * ~terminations  # differs (1)
         replay.add(actions, rewards, discounts, dones, info["final_obs"], obs)
-        episodes += ended(dones, info["episode"])
+        episodes += episode_sums(info, dones)
 
         # update
-        due = now // args.update_every - before // args.update_every
-        if now - filled_since < args.learning_starts:
-            due = 0
-        for _ in range(due):
-            pause = time.perf_counter()
-            history.append(one_update(replay.sample(args.batch_size), std))
-            updates += 1
-            if updates == 1:  # it compiles
-                begin += time.perf_counter() - pause
+        due = (step + args.num_envs) // args.update_every - step // args.update_every
+        step += args.num_envs
+        bar.update(args.num_envs)
+        if step - first >= args.learning_starts:
+            for _ in range(due):
+                losses.append(one_update(replay.sample(args.batch_size), std))
+            if losses and not compiled:  # the first ones compile, and train_time is without that
+                compiled, begin = True, time.perf_counter()
 
         # log
-        stop = interrupt.asked or now >= last
-        eval_due = now >= last or now % args.eval_freq < args.num_envs
-        if not (stop or eval_due or now % args.log_freq < args.num_envs):
-            continue
-        metrics = mean_metrics(history)
-        check_finite(agent, metrics, now, run)
-        pause = time.perf_counter()
-        progress |= dict(wall_time=time.time() - born, train_time=pause - begin)
-        if history:  # the first row names the columns, so it waits for an update
-            log_row(run, progress, metrics, episodes, env, args)
-        history.clear()
-        episodes.zero_()
+        last = step >= args.total_timesteps
+        stop = last or interrupt.asked
+        eval_due = last or step % args.eval_freq < args.num_envs
+        log_due = stop or eval_due or step % args.log_freq < args.num_envs
+        metrics = training_metrics(env, episodes, losses) if log_due else {}
+        train_time = progress["train_time"] + time.perf_counter() - begin
+        clock = dict(global_step=step, wall_time=time.time() - born, train_time=train_time)
+        progress |= clock
+        if log_due:
+            metrics |= {"train/std": std.item(), "time/sps": step / train_time}
+            check_finite(agent, metrics, step, run)
+            if losses:  # the first row names the columns, so it waits for an update
+                write_row(run / "metrics.csv", clock | metrics, args.track)
+            episodes.zero_()
+            losses.clear()
 
         # evaluate
         if eval_due:
-            results = evaluate_now(run, facts, progress, agent, eval_env, args)
+            video = run / f"videos/step_{step:09d}.mp4"
+            results = evaluate(content, eval_env, args, video)
+            write_row(run / "eval.csv", clock | results, args.track)
             bar.set_postfix_str(f"return {results['eval/return']:.2f}")
+            if results["eval/return"] > progress["best"]:
+                progress["best"] = results["eval/return"]
+                save(run / "best.pt", content)
 
         # save
         if eval_due or stop:
-            save_run(run, facts, progress, parts)
-        begin += time.perf_counter() - pause
+            save_run(run, content, parts)
 
     interrupt.restore()
     for part in (bar, env, eval_env):
         part.close()
     if interrupt.asked:
-        sys.exit(f"interrupted at step {progress['global_step']}: continue with --resume {run}")
+        sys.exit(f"interrupted at step {step}: continue with --resume {run}")
     return results | progress | {"run": str(run)}
 
 

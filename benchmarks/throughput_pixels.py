@@ -222,20 +222,23 @@ def learner(algo, hyper):
     slots = 50_000 if device.startswith("cuda") else 4_000
     rgb = torch.zeros((1, size, size, 3), dtype=torch.uint8, device=device)
     obs = {"rgb": rgb, "state": torch.zeros((1, 0), device=device)}
+    still = torch.zeros((1, action_dim), device=device)
     n_step = getattr(hyper, "n_step", 1)
-    replay = algo.Replay(obs, action_dim, slots, hyper.frame_stack, n_step, hyper.gamma)
+    replay = algo.Replay(obs, still, replace(hyper, buffer_size=slots), n_step)
     replay.data["rgb"].random_(0, 256)
     replay.data["actions"].uniform_(-1, 1)
     replay.data["rewards"].uniform_(0, 1)
     replay.data["discounts"].fill_(1)
-    replay.data["age"].copy_(torch.arange(slots) % 501)  # episodes of 500 steps
+    age = torch.arange(slots) % 501  # episodes of 500 steps
+    replay.data["age"].copy_(age)
+    replay.data["final"].copy_(age == 500)
     replay.head += slots - 1
     if algo is drqv2:
         agent = drqv2.Agent(hyper, shapes).to(device)
         one_update = drqv2.make_update(agent, drqv2.make_optimizers(agent, hyper), hyper)
         std = torch.full((), 0.5, device=device)
         return lambda: one_update(replay.sample(hyper.batch_size), std), 1
-    agent = sac_pixels.Agent(shapes, hyper).to(device, memory_format=torch.channels_last)
+    agent = sac_pixels.Agent(hyper, shapes).to(device, memory_format=torch.channels_last)
     learn = sac_pixels.make_update(agent, sac_pixels.make_optimizers(agent, hyper), hyper)
     count = hyper.policy_frequency
     return lambda: learn([replay.sample(hyper.batch_size) for _ in range(count)]), count

@@ -100,7 +100,7 @@ def test_files_that_are_no_policy(tmp_path):
     refused("unknown.pt", "there is no algos/no_such.py", {"algo": "no_such", "spec": {}})
     refused("path.pt", "there is no algos/", {"algo": "../hardware/policy", "spec": {}})
     short = checkpoint()
-    short["agent"].pop("actor.mean.bias")
+    short["agent"].pop("averaged.actor.mean.bias")
     refused("short.pt", "does not fit algos/squint_sac.py of this version", short)
     refused("damaged.onnx", "cannot be read as ONNX|needs ONNX Runtime", b"x")
     refused("damaged.npz", "cannot be read as a NumPy export", b"PK\x03\x04 and then nothing")

@@ -3,11 +3,11 @@
 import copy
 import csv
 import math
-import os
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,8 +63,7 @@ def arguments(**changes) -> sp.Args:
         log_freq=20,
         eval_episodes=8,
         eval_envs=4,
-        target_augs=1,
-        online_augs=1,
+        copies=1,
         capture_video=False,
     )
     return sp.Args(**values | changes)
@@ -99,8 +98,17 @@ def a_batch(args, b=8) -> dict:
 def learning_parts(**changes):
     torch.manual_seed(3)
     args = arguments(**changes)
-    agent = sp.Agent(SHAPES, args)
+    agent = sp.Agent(args, SHAPES)
     return agent, sp.make_optimizers(agent, args), a_batch(args), args
+
+
+@contextmanager
+def drawing(**numbers):
+    """randn_like or rand_like give these numbers instead."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in numbers.items():
+            patch.setattr(torch, name, lambda like, value=value, **options: value)
+        yield
 
 
 def snapshot(agent) -> dict:
@@ -118,14 +126,16 @@ def golden_args(preset) -> sp.Args:
     small = TINY | dict(encoder_channels=2, feature_dim=5, hidden=8, batch_size=4)
     if preset == "separate":
         rates = dict(lr=3e-4, alpha_lr=3e-4, alpha=1.0, tau=0.005, encoder_tau=0.005)
-        one_copy = dict(augmentation="none", target_augs=1, online_augs=1)
-        return sp.Args(encoder="separate", policy_frequency=1, **rates, **one_copy, **small)
-    return sp.Args(**sp.tuned("walker_walk", "cuda", preset) | small)
+        small |= dict(augmentation="none", copies=1, policy_frequency=1)
+        return sp.Args(encoder="separate", **rates, **small)
+    if preset == "rad_translate":
+        small |= dict(augmentation="translate")
+    return sp.Args(**sp.tuned("walker_walk", "cuda", preset.split("_t")[0]) | small)
 
 
 def golden_agent(golden, args) -> sp.Agent:
     """Its weights are the pool's numbers, in the order of their names."""
-    agent, state, used = sp.Agent(SHAPES, args), {}, 0
+    agent, state, used = sp.Agent(args, SHAPES), {}, 0
     for name, value in sorted(agent.state_dict().items()):
         state[name] = golden["pool"][used : used + value.numel()].view(value.shape)
         used += value.numel()
@@ -164,25 +174,27 @@ def test_losses_gradients_and_weights_are_those_of_before(preset):
     rest = {name: golden[name] for name in ("actions", "rewards", "discounts")}
     batch = dict(obs=obs, next_obs=next_obs, **rest)
     if args.augmentation != "none":
-        out = sp.augment(obs["rgb"][:2], golden["draw"], args)
+        out = sp.augment(obs["rgb"][:2], args, golden["draw"])
         assert torch.equal(out, golden[f"augment_{preset}"])
 
     agent = golden_agent(golden, args)
     torch.manual_seed(5)
     seen = sp.views(batch, args)
     noise = golden["noise"]
-    loss, features, _ = sp.critic_loss(agent, seen, noise[: 4 * args.target_augs], args)
+    with drawing(randn_like=noise[: 4 * args.copies]):
+        loss, features, _ = sp.critic_loss(agent, seen, args)
     losses = [loss.detach()]
     close = dict(rtol=1e-6, atol=1e-6)
     found = gradients(agent, loss, "encoder", "critic")
     torch.testing.assert_close(found, golden[f"critic_{preset}"], **close)
-    loss, metrics = sp.actor_loss(agent, seen, features, noise[:4], args)
+    with drawing(randn_like=noise[:4]):
+        loss, metrics = sp.actor_loss(agent, seen, features)
     losses += [metrics["loss/actor"], metrics["loss/alpha"]]
     found = gradients(agent, loss, "actor", "actor_encoder", "log_alpha")
     torch.testing.assert_close(found, golden[f"actor_{preset}"], **close)
     if agent.decoder:
-        dither = golden["dither"] / 256
-        loss, metrics = sp.autoencoder_loss(agent, seen["obs"]["rgb"][:4], dither, args)
+        with drawing(rand_like=golden["dither"] / 256):
+            loss, metrics = sp.autoencoder_loss(agent, seen["obs"]["rgb"][:4])
         losses += [metrics["loss/reconstruction"], loss.detach()]
         found = gradients(agent, loss, "encoder", "critic", "decoder")
         torch.testing.assert_close(found, golden[f"autoencoder_{preset}"], **close)
@@ -190,52 +202,50 @@ def test_losses_gradients_and_weights_are_those_of_before(preset):
 
     agent = golden_agent(golden, args)
     torch.manual_seed(7)
-    sp.update([batch] * args.policy_frequency, agent, sp.make_optimizers(agent, args), args)
+    learn = sp.make_update(agent, sp.make_optimizers(agent, args), args)
+    learn([batch] * args.policy_frequency)
     after = golden[f"after_{preset}"]
     torch.testing.assert_close(flat(agent.state_dict()), after, rtol=1e-6, atol=1e-6)
 
 
 # --- Who learns from which loss -------------------------------------------------------------------
-CRITIC = {"encoder.convs", "critic.projection", "critic.heads"}
-ACTOR = {"actor.projection", "actor.heads", "log_alpha"}
-DRAWN = {"encoder.convs", "critic.projection", "decoder.linear", "decoder.convs"}
+CRITIC = {"encoder.convs", "critic.trunk", "critic.heads"}
+ACTOR = {"actor.trunk", "actor.heads", "log_alpha"}
+DRAWN = {"encoder.convs", "critic.trunk", "decoder.linear", "decoder.convs"}
 
 
 @pytest.mark.parametrize("encoder", PATTERNS)
 def test_each_loss_reaches_exactly_its_parameters(encoder):
     agent, optimizers, batch, args = learning_parts(encoder=encoder)
     start = snapshot(agent)
-    loss, features, _ = sp.critic_loss(agent, batch, torch.randn(8, 2), args)
+    loss, features, _ = sp.critic_loss(agent, batch, args)
     sp.descend(loss, optimizers["q_optimizer"])
     before = snapshot(agent)
     assert differences(start, before) == CRITIC
 
     if encoder == "autoencoder":
-        rgb = batch["obs"]["rgb"]
-        loss, _ = sp.autoencoder_loss(agent, rgb, torch.rand(rgb.shape), args)
+        loss, _ = sp.autoencoder_loss(agent, batch["obs"]["rgb"])
         sp.descend(loss, optimizers["autoencoder_optimizer"])
         assert differences(before, snapshot(agent)) == DRAWN
         before = snapshot(agent)
 
     agent.zero_grad()
     own = {"actor_encoder.convs"} if encoder == "separate" else set()
-    loss, _ = sp.actor_loss(agent, batch, features, torch.randn(8, 2), args)
+    loss, _ = sp.actor_loss(agent, batch, features)
     loss.backward()
     assert agent.encoder.convs[0].weight.grad is None
-    sp.descend(sp.actor_loss(agent, batch, features, torch.randn(8, 2), args)[0],
-               optimizers["actor_optimizer"])  # fmt: skip
+    sp.descend(sp.actor_loss(agent, batch, features)[0], optimizers["actor_optimizer"])
     assert differences(before, snapshot(agent)) == ACTOR | own
 
 
-def test_without_the_critic_s_gradient_only_the_reconstruction_trains_the_convolutions():
-    agent, optimizers, batch, args = learning_parts(encoder="autoencoder", critic_gradient=False)
+def test_the_reconstruction_alone_can_train_the_convolutions():
+    agent, optimizers, batch, args = learning_parts(encoder="reconstruction")
     start = snapshot(agent)
-    loss, _, _ = sp.critic_loss(agent, batch, torch.randn(8, 2), args)
+    loss, _, _ = sp.critic_loss(agent, batch, args)
     sp.descend(loss, optimizers["q_optimizer"])
     middle = snapshot(agent)
     assert differences(start, middle) == CRITIC - {"encoder.convs"}
-    rgb = batch["obs"]["rgb"]
-    loss, _ = sp.autoencoder_loss(agent, rgb, torch.rand(rgb.shape), args)
+    loss, _ = sp.autoencoder_loss(agent, batch["obs"]["rgb"])
     sp.descend(loss, optimizers["autoencoder_optimizer"])
     assert differences(middle, snapshot(agent)) == DRAWN
 
@@ -244,7 +254,7 @@ def test_without_the_critic_s_gradient_only_the_reconstruction_trains_the_convol
 def test_an_update_changes_everything_and_the_target_by_its_shares(encoder):
     agent, optimizers, batch, args = learning_parts(encoder=encoder, encoder_tau=0.5, tau=0.25)
     start = snapshot(agent)
-    metrics = sp.update([batch, batch], agent, optimizers, args)
+    metrics = sp.make_update(agent, optimizers, args)([batch, batch])
     after = snapshot(agent)
     everything = {k.split(".")[0] for k in start}
     assert {k.split(".")[0] for k in differences(start, after)} == everything
@@ -273,7 +283,8 @@ def test_log_probability_is_that_of_a_squashed_gaussian():
     features, state = torch.randn(64, agent.encoder.features), torch.randn(64, 3)
     noise = torch.randn(64, 2) * 2
     expected = squashed(*agent.gaussian(features, state), noise)
-    found = sp.sample_actions(agent, features, state, noise)
+    with drawing(randn_like=noise):
+        found = sp.sample_actions(agent, features, state)
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
 
 
@@ -288,16 +299,17 @@ def test_log_std_stays_within_its_bounds(bias, bound):
 
 
 def test_copies_average_targets_and_add_losses():
-    """K = 3 targets and M = 2 losses worked out one copy at a time."""
-    agent, _, batch, args = learning_parts(target_augs=3, online_augs=2, alpha=0.2)
+    """K = 3 targets and losses worked out one copy at a time."""
+    agent, _, batch, args = learning_parts(copies=3, alpha=0.2)
     seen = sp.views(batch, args)
-    assert len(seen["obs"]["rgb"]) == 16 and len(seen["next_obs"]["rgb"]) == 24
+    assert len(seen["obs"]["rgb"]) == len(seen["next_obs"]["rgb"]) == 24
     noise = torch.randn(24, 2)
-    loss, features, metrics = sp.critic_loss(agent, seen, noise, args)
+    with drawing(randn_like=noise):
+        loss, features, metrics = sp.critic_loss(agent, seen, args)
     state, next_state, y = batch["obs"]["state"], batch["next_obs"]["state"], 0
+    parts = [slice(8 * k, 8 * k + 8) for k in range(3)]
     with torch.no_grad():
-        for k in range(3):
-            part = slice(8 * k, 8 * k + 8)
+        for part in parts:
             rgb = seen["next_obs"]["rgb"][part]
             gaussian = agent.gaussian(agent.encoder(rgb), next_state)
             actions, log_probs = squashed(*gaussian, noise[part])
@@ -305,12 +317,12 @@ def test_copies_average_targets_and_add_losses():
             value = torch.min(q1, q2) - 0.2 * log_probs
             y = y + (batch["rewards"] + batch["discounts"] * value) / 3
         expected = 0
-        for m in range(2):
-            h = agent.encoder(seen["obs"]["rgb"][8 * m : 8 * m + 8])
+        for part in parts:
+            h = agent.encoder(seen["obs"]["rgb"][part])
             for q in agent.critic(h, state, batch["actions"])[..., 0]:
                 expected = expected + F.mse_loss(q, y)
-            if m == 0:
-                torch.testing.assert_close(features, h)
+        h = agent.encoder(seen["obs"]["rgb"][:8])
+    torch.testing.assert_close(features, h)
     torch.testing.assert_close(loss.detach(), expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(metrics["train/target"], y.mean(), atol=1e-4, rtol=1e-4)
 
@@ -323,7 +335,7 @@ def test_temperature_rises_when_entropy_is_low(log_std, rises):
     last.weight.data.zero_()
     last.bias.data[2:] = math.atanh(max((log_std + 4) / 6, -0.999))
     before = agent.log_alpha.item()
-    sp.update([batch, batch], agent, optimizers, args)
+    sp.make_update(agent, optimizers, args)([batch, batch])
     assert (agent.log_alpha.item() > before) == rises
 
 
@@ -349,8 +361,9 @@ def test_reconstruction_loss_by_hand(monkeypatch):
     agent, _, _, args = learning_parts(encoder="autoencoder")
     row = torch.tensor([0, 7, 8, 255], dtype=torch.uint8).repeat(4)
     rgb = row.view(1, 1, 16, 1).expand(2, 16, 16, 6)
-    loss, metrics = sp.autoencoder_loss(agent, rgb, torch.full(rgb.shape, 0.5), args)
-    z = agent.critic.projection(agent.encoder(rgb))
+    with drawing(rand_like=torch.full(rgb.shape, 0.5)):
+        loss, metrics = sp.autoencoder_loss(agent, rgb)
+    z = agent.critic.trunk(agent.encoder(rgb))
     levels = torch.tensor([0.0, 0, 1, 31]).repeat(4).view(1, 1, 16, 1)
     error = (agent.decoder(z) - ((levels + 0.5) / 32 - 0.5)).square().mean()
     torch.testing.assert_close(metrics["loss/reconstruction"], error.detach())
@@ -362,29 +375,23 @@ def test_only_the_decoder_decays_and_the_convolutions_have_two_adams():
     seen, decoder = optimizers["autoencoder_optimizer"].param_groups
     assert (seen["weight_decay"], decoder["weight_decay"]) == (0, 1e-7)
     assert set(decoder["params"]) == set(agent.decoder.parameters())
-    both = {*agent.encoder.parameters(), *agent.critic.projection.parameters()}
+    both = {*agent.encoder.parameters(), *agent.critic.trunk.parameters()}
     assert set(seen["params"]) == both
     (q,) = optimizers["q_optimizer"].param_groups
     assert both < set(q["params"])
 
 
-@pytest.mark.parametrize("delta", [False, True])
-def test_first_weights(delta):
-    agent, _, _, _ = learning_parts(delta_orthogonal=delta, encoder="autoencoder")
+def test_first_weights_are_orthogonal_and_the_target_is_the_critic():
+    agent, _, _, _ = learning_parts(encoder="autoencoder")
     for layer in agent.modules():
-        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-            weight = layer.weight.detach()
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            weight = layer.weight.detach().flatten(1)
+            if weight.shape[0] > weight.shape[1]:
+                weight = weight.T
+            square = 1.0 if isinstance(layer, nn.Linear) else 2.0
+            expected = square * torch.eye(len(weight))
+            torch.testing.assert_close(weight @ weight.T, expected, atol=1e-4, rtol=0)
             assert not layer.bias.any()
-            flat_weight = weight.flatten(1)
-            if delta:
-                flat_weight = weight[..., 1, 1]
-                assert weight.count_nonzero() == flat_weight.count_nonzero()
-            if flat_weight.shape[0] > flat_weight.shape[1]:
-                flat_weight = flat_weight.T
-            identity = torch.eye(len(flat_weight))
-            torch.testing.assert_close(flat_weight @ flat_weight.T, 2 * identity, atol=1e-4, rtol=0)
-    first = agent.critic.heads[0][0].weight.detach()
-    torch.testing.assert_close(first.T @ first, torch.eye(13), atol=1e-4, rtol=0)
     for name, value in agent.target.state_dict().items():
         assert torch.equal(value, agent.critic.state_dict()[name])
 
@@ -420,48 +427,48 @@ def test_shift_is_a_crop_of_the_image_with_repeated_edges():
     args, rgb = arguments(augmentation="shift"), images(400, 16)
     padded = F.pad(rgb.permute(0, 3, 1, 2).float(), [2] * 4, "replicate")
     padded = padded.permute(0, 2, 3, 1).to(torch.uint8)
-    out = sp.augment(rgb, torch.rand(400, 2), args)
+    out = sp.augment(rgb, args, torch.rand(400, 2))
     assert out.shape == rgb.shape and out.dtype == torch.uint8
     assert_uniform(offsets(out, padded))
     least_and_most = torch.tensor([[0.0, 0.0], [1 - 2**-24, 1 - 2**-24]])
-    out = sp.augment(rgb[:2], least_and_most, args)
+    out = sp.augment(rgb[:2], args, least_and_most)
     assert offsets(out, padded[:2]) == [(0, 0), (4, 4)]
-    assert torch.equal(sp.center(rgb, args), rgb)
+    assert torch.equal(sp.augment(rgb, args), rgb)
 
 
 def test_crop_is_uniform_and_its_middle_is_seen_in_evaluation():
     torch.manual_seed(1)
     args, rgb = arguments(augmentation="crop", margin=4), images(400, 20)
     assert args.render_size == 20
-    out = sp.augment(rgb, torch.rand(400, 2), args)
+    out = sp.augment(rgb, args, torch.rand(400, 2))
     assert out.shape == (400, 16, 16, 6)
     assert_uniform(offsets(out, rgb))
-    assert torch.equal(sp.center(rgb, args), rgb[:, 2:18, 2:18])
+    assert torch.equal(sp.augment(rgb, args), rgb[:, 2:18, 2:18])
 
 
 def both_observations(rgb, args) -> tuple:
-    batch = dict(obs={"rgb": rgb}, next_obs={"rgb": rgb}, actions=torch.zeros(len(rgb), 2))
+    batch = dict(obs={"rgb": rgb}, next_obs={"rgb": rgb}, rewards=torch.zeros(len(rgb)))
     out = sp.views(batch, args)
     return out["obs"]["rgb"], out["next_obs"]["rgb"]
 
 
 def test_translate_shows_the_whole_image_on_black_at_one_place_for_both_observations():
-    args = arguments(augmentation="translate", margin=4, target_augs=2, online_augs=3)
+    args = arguments(augmentation="translate", margin=4, copies=3)
     assert args.render_size == 12
     rgb = images(8, 12)
     obs, next_obs = both_observations(rgb, args)
     places = offsets(rgb.repeat(3, 1, 1, 1), obs)
     assert len(set(places)) > 5 and set(sum(places, ())) == {0, 1, 2, 3, 4}
     assert obs.sum() == 3 * rgb.sum(), "the rest is black"
-    assert places[:16] == offsets(rgb.repeat(2, 1, 1, 1), next_obs), "o and o' are moved alike"
+    assert places == offsets(rgb.repeat(3, 1, 1, 1), next_obs), "o and o' are moved alike"
     assert places[:8] != places[8:16], "copies are not"
-    assert torch.equal(sp.center(rgb, args)[:, 2:14, 2:14], rgb)
+    assert torch.equal(sp.augment(rgb, args)[:, 2:14, 2:14], rgb)
 
 
 @pytest.mark.parametrize("augmentation", ["shift", "crop"])
 def test_both_observations_and_all_copies_are_augmented_independently(augmentation):
     torch.manual_seed(1)
-    args = arguments(augmentation=augmentation, margin=4, target_augs=2, online_augs=2)
+    args = arguments(augmentation=augmentation, margin=4, copies=2)
     obs, next_obs = both_observations(images(8, args.render_size), args)
     copies = [*obs.chunk(2), *next_obs.chunk(2)]
     for i, a in enumerate(copies):
@@ -472,12 +479,12 @@ def test_without_augmentation_nothing_changes():
     args, rgb = arguments(augmentation="none"), images(8, 16)
     obs, next_obs = both_observations(rgb, args)
     assert torch.equal(obs, rgb) and torch.equal(next_obs, rgb)
-    assert sp.center(rgb, args) is rgb
+    assert sp.augment(rgb, args) is rgb
 
 
 # --- Compiled and plain ---------------------------------------------------------------------------
 def after_updates(encoder, **route) -> dict:
-    agent, _, batch, args = learning_parts(encoder=encoder, target_augs=2, online_augs=2)
+    agent, _, batch, args = learning_parts(encoder=encoder, copies=2)
     args = replace(args, **route)
     agent.to(args.device)
     batch = tree_map(lambda tensor: tensor.to(args.device), batch)
@@ -502,7 +509,10 @@ WITH_COMPILER = [
 def test_compiled_route_equals_the_plain_one(monkeypatch, encoder, backend):
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f: compiler(f, backend=backend, fullgraph=True))
-    plain, compiled = after_updates(encoder), after_updates(encoder, compile=True)
+    torch.compiler.reset()
+    plain = after_updates(encoder)
+    with torch._inductor.config.patch(fallback_random=True):  # the same numbers
+        compiled = after_updates(encoder, compile=True)
     torch.testing.assert_close(compiled, plain, atol=2e-5, rtol=1e-4)
 
 
@@ -545,19 +555,18 @@ def test_a_short_run_from_end_to_end(fake):
     assert [row["global_step"] for row in rows] == ["60", "120"] and result["global_step"] == 120
     metrics = table(run / "metrics.csv")
     assert all(math.isfinite(float(value)) for row in metrics for value in row.values())
-    assert metrics[-1]["time/frames"] == "120" and float(metrics[-1]["train/episodes"]) > 0
+    assert float(metrics[-1]["train/episodes"]) > 0
     torch.manual_seed(args.seed)
-    first, last = sp.Agent(SHAPES, args), sp.load(run / "checkpoint.pt")["agent"]
+    first, last = sp.Agent(args, SHAPES), sp.load(run / "checkpoint.pt")["agent"]
     changed = differences(first.state_dict(), last)
     assert changed >= CRITIC | ACTOR | {"decoder.convs", "target.heads", "target_encoder.convs"}
 
 
 def test_interval_is_that_of_a_mean():
     args = arguments(eval_episodes=100, eval_envs=50)
-    agent, env, returns = sp.Agent(SHAPES, args), FakeEnv(50, stagger=False), []
-    facts = dict(args=sp.asdict(args), shapes=SHAPES, spec={})
-    policy = sp.Policy(sp.snapshot(facts, {}, dict(agent=agent)))
-    metrics = sp.evaluate(policy, env, args, Path("unused"))
+    agent, env, returns = sp.Agent(args, SHAPES), FakeEnv(50, stagger=False), []
+    content = dict(args=vars(args), shapes=SHAPES, spec={}, agent=agent.state_dict())
+    policy, metrics = sp.Policy(content), sp.evaluate(content, env, args, Path("unused"))
     for seed in (sp.EVAL_SEED, sp.EVAL_SEED + 1):
         obs = env.reset(seed)
         policy.reset()
@@ -596,8 +605,8 @@ def assert_same_state(one: str, other: str):
 
 @pytest.mark.parametrize("changes", [
     dict(encoder="separate", augmentation="shift"),
-    dict(encoder="critic", augmentation="crop", target_augs=2),
-    dict(encoder="autoencoder", augmentation="translate", update_every=3),
+    dict(encoder="critic", augmentation="crop", copies=2),
+    dict(encoder="reconstruction", augmentation="translate", update_every=3),
 ], ids=lambda changes: changes["encoder"])  # fmt: skip
 def test_resume_continues_exactly(fake, changes):
     """2N steps equal N and then N more, with --save-buffer on the CPU, over the buffer's wrap."""
@@ -680,7 +689,7 @@ def test_resume_refuses_what_it_cannot_honour(fake, words, message):
 def test_best_is_the_best(fake, monkeypatch):
     returns = iter([1.0, 3.0, 2.0])
 
-    def scored(policy, env, args, video):
+    def scored(checkpoint, env, args, video):
         return {"eval/return": next(returns)}
 
     monkeypatch.setattr(sp, "evaluate", scored)
@@ -710,7 +719,7 @@ def test_policy_from_the_file_equals_the_actor(fake, encoder, augmentation):
     before = torch.get_rng_state()
     policy = sp.Policy("runs/run/best.pt")
     assert torch.equal(torch.get_rng_state(), before), "building a policy draws no random number"
-    agent = sp.Agent(SHAPES, args)
+    agent = sp.Agent(args, SHAPES)
     agent.load_state_dict(sp.load("runs/run/best.pt")["agent"])
     env = FakeEnv(5, size=args.render_size)
     past = None
@@ -719,7 +728,7 @@ def test_policy_from_the_file_equals_the_actor(fake, encoder, augmentation):
         stack = torch.cat([obs["rgb"] if past is None else past, obs["rgb"]], -1)
         past = obs["rgb"]
         with torch.no_grad():
-            features = agent.policy_features(sp.center(stack, args))
+            features = agent.policy_features(sp.augment(stack, args))
             mean, _ = agent.gaussian(features, obs["state"])
         torch.testing.assert_close(policy.act(obs), mean.tanh())
     policy.reset()
@@ -754,7 +763,7 @@ def test_a_true_end_is_not_bootstrapped(fake, monkeypatch):
 def test_the_loop_acts_by_the_policy_and_stores_what_the_environment_gave(fake, monkeypatch):
     """First uniform actions, then the policy's, with new noise each time."""
     given, kept, acted = [], [], []
-    step, add, explore = FakeEnv.step, sp.Replay.add, sp.explore
+    step, add, sample = FakeEnv.step, sp.Replay.add, sp.sample_actions
 
     def watched_step(env, actions):
         given.append((actions, step(env, actions)))
@@ -764,13 +773,16 @@ def test_the_loop_acts_by_the_policy_and_stores_what_the_environment_gave(fake, 
         kept.append(values)
         add(replay, *values)
 
-    def watched_explore(agent, obs, noise, args):
-        acted.append((noise, explore(agent, obs, noise, args)))
-        return acted[-1][1]
+    def watched_sample(*given):
+        actions, log_probs = sample(*given)
+        if not torch.is_grad_enabled():
+            acted.append(actions)
+        return actions, log_probs
 
     monkeypatch.setattr(FakeEnv, "step", watched_step)
     monkeypatch.setattr(sp.Replay, "add", watched_add)
-    monkeypatch.setattr(sp, "explore", watched_explore)
+    monkeypatch.setattr(sp, "sample_actions", watched_sample)
+    monkeypatch.setattr(sp, "make_update", lambda *parts: lambda batches: {})
     far = dict(eval_freq=1_000, log_freq=1_000)
     sp.train(arguments(name="run", total_timesteps=400, learning_starts=200, **far))
     given = given[1:101]  # after the one that begins, before the evaluation
@@ -782,9 +794,9 @@ def test_the_loop_acts_by_the_policy_and_stores_what_the_environment_gave(fake, 
     first = torch.stack([actions for actions, _ in given[:50]])
     assert first.std() == pytest.approx(1 / math.sqrt(3), abs=0.05) and first.abs().max() <= 1
     assert len(acted) == 50
-    assert all(torch.equal(a, b) for (a, _), (_, b) in zip(given[50:], acted, strict=True))
-    noise = torch.stack([noise for noise, _ in acted])
-    assert noise.std() == pytest.approx(1, abs=0.1) and len(noise.unique()) == noise.numel()
+    assert all(torch.equal(a, b) for (a, _), b in zip(given[50:], acted, strict=True))
+    then = torch.stack(acted)
+    assert then.std() > 0.1 and len(then.unique()) == then.numel(), "new noise each time"
 
 
 @pytest.mark.parametrize("changes, updates", [
@@ -816,7 +828,7 @@ def test_stops_at_nan_and_names_the_tensor(fake, monkeypatch):
     agent, _, _, _ = learning_parts()
     agent.critic.heads[1][0].bias.data[0] = math.inf
     with pytest.raises(FloatingPointError, match=r"^critic.heads.1.0.bias is not finite at step 5"):
-        sp.check_finite(agent, {}, 5, Path("checkpoint.pt"))
+        sp.check_finite(agent, {}, 5, Path("run"))
 
 
 def test_existing_runs_are_not_overwritten(fake):
@@ -831,7 +843,7 @@ def test_help_shows_each_task_device_and_preset_its_defaults(capsys):
         ("dot_reach", "cpu", "drq"),
         ("cheetah_run", "cpu", "drq"),
         ("SO101ReachCube-v1", "cpu", "drq"),
-        ("walker_walk", "cuda", "rad_translate"),
+        ("walker_walk", "cuda", "rad"),
         ("walker_walk", "cuda", "sac_ae"),
     ):
         command = ["--env-id", env_id, "--device", device, "--preset", preset]
@@ -852,21 +864,20 @@ def test_presets_are_as_published():
                   alpha=0.1, tau=0.01, learning_starts=1_000, action_repeat=2, num_envs=1,
                   update_every=1)  # fmt: skip
     ae = common | dict(encoder_tau=0.05, alpha_lr=1e-4, alpha_beta=0.5, batch_size=128,
-                       delta_orthogonal=True, target_augs=1, online_augs=1)  # fmt: skip
+                       copies=1)  # fmt: skip
     published = {
-        "drq": common | dict(encoder="critic", augmentation="shift", margin=4, target_augs=2,
-                             online_augs=2, batch_size=512, encoder_tau=0.01, alpha_lr=1e-3,
-                             alpha_beta=0.9, buffer_size=100_000, delta_orthogonal=False),
+        "drq": common | dict(encoder="critic", augmentation="shift", margin=4, copies=2,
+                             batch_size=512, encoder_tau=0.01, alpha_lr=1e-3,
+                             alpha_beta=0.9, buffer_size=100_000),
         "rad": ae | dict(encoder="critic", augmentation="crop", render_size=100,
                          buffer_size=100_000),
-        "rad_translate": ae | dict(augmentation="translate", render_size=100, image_size=108),
         "sac_ae": ae | dict(encoder="autoencoder", augmentation="none", buffer_size=1_000_000),
     }  # fmt: skip
     for preset, values in published.items():
         words = ["--env-id", "walker_walk", "--device", "cuda", "--preset", preset]
         args = sp.parse_args(words)
         assert {name: getattr(args, name) for name in values} == values
-    assert (sp.DECODER_PENALTY, sp.DECODER_DECAY) == (1e-6, 1e-7)
+    assert sp.DECODER_PENALTY == 1e-6
     repeats = dict(cartpole_swingup=8, reacher_easy=4, cheetah_run=4, cup_catch=4, finger_spin=2)
     for env_id, repeat in repeats.items():
         args = sp.parse_args(["--env-id", env_id, "--device", "cuda"])
@@ -875,13 +886,11 @@ def test_presets_are_as_published():
 
 @pytest.mark.parametrize("changes, words", [
     (dict(evaluate=True), "--evaluate and --checkpoint FILE go together"),
-    (dict(critic_gradient=False), "without --encoder autoencoder"),
     (dict(eval_episodes=7), "multiple of --eval-envs"),
-    (dict(num_envs=0), "--num-envs, --eval-envs must be at least 1"),
-    (dict(augmentation="none", target_augs=2), "makes copies equal"),
+    (dict(num_envs=0), "--num-envs must be at least 1"),
     (dict(augmentation="translate", margin=20), "--margin must be"),
     (dict(learning_starts=0), "--learning-starts must be at least"),
-    (dict(buffer_size=19), "--buffer-size must be at least 20"),
+    (dict(buffer_size=19), "--buffer-size must be at least"),
 ])  # fmt: skip
 def test_arguments_that_cannot_work_are_named(changes, words):
     with pytest.raises(ValueError, match=words):
@@ -901,9 +910,7 @@ def test_bad_input_is_refused(fake, words, message):
 
 def test_an_error_is_one_line(tmp_path):
     words = [sys.executable, str(SCRIPT), "--device", "cpu", "--margin", "99"]
-    root = str(SCRIPT.parent.parent)
-    result = subprocess.run(words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": root},
-                            text=True, capture_output=True, stdin=subprocess.DEVNULL)  # fmt: skip
+    result = subprocess.run(words, cwd=tmp_path, text=True, capture_output=True)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert "--margin" in line and not (tmp_path / "runs").exists()

@@ -11,7 +11,7 @@ from envs.dot_reach import ORACLE_RETURN, RANDOM_RETURN
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["drq", "sac_ae", "rad", "rad_translate"])
+@pytest.mark.parametrize("preset", ["drq", "sac_ae", "rad"])
 def test_dot_reach_is_learned_from_pixels_on_a_cpu(tmp_path, preset):
     """The defaults for a CPU: most of the way from random actions to the best possible ones, in 64 fixed episodes."""
     script = os.path.join(os.path.dirname(__file__), "..", "algos", "sac_pixels.py")

@@ -457,7 +457,7 @@ def test_a_short_run_from_end_to_end(fake):
         assert all(math.isfinite(float(value)) for value in row.values())
     torch.manual_seed(args.seed)
     start = sq.Agent(args, SHAPES).state_dict()
-    learned = {"encoder", "actor", "critic", "target", "log_alpha"}
+    learned = {"encoder", "actor", "averaged", "critic", "target", "log_alpha"}
     assert differences(start, agent_of("run")) == learned
 
 
