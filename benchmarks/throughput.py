@@ -4,7 +4,7 @@
     python benchmarks/throughput.py --out docs/results/throughput/squint_sac__cpu2.csv
 
 Parts, each with a baseline that its ratios refer to, measured in the same run:
-    physics       control steps per second over all worlds (10 substeps of 10 ms each), random actions, no images,
+    physics       control steps per second over all environments (10 substeps of 10 ms each), random actions, no images,
                   rewards or resets: MuJoCo's C library on one and on all cores, MuJoCo Warp on --device
     images        images per second of the wrist camera, poses from the middle of random episodes, refitting of the
                   renderer's trees and averaging included: 16 pixels with 1, 4 and 16 rays each, the same by the
@@ -61,7 +61,7 @@ class Args:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """where Warp, images, learning and training run; MuJoCo's C library runs on the CPU in any case"""
     num_envs: int | None = None
-    """worlds; None: the default of algos/squint_sac.py on this device"""
+    """environments; None: the default of algos/squint_sac.py on this device"""
     seconds: float = 10.0
     """time measured for a row, without its warm-up; training takes the learning starts on top"""
     blocks: int = 5
@@ -71,7 +71,7 @@ class Args:
     out: Path | None = None
     """CSV file to write; docs/results/throughput/squint_sac__<hardware>.csv is what the docs show"""
     seed: int = 1
-    """seed of worlds, actions and weights"""
+    """seed of environments, actions and weights"""
 
     def check(self) -> None:
         """Raises ValueError at the first choice that cannot work. (In __post_init__ tyro would reword it.)"""
@@ -184,7 +184,7 @@ def cores() -> int:
 
 
 # --- Physics and images -----------------------------------------------------------------------------------------------
-def worlds(args: Args, device: str, **options) -> so101.SO101Env:
+def make_env(args: Args, device: str, **options) -> so101.SO101Env:
     """The task's environment with equal starts whatever the options; it draws only when asked to."""
     return so101.make(args.env_id, args.num_envs, device, seed=args.seed, stagger=False, images=False, **options)
 
@@ -205,7 +205,7 @@ def physics(args: Args, table: Table) -> None:
                (f"MuJoCo C, {cores()} threads", "cpu", dict(engine="mujoco", threads=cores())),
                (f"MuJoCo Warp, {torch.device(args.device).type}", args.device, dict(engine="warp"))]
     for what, device, options in engines:
-        env = worlds(args, device, **options)
+        env = make_env(args, device, **options)
         targets, step = random_targets(env, args.seed), [0]
         first_qpos, first_qvel = env.qpos.clone(), env.qvel.clone()
         everything = torch.arange(args.num_envs, device=env.device)
@@ -219,27 +219,27 @@ def physics(args: Args, table: Table) -> None:
             step[0] += 1
 
         values = speeds(work, args.num_envs, args, begin, most=so101.HORIZON)
-        table.measured("physics", what, f"{args.num_envs} worlds", "control steps", values)
+        table.measured("physics", what, f"{args.num_envs} environments", "control steps", values)
         env.close()
     if torch.device(args.device).type == "cpu":
-        table.missing("physics", "MuJoCo Warp, cuda", f"{args.num_envs} worlds", "no CUDA device here")
+        table.missing("physics", "MuJoCo Warp, cuda", f"{args.num_envs} environments", "no CUDA device here")
 
 
 def images(args: Args, table: Table) -> None:
     """Images per second of each way to a 16-pixel image."""
-    walker = worlds(args, args.device)
+    walker = make_env(args, args.device)
     for target in random_targets(walker, args.seed)[1 : so101.HORIZON // 2]:
         walker.step((target - walker.target) / walker.action_scale)
     qpos = walker.qpos.clone()
     walker.close()
 
     def scene(size: int, rays: int):
-        env = worlds(args, args.device, render_size=size, samples_per_pixel=rays)
+        env = make_env(args, args.device, render_size=size, samples_per_pixel=rays)
         env.scene.qpos.copy_(qpos)
         env.scene.kinematics()
         return env.scene
 
-    at, unit = f"{args.num_envs} worlds", "images"
+    at, unit = f"{args.num_envs} environments", "images"
     large = scene(LARGE, 1)
     values = speeds(lambda: squint_sac.squint(large.draw(), SMALL), args.num_envs, args)
     table.measured("images", f"{LARGE} px, 1 ray a pixel, area mean to {SMALL}", at, unit, values)
@@ -252,7 +252,7 @@ def images(args: Args, table: Table) -> None:
         draw = own_samples(fine, per_axis)
         values = speeds(draw, args.num_envs, args)
         what = f"{SMALL} px, {per_axis**2} rays, renderer's own samples_per_pixel"
-        table.measured("images", what, at, unit, values, "one field of view for all worlds")
+        table.measured("images", what, at, unit, values, "one field of view for all environments")
 
 
 def own_samples(scene, per_axis: int) -> Callable[[], torch.Tensor]:
@@ -351,7 +351,7 @@ def environment(args: Args, table: Table) -> None:
 
         default = "what training uses" if (size, rays) == (hyper.render_size, hyper.samples_per_pixel) else ""
         what = f"env.step, engine {env.engine}, {size} px, {rays} ray{'s' * (rays > 1)} a pixel"
-        table.measured("environment", what, f"{args.num_envs} worlds", "environment steps",
+        table.measured("environment", what, f"{args.num_envs} environments", "environment steps",
                        speeds(work, args.num_envs, args), default)
         env.close()
 
@@ -365,7 +365,7 @@ def training(args: Args, table: Table) -> None:
         if hyper in seen:  # on a CPU the defaults are the plain way
             continue
         seen.append(hyper)
-        at = f"{hyper.num_envs} worlds, {hyper.num_updates} x {hyper.batch_size}"
+        at = f"{hyper.num_envs} environments, {hyper.num_updates} x {hyper.batch_size}"
         per_second = [loop(hyper, 2)[-1]]  # how long a block has to be
         steps = max(1, round(per_second[0] * args.seconds / args.blocks / hyper.num_envs))
         table.measured("training", what, at, "environment steps", loop(hyper, args.blocks, steps))

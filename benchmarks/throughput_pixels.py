@@ -172,7 +172,7 @@ def pictures(args: Args, table: throughput.Table) -> None:
     """Images per second of each renderer."""
     for name, (options, why_not) in renderers().items():
         for n in (1, args.batch) if "Warp" in name else (1,):
-            at = f"{n} world{'s' * (n > 1)}, {args.image_size} px"
+            at = f"{n} environment{'s' * (n > 1)}, {args.image_size} px"
             if why_not:
                 table.missing("pictures", name, at, why_not)
                 continue

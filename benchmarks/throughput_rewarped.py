@@ -32,7 +32,7 @@ from envs.rewarped.mpm_tasks import MPMEnv
 COLUMNS = (
     "task",
     "what",
-    "worlds",
+    "environments",
     "env_steps_per_second",
     "particle_substeps_per_second",
     "range",
@@ -132,7 +132,7 @@ def measure(args: Args, task: str, n: int, backward: bool, checkpoint: bool) -> 
     work = elements(env) * env.sim.substeps
     return {
         "task": f"{task}, {args.size}",
-        "worlds": n,
+        "environments": n,
         "what": ("forward and backward" if backward else "forward")
         + ("" if checkpoint else ", no checkpoints"),
         "env_steps_per_second": f"{statistics.median(speeds):.4g}",

@@ -32,8 +32,8 @@ step(actions)       actions float32 (N, A) in [-1, 1] -> obs, rewards (N,) float
                          an option that resfit and bc_chunk ask for; it is then a termination
     info["discount"]     optional (N,): factor in [0, 1] of all later rewards; 1 where it is missing
 has_success         optional bool: False if the task knows no success, only a return; True if it is missing
-render(worlds=(0,), size=256)
-                    -> images for people, uint8 NumPy (len(worlds), size, size, 3)
+render(which=(0,), size=256)
+                    -> images for people, uint8 NumPy (len(which), size, size, 3)
 state_dict()        -> everything that the future depends on, random state included, as nested dicts and lists of
                     tensors and plain values: `torch.load(weights_only=True)` must read it back. No NumPy, no pickle
 load_state_dict(d)  continues from there, bit for bit on a CPU; raises ValueError if `d` is another set-up's

@@ -210,9 +210,9 @@ class DotReach:
         }
         return self.obs, rewards, nowhere, truncations, info
 
-    def render(self, worlds=(0,), size: int = 256, camera: str | None = None):
-        """Images for people, uint8 (len(worlds), size, size, 3); `camera` is ignored, there is one view."""
-        return self._draw(size, list(worlds)).cpu().numpy()
+    def render(self, which=(0,), size: int = 256, camera: str | None = None):
+        """Images for people, uint8 (len(which), size, size, 3); `camera` is ignored, there is one view."""
+        return self._draw(size, list(which)).cpu().numpy()
 
     _TENSORS = ("agent", "goal", "returns", "clock", "length", "once")
 

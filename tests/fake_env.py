@@ -69,8 +69,8 @@ class FakeEnv:
         info = {"final_obs": final_obs, "success": success, "episode": episode}
         return self.obs, rewards, torch.zeros_like(truncations), truncations, info
 
-    def render(self, worlds=(0,), size=256, camera="third"):
-        return np.zeros((len(worlds), size, size, 3), np.uint8)
+    def render(self, which=(0,), size=256, camera="third"):
+        return np.zeros((len(which), size, size, 3), np.uint8)
 
     def state_dict(self):
         names = ("place", "clock", "length", "returns", "once", "obs")

@@ -68,8 +68,8 @@ class Point:
         self.once = self.once & ~done
         return self.look(), rewards, terminations, truncations, info
 
-    def render(self, worlds=(0,), size=256):
-        return np.zeros((len(worlds), size, size, 3), np.uint8)
+    def render(self, which=(0,), size=256):
+        return np.zeros((len(which), size, size, 3), np.uint8)
 
     def state_dict(self):
         names = ("place", "clock", "returns", "once")

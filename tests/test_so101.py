@@ -426,7 +426,7 @@ def test_privileged_state_is_the_truth_and_the_policy_never_sees_it():
 def test_render_changes_nothing(tmp_path):
     env = make(n=3)
     before = env.state_dict()
-    frames = env.render(worlds=(0, 2), size=64, camera="person")
+    frames = env.render(which=(0, 2), size=64, camera="person")
     assert frames.shape == (2, 64, 64, 3) and frames.dtype == np.uint8 and frames.std() > 10
     after = env.state_dict()
     assert torch.equal(before["generator"], after["generator"])

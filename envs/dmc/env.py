@@ -220,8 +220,8 @@ class DMCEnv:
         return torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
 
     # ---- for people, and for resuming --------------------------------------------------------------------------------
-    def render(self, worlds=(0,), size: int = 240, camera: int | str | None = None) -> np.ndarray:
-        """Images for people, uint8 (len(worlds), size, size, 3), from the policy's camera unless another is named."""
+    def render(self, which=(0,), size: int = 240, camera: int | str | None = None) -> np.ndarray:
+        """Images for people, uint8 (len(which), size, size, 3), from the policy's camera unless another is named."""
         known = camera in self.cameras or (
             isinstance(camera, int) and 0 <= camera < len(self.cameras)
         )
@@ -234,7 +234,7 @@ class DMCEnv:
             i: group for group, share in zip(self.groups, self.shares, strict=True) for i in share
         }
         views = []
-        for i in worlds:
+        for i in which:
             owners[i].ask("image", i, size, number)
             views.append(owners[i].receive())
         if self.renderer == "warp":

@@ -249,9 +249,9 @@ class ManiSkillEnv:
         return obs, rewards, torch.zeros_like(truncations), truncations, info
 
     def render(
-        self, worlds: tuple[int, ...] = (0,), size: int = 256, camera: str = "third"
+        self, which: tuple[int, ...] = (0,), size: int = 256, camera: str = "third"
     ) -> np.ndarray:
-        """Images for people, uint8 (len(worlds), size, size, 3).
+        """Images for people, uint8 (len(which), size, size, 3).
 
         Args:
             camera: `third` is the task's own camera for people (drawn at `video_size` and resized to `size`); any other
@@ -263,7 +263,7 @@ class ManiSkillEnv:
                 f"{self.env_id} has no camera {camera!r}; choose one of: third, {', '.join(names)}"
             )
         images = torch.from_numpy(
-            self._simulation.render(np.asarray(worlds, np.int64), camera)
+            self._simulation.render(np.asarray(which, np.int64), camera)
         ).permute(0, 3, 1, 2)
         if images.shape[-1] != size:
             smooth = (

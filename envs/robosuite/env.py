@@ -239,10 +239,10 @@ class RobosuiteEnv:
         return self.obs, rewards.to(self.device), terminations, truncations, info
 
     # ---- for people, and for resuming --------------------------------------------------------------------------------
-    def render(self, worlds=(0,), size: int = 256, camera: str = "frontview") -> np.ndarray:
-        """Images for people, uint8 (len(worlds), size, size, 3), with shadows and reflections."""
-        images = self._call("image", {int(i): (camera, size, "full") for i in worlds})
-        return np.stack([images[int(i)] for i in worlds])
+    def render(self, which=(0,), size: int = 256, camera: str = "frontview") -> np.ndarray:
+        """Images for people, uint8 (len(which), size, size, 3), with shadows and reflections."""
+        images = self._call("image", {int(i): (camera, size, "full") for i in which})
+        return np.stack([images[int(i)] for i in which])
 
     def state_dict(self) -> dict:
         """What the future depends on: the seeds of the episodes and the actions so far."""

@@ -365,19 +365,19 @@ class SO101Env:
         return rewards.reward(self)
 
     # ---- for people, and for resuming --------------------------------------------------------------------------------
-    def render(self, worlds=(0,), size: int = 256, camera: str = "person") -> np.ndarray:
-        """Images for people, uint8 (len(worlds), size, size, 3), with table, shadows and 2 x 2 samples a pixel.
+    def render(self, which=(0,), size: int = 256, camera: str = "person") -> np.ndarray:
+        """Images for people, uint8 (len(which), size, size, 3), with table, shadows and 2 x 2 samples a pixel.
 
         `camera` is "person", "third" or "wrist"; nothing of the environment's state changes.
         """
-        worlds = list(worlds)
-        key = (len(worlds), size, camera)
+        which = list(which)
+        key = (len(which), size, camera)
         if key not in self._human:
             self._human[key] = Scene(
-                self.mjm, len(worlds), str(self.device), (camera,), size, 4, table=True
+                self.mjm, len(which), str(self.device), (camera,), size, 4, table=True
             )
         scene = self._human[key]
-        idx = torch.tensor(worlds, device=self.device)
+        idx = torch.tensor(which, device=self.device)
         for name, field in scene.fields.items():
             field.copy_(self.fields[name][idx])
         scene.qpos.copy_(self.qpos[idx])
