@@ -1,76 +1,87 @@
-"""Environments: one folder a simulator, one contract for all of them, and `make`, which finds the simulator by the id.
+"""Environments: one folder a simulator, one contract for all, and `make`, which goes by the id.
 
-An algorithm of `algos/` is one file that is copied alone. What its `make_envs` has to return is on this page, whole:
-any object that keeps one of the three contracts below can stand there, whatever simulates it.
+An algorithm of `algos/` is one file that is copied alone. What its `make_envs` has to return is on
+this page, whole: any object that keeps one of the three contracts below can stand there, whatever
+simulates it. tests/strangers.py has one small environment for each.
 
 == Torch: squint_sac, drqv2, sac_pixels, resfit, bc_chunk ==
 
     env = make(env_id, num_envs, device, *, seed=0, stagger=False, **options)
 
-N environments step together. All tensors live on `device`. A new environment has been reset with its seed, so `step` may
-come first. With `stagger=True` the first episodes have different lengths, so that environments do not end in lockstep.
+N environments step together. All tensors live on `device`. A new environment has been reset with
+its seed, so `step` may come first. With `stagger=True` the first episodes have different lengths,
+so that environments do not end in lockstep.
 
-num_envs, action_dim, max_episode_steps    int: N, A, steps after which an episode is cut off
-state_dim                                  int: S, 0 if there is none
-image_shape                                (H, W, C), with 3 channels a camera; only where there are images
-privileged_dim                             int: P; 0 unless the environment was asked for privileged observations
-control_hz                                 float: steps a second of the robot's time, for videos
-nan_resets                                 int tensor (): environments restarted because their physics was not finite
-spec                                       what a robot needs to run a policy (joints, limits, rates, cameras, layout of
-                                           the state): a dict of JSON values and nothing else; {} will do
+num_envs, action_dim       int: N, A
+max_episode_steps          int: steps after which an episode is cut off
+state_dim                  int: S, 0 if there is none
+image_shape                (H, W, C), 3 channels a camera; only where there are images
+privileged_dim             int: P; 0 unless the environment was asked for privileged observations
+control_hz                 float: steps a second of the robot's time, for videos
+nan_resets                 int tensor (): environments restarted because their physics was not finite
+spec                       what a robot needs to run a policy (joints, limits, rates, cameras, layout
+                           of the state): a dict of JSON values and nothing else; {} will do
+has_success                optional bool: False if the task knows no success, only a return
 
-obs                 dict: "rgb" uint8 (N, H, W, C); "state" float32 (N, S), also if S is 0; "privileged" float32 (N, P)
-                    for a critic, never for a policy, if P is not 0. Tensors handed out are not written to again.
-reset(seed=None)    -> obs. New episodes everywhere, all clocks at 0; with a seed, the same ones each time
-step(actions)       actions float32 (N, A) in [-1, 1] -> obs, rewards (N,) float32, terminations (N,) bool,
-                    truncations (N,) bool, info. Time limits and restarted physics are truncations. An environment
-                    whose episode ends begins the next one in the same step: `obs` is that one's first observation.
-    info["final_obs"]    obs: the true next observation of every environment, whether its episode ended or not
-    info["episode"]      dict of (N,), valid where an episode ended: "return", "length", "success_once",
-                         "success_at_end" (False where the task knows no success)
-    info["success"]      (N,) bool, of the state just reached. Success ends an episode only with `end_on_success=True`,
-                         an option that resfit and bc_chunk ask for; it is then a termination
-    info["discount"]     optional (N,): factor in [0, 1] of all later rewards; 1 where it is missing
-has_success         optional bool: False if the task knows no success, only a return; True if it is missing
+obs                  dict: "rgb" uint8 (N, H, W, C); "state" float32 (N, S), also if S is 0;
+                     "privileged" float32 (N, P) for a critic, never for a policy, if P is not 0.
+                     Tensors handed out are not written to again
+reset(seed=None)     -> obs. New episodes everywhere, all clocks at 0; with a seed the same ones
+step(actions)        actions float32 (N, A) in [-1, 1] -> obs, rewards (N,) float32, terminations
+                     (N,) bool, truncations (N,) bool, info. Time limits and restarted physics are
+                     truncations. An environment whose episode ends begins the next one in the same
+                     step: `obs` is that one's first observation
+    info["final_obs"]    obs: the true next observation of every environment, ended or not
+    info["episode"]      dict of (N,), valid where an episode ended: "return", "length",
+                         "success_once", "success_at_end" (False where a task knows no success)
+    info["success"]      (N,) bool, of the state just reached. Success ends an episode only with
+                         the option `end_on_success=True`, which resfit and bc_chunk ask for; it
+                         is then a termination
+    info["discount"]     optional (N,): factor in [0, 1] of all later rewards; 1 if it is missing
 render(which=(0,), size=256)
-                    -> images for people, uint8 NumPy (len(which), size, size, 3)
-state_dict()        -> everything that the future depends on, random state included, as nested dicts and lists of
-                    tensors and plain values: `torch.load(weights_only=True)` must read it back. No NumPy, no pickle
-load_state_dict(d)  continues from there, bit for bit on a CPU; raises ValueError if `d` is another set-up's
-close()             optional parts: none. May be called twice
+                     -> images for people, uint8 NumPy (len(which), size, size, 3)
+state_dict()         -> everything that the future depends on, random state included, as nested
+                     dicts and lists of tensors and plain values: `torch.load(weights_only=True)`
+                     must read it back. No NumPy, no pickle
+load_state_dict(d)   continues from there, bit for bit on a CPU; ValueError if `d` does not fit
+close()              may be called twice
 
 == Torch, differentiable: sapo_rewarped ==
 
-As above, with these differences. There are no images: `obs_dims` (dict of shapes) replaces `state_dim` and
-`image_shape`; obs has "state" (N, S) and, for particles or vertices, "points" (N, P, 3). obs and rewards carry gradients
-with respect to all actions since the last `detach()`. The end of an episode cuts the gradient of that environment and of
-no other: info["final_obs"] has the gradient, the first observation of the next episode has none. info["nan"] (N,) bool:
-environments whose physics was not finite; they restart alone, truncated, with reward 0 and no gradient.
-`spec`, `privileged_dim`, `info["success"]` and the successes of info["episode"] are not needed.
+As above, with these differences. There are no images: `obs_dims` (dict of shapes) replaces
+`state_dim` and `image_shape`; obs has "state" (N, S) and, for particles or vertices, "points"
+(N, P, 3). obs and rewards carry gradients with respect to all actions since the last `detach()`.
+The end of an episode cuts the gradient of that environment and of no other: info["final_obs"] has
+the gradient, the first observation of the next episode has none. info["nan"] (N,) bool:
+environments whose physics was not finite; they restart alone, truncated, with reward 0 and no
+gradient. An environment made with `stagger=True` spreads its clocks at every reset. `spec`,
+`privileged_dim`, info["success"] and the successes of info["episode"] are not needed.
 
-detach()            begins a window: gradients end here
+detach()             begins a window: gradients end here
 render(world=0, size=256)
-                    -> uint8 NumPy (size, size, 3)
+                     -> uint8 NumPy (size, size, 3)
 
 == JAX: ppo_mjx_go1, distill_go1 ==
 
-action_dim, episode_length, control_hz, spec    as above (episode_length: steps after which an episode is cut off)
-obs_dim, privileged_dim    int: lengths of obs["state"], which the policy sees, and obs["privileged_state"], the critic's
+action_dim, control_hz, spec    as above
+episode_length                  int: steps after which an episode is cut off
+obs_dim, privileged_dim         int: lengths of obs["state"], which the policy sees, and of
+                                obs["privileged_state"], the critic's
 reset_batch(keys, stagger=False)
-                    keys (N, 2) -> state. With stagger, clocks are spread over the episode
+                     keys uint32 (N, 2) -> state. With stagger, clocks are spread over the episode
 step_batch(state, actions)
-                    actions (N, A) -> state. Pure: it can stand in a jitted scan. An environment whose episode ends
-                    begins the next one in the same step, with a key of its own
-state               a NamedTuple or struct of arrays (N, ...) with at least
-    obs, final_obs       dicts of the two observations: to act on, and the true next one
+                     actions (N, A) -> state. Pure: it can stand in a jitted scan. An environment
+                     whose episode ends begins the next one in the same step, with a key of its own
+state                a NamedTuple or struct of arrays (N, ...) with at least
+    obs, final_obs   dicts of the two observations: to act on, and the true next one
     reward, terminated, truncated
-                         (N,) of the step that led here
-    metrics              dict of (N,) of that step, averaged in the log
+                     (N,) of the step that led here
+    metrics          dict of (N,) of that step; their means are logged
     episode_return, episode_length
-                         (N,), valid where an episode ended in that step
-    qpos                 what `render` takes
+                     (N,), valid where an episode ended in that step
+    qpos             what `render` takes
 render(qpos, size=(height, width))
-                    qpos (T, ...) of one environment at T times -> uint8 NumPy (T, height, width, 3)
+                     qpos (T, ...) of one environment at T times -> uint8 NumPy (T, height, width, 3)
 """
 
 import importlib

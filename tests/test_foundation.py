@@ -215,7 +215,8 @@ def test_file_can_be_read_in_one_sitting(path: Path):
 
 @each_algo
 def test_file_is_laid_out_by_ruff(path: Path):
-    assert run(sys.executable, "-m", "ruff", "format", "--check", str(path)).returncode == 0, f"ruff format {path.relative_to(ROOT)}"
+    checked = run(sys.executable, "-m", "ruff", "format", "--check", str(path))
+    assert checked.returncode == 0, f"ruff format {path.relative_to(ROOT)}"
 
 
 @each_algo
