@@ -349,15 +349,16 @@ class Trunk(nn.Module):
 
     def __init__(self, encoder: Encoder):
         super().__init__()
-        self.image_dim, self.width = encoder.image_dim, encoder.state_dim
-        if self.image_dim:  # differs (4)
+        self.sizes = [encoder.image_dim, encoder.state_dim]
+        self.width = encoder.state_dim
+        self.layers = nn.Identity()
+        if encoder.image_dim:  # differs (4)
             self.width += 128
-            self.layers = mlp(self.image_dim, 128)
+            self.layers = mlp(encoder.image_dim, 128)
 
     def forward(self, x):
-        if not self.image_dim:
-            return x
-        return torch.cat([self.layers(x[:, : self.image_dim]), x[:, self.image_dim :]], -1)
+        image, state = x.split(self.sizes, -1)
+        return torch.cat([self.layers(image), state], -1)
 
 
 class Actor(nn.Module):
@@ -604,7 +605,7 @@ def store_demos(args: Args, base) -> Replay:
         planned = base.act({key: data[key][at] for key in ("state", "rgb") if key in data})
         there = t < lengths
         data["base"][at[there]] = planned[there]
-    data["rewards"] = torch.zeros(len(data["base"]), device=args.device)
+    data["rewards"] = torch.zeros_like(data["base"][:, 0])
     data["rewards"][ends] = 1.0
     data["discounts"] = 1.0 - data["rewards"]
     # Windows may look beyond the last step, where nothing counts.
@@ -840,7 +841,9 @@ def load_run(run: Path, checkpoint: dict, parts: dict, args: Args):
     cut_back(run, checkpoint["csv_sizes"])
     if "replay" not in parts:
         print("no replay buffer was saved (--save-buffer): it starts empty")
-    elif args.async_:  # the actor's process begins new episodes: the old ones end
+    elif (
+        args.async_ and checkpoint["replay"]["head"]
+    ):  # the actor begins new episodes: old ones end
         replay = parts["replay"]
         replay.data["discounts"][(replay.head - 1) % replay.slots] = 0
 
@@ -949,7 +952,6 @@ def open_base(args: Args, action_dim: int, env=None):
         return ChunkQueue(program.module(check_guards=False), about.get("execute"))
     module, _, name = args.base.partition(":")
     need(name, "name the base: --base FILE.pt2, or --base module:callable")
-    sys.path.insert(0, os.getcwd())
     return getattr(importlib.import_module(module), name)(env)
 
 

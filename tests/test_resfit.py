@@ -560,7 +560,8 @@ def test_evaluation_has_no_noise_and_leaves_training_alone(fake):
     assert torch.equal(*actions)
 
 
-def test_a_callable_can_be_the_base_and_is_never_named_by_a_file(fake, tmp_path):
+def test_a_callable_can_be_the_base_and_is_never_named_by_a_file(fake, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "mybase.py").write_text(
         "class Base:\n"
         "    def __init__(self, env): assert env.num_envs\n"
