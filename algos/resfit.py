@@ -12,10 +12,10 @@ arXiv 2302.02948. IBRL: Hu et al., arXiv 2311.02198.
     critics  mean over the heads of E[(Q_k(o_t, a_t) - y)^2]; half of the batch demonstrations  (4)
     actor    -E[mean_k Q_k(o_t, clip(b_t + pi(o_t, b_t)))] + w E[(pi / l)^2]                    (5)
     gate     (2) is executed where mean_k D_k > kappa std_k D_k, elsewhere the base's action,   (6)
-             with D_k = Q'_k(o, a) - Q'_k(o, b)
+             with D_k = Q'_k(o, a) - Q'_k(o, b) and kappa = 1
 
 Differences from the paper:
- 1. Never below the base: --recipe ours turns on guards, each a flag (GUARDS); --recipe published
+ 1. Never below the base: --recipe ours turns on guards, each a flag (TUNED); --recipe published
     has none of them.
  2. The bound of (2) is hard: it holds for residual plus noise, per dimension, in warm-up too.
  3. Heads are trained by their own errors. (The paper leaves open whether they are averaged first.)
@@ -23,10 +23,11 @@ Differences from the paper:
  5. Warm-up steps count. Any number of environments; n-step sums are made at sampling.
  6. Observations may be vectors: the simulator's true state beside the joints (--obs state).
 
-The base is a black box: a program of torch.export (--base FILE.pt2), forward(state (N, S)) or
-forward(state, rgb (N, H, W, C)) -> actions (N, K, A), which travels inside the checkpoints; or
---base module:callable, called with the environment, which returns an object with reset(mask (N,))
-and act(obs) -> actions (N, A), and which has to be named again to resume or evaluate.
+The base is a black box, named on the command line: FILE.pt2, a program of torch.export,
+forward(state (N, S)) or forward(state, rgb (N, H, W, C)) -> actions (N, K, A); or module:callable,
+called with the environment, which returns an object with reset(mask (N,)) and
+act(obs) -> actions (N, A). A program is code, so load only those that you trust. No checkpoint
+carries or chooses one: --resume, --evaluate and Policy need --base again, and compare its SHA-256.
 
 Commands, from the repository's root:
     record      python -m envs.demos --env-id SO101ReachCube-v1 --episodes 100 --noise 0.3 \
@@ -34,8 +35,10 @@ Commands, from the repository's root:
     base        python algos/bc_chunk.py --env-id SO101ReachCube-v1 --demos reach.hdf5 --name base
     train       python algos/resfit.py --env-id SO101ReachCube-v1 --demos reach.hdf5 \
                     --base runs/base/base.pt2
-    evaluate    python algos/resfit.py --evaluate --checkpoint runs/NAME/best.pt
-    resume      python algos/resfit.py --resume runs/NAME   (exactly, if run with --save-buffer)
+    evaluate    python algos/resfit.py --evaluate --checkpoint runs/NAME/best.pt \
+                    --base runs/base/base.pt2
+    resume      python algos/resfit.py --resume runs/NAME --base runs/base/base.pt2
+                    (exactly, if run with --save-buffer)
     smallest    the first three, the last two of them with --device cpu
 
 Expected result, SO101ReachCube-v1 from the true state: a base of 50 % success gets to 98 to 100 %
@@ -54,16 +57,17 @@ os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
 import copy
 import csv
+import hashlib
 import importlib
-import io
 import json
 import math
-import re
 import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -73,22 +77,27 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from torch.export.passes import move_to_device_pass
 from tqdm import tqdm
 
 START = time.time()  # `wall_time` counts from here
 EVAL_SEED = 10_000
 ROLLING = 100  # episodes over which the success of training is averaged
 GRAD_CLIP = 1.0  # largest norm of a gradient
-KAPPA = 1.0  # of equation 6
+NOISE_CLIP = 0.3  # c of equation 3, in units of actions
+PAD = 4  # largest random shift of images, pixels each way
 
 # --- Args -----------------------------------------------------------------------------------------
-# What --recipe ours turns on; the page has what was measured.
-GUARDS = dict(
-    warmup_clean=0.5, ramp_steps=19_200, gate="agree", caution=1.5, trust=0.02, offline=0.25
-)
 # (env ids, device, mode, recipe) -> defaults other than the published ones below; later rows win
 TUNED = {
-    ("*", "*", "resfit", "ours"): GUARDS,
+    ("*", "*", "resfit", "ours"): dict(  # the guards; the page has what was measured
+        warmup_clean=0.5,
+        ramp_steps=19_200,
+        gate="agree",
+        caution=1.5,
+        trust=0.02,
+        offline=0.25,
+    ),
     # sizes and learning rates for a CPU, ours
     ("*", "cpu*", "*", "*"): dict(
         num_envs=16,
@@ -142,7 +151,7 @@ class Args:
     image_size: int = 84  # pixels a side
     cameras: tuple[str, ...] = ("wrist",)  # of the task and the demonstrations
     demos: str = ""  # demonstrations, an HDF5 file in robomimic's layout
-    base: str = ""  # FILE.pt2, or module:callable
+    base: str = ""  # FILE.pt2, or module:callable; no file names it, so give it every time
 
     # algorithm
     limit: tuple[float, ...] = (0.1,)  # l, largest residual; one number, or one a dimension
@@ -156,13 +165,11 @@ class Args:
     heads: int = 10  # H, critics; the target takes the smaller of a random pair
     hidden: int = 1024  # width of the two layers of actor and critics
     encoder_dim: int = 128  # D, width of the image's tokens
-    pad: int = 4  # largest random shift of images, pixels each way
     lr: float = 1e-4  # AdamW learning rate of encoder and critics
     actor_lr: float = 1e-6  # AdamW learning rate of the actor
     anneal: float = 0.0  # last share of the run, in which both fall to 0
     tau: float = 0.005  # share of critics and actor that moves into their targets
     noise: float = 0.05  # s, deviation of exploration and target smoothing, in units of actions
-    noise_clip: float = 0.3  # c, of the smoothing
     learning_starts: int = 10_000  # transitions of warm-up: base and uniform noise
     critic_warmup: int = 10_000  # critic-only updates after it
 
@@ -171,7 +178,7 @@ class Args:
     warmup_clean: float = 0.0  # (a) share of warm-up episodes without noise
     ramp_steps: int = 0  # (b) transitions over which the residual grows from 0, in losses too
     gate: Literal["none", "min", "agree"] = "none"  # (c) equation 6; "min" is IBRL's
-    caution: float = 0.0  # (b, c) added to kappa where the ramp begins, nothing where it ends
+    caution: float = 0.0  # (b, c) added to kappa = 1 where the ramp begins, nothing where it ends
     trust: float = 0.0  # (d) w, weight of the squared residual in the actor's loss
 
     # compute
@@ -188,25 +195,25 @@ def need(holds, message: str):
 
 def check(args: Args):
     """Raises ValueError, one line, for a choice that would fail late, silently or unreadably."""
+    need(args.num_envs > 0, "--num-envs must be at least 1")
     need(args.checkpoint or not args.evaluate, "--evaluate needs --checkpoint FILE")
     whole_rounds = args.eval_envs > 0 and args.eval_episodes % args.eval_envs == 0
     need(whole_rounds, "--eval-episodes must be a multiple of --eval-envs")
-    no_demos = args.evaluate or args.offline == 0
-    need(args.demos or no_demos, "give --demos FILE, demonstrations, or --offline 0")
-    need(args.heads >= 2, "--heads must be at least 2: targets take the smaller of a pair")
-    fewest = (args.n_step + 2) * args.num_envs
-    enough = args.buffer_size - args.num_envs >= args.learning_starts >= fewest
-    need(enough, f"--learning-starts must be from {fewest} to --buffer-size minus --num-envs")
+    need(args.demos or args.evaluate, "give --demos FILE, demonstrations in robomimic's layout")
+    room = args.buffer_size - args.num_envs
+    enough = room >= args.learning_starts > (args.n_step + 1) * args.num_envs
+    need(
+        enough, "--learning-starts must be below --buffer-size, and above --n-step rounds of steps"
+    )
     available = torch.cuda.is_available() or args.device == "cpu"
     need(available, "there is no CUDA device here: use --device cpu")
 
 
-def tuned(given: Args) -> dict:
+def tuned(env_id: str, device: str, mode: str, recipe: str) -> dict:
     """The rows of TUNED that apply, merged; later rows win."""
-    choice = (given.env_id, given.device, given.mode, given.recipe)
     values = {}
     for patterns, row in TUNED.items():
-        if all(map(fnmatch, choice, patterns)):
+        if all(map(fnmatch, (env_id, device, mode, recipe), patterns)):
             values |= row
     return values
 
@@ -217,15 +224,13 @@ def parse_args(argv: list[str] | None = None) -> Args:
     first_look = [word for word in argv if word not in ("-h", "--help")]
     given = tyro.cli(Args, args=first_look)
     if given.resume:
-        others = [word for word in argv if word not in ("--base", given.base)]
-        return replace(resumed_args(given.resume, others), base=given.base)
+        return replace(resumed_args(given.resume, argv), base=given.base)
     if given.checkpoint:
         saved = Args(**load(given.checkpoint)["args"])
-        defaults = replace(saved, name="", resume=None, device=given.device)
+        defaults = replace(saved, name="", resume=None, base="", device=given.device)
     else:
-        choice = dict(env_id=given.env_id, device=given.device)
-        choice |= dict(mode=given.mode, recipe=given.recipe)
-        defaults = Args(**choice, **tuned(given))
+        chosen = {name: getattr(given, name) for name in ("env_id", "device", "mode", "recipe")}
+        defaults = Args(**chosen, **tuned(**chosen))
     return tyro.cli(Args, args=argv, default=defaults, description=__doc__.split("\n\n")[0])
 
 
@@ -267,27 +272,38 @@ def make_envs(args: Args) -> tuple:
         stagger=False,
         end_on_success=True,
     )
-    make = envs.make
-    eval_env = make(args.env_id, args.eval_envs, args.device, seed=EVAL_SEED, **options)
+    make = partial(envs.make, args.env_id, device=args.device, **options)
+    eval_env = make(num_envs=args.eval_envs, seed=EVAL_SEED)
     if args.evaluate:
         return None, eval_env
-    return make(args.env_id, args.num_envs, args.device, seed=args.seed, **options), eval_env
+    return make(num_envs=args.num_envs, seed=args.seed), eval_env
 
 
-def observe(obs: dict, pixels: bool) -> dict:
+def observe(obs: dict, args: Args) -> dict:
     """What all policies see: "state" (N, S), with the true state in front or "rgb" beside it."""
+    device, pixels = args.device, args.obs == "pixels"
+    names = ("state",) if pixels else ("privileged", "state")
+    parts = [torch.as_tensor(obs[name], device=device).float() for name in names if name in obs]
+    seen = {"state": torch.cat(parts, -1)}
     if pixels:
-        return {"state": obs["state"].float(), "rgb": obs["rgb"]}
-    parts = [obs[key].float() for key in ("privileged", "state") if key in obs]
-    return {"state": torch.cat(parts, -1)}
+        seen["rgb"] = torch.as_tensor(obs["rgb"], device=device)
+    return seen
 
 
 # --- Networks -------------------------------------------------------------------------------------
-class Encoder(nn.Module):
-    """obs -> (B, E): tokens of the images after one layer of attention, flattened; then the state.
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear layers, each with LayerNorm and ReLU behind it."""
+    layers = []
+    for inputs, outputs in pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), nn.LayerNorm(outputs), nn.ReLU()]
+    return nn.Sequential(*layers)
 
-    Two convolutions a camera make the tokens, 81 of an image of 84 x 84. States are in units of
-    their deviation over the demonstrations, cut off at 10.
+
+class Encoder(nn.Module):
+    """state (B, S), rgb (B, H, W, C) -> (B, E): tokens of the images, flattened, then the state.
+
+    Two convolutions a camera make the tokens, 81 of an image of 84 x 84, and one layer of attention
+    follows. States are in units of their deviation over the demonstrations, cut off at 10.
     """
 
     def __init__(self, shapes: dict, args: Args):
@@ -299,7 +315,8 @@ class Encoder(nn.Module):
         if "rgb" not in shapes:
             return
         size, _, channels = shapes["rgb"]
-        side, dim = ((size - 8) // 4 - 2) // 2 + 1, args.encoder_dim
+        side = ((size - 8) // 4 - 2) // 2 + 1
+        dim = args.encoder_dim
         self.convs = nn.ModuleList()
         for _ in range(channels // 3):
             convs = nn.Sequential(nn.Conv2d(3, dim, 8, 4), nn.ReLU(), nn.Conv2d(dim, dim, 3, 2))
@@ -315,12 +332,12 @@ class Encoder(nn.Module):
         self.mean.copy_(states.mean(0))
         self.std.copy_(states.std(0).clamp_min(0.01))
 
-    def forward(self, obs):
-        state = ((obs["state"] - self.mean) / self.std).clamp(-10, 10)
+    def forward(self, state, rgb=None):
+        state = ((state - self.mean) / self.std).clamp(-10, 10)
         if not self.image_dim:
             return state
         maps = []
-        images = obs["rgb"].permute(0, 3, 1, 2).float() / 255 - 0.5
+        images = rgb.permute(0, 3, 1, 2).float() / 255 - 0.5
         for convs, image in zip(self.convs, images.split(3, 1), strict=True):
             maps.append(convs(image).flatten(2))  # (B, D, places)
         tokens = torch.cat(maps, -1).transpose(1, 2) + self.place  # (B, places, D)
@@ -332,17 +349,16 @@ class Trunk(nn.Module):
 
     def __init__(self, encoder: Encoder):
         super().__init__()
-        self.image_dim, self.width = encoder.image_dim, encoder.state_dim
-        if self.image_dim:  # differs (4)
+        self.sizes = [encoder.image_dim, encoder.state_dim]
+        self.width = encoder.state_dim
+        self.layers = nn.Identity()
+        if encoder.image_dim:  # differs (4)
             self.width += 128
-            self.layers = nn.Sequential(
-                nn.Linear(self.image_dim, 128), nn.LayerNorm(128), nn.ReLU()
-            )
+            self.layers = mlp(encoder.image_dim, 128)
 
     def forward(self, x):
-        if not self.image_dim:
-            return x
-        return torch.cat([self.layers(x[:, : self.image_dim]), x[:, self.image_dim :]], -1)
+        image, state = x.split(self.sizes, -1)
+        return torch.cat([self.layers(image), state], -1)
 
 
 class Actor(nn.Module):
@@ -354,20 +370,11 @@ class Actor(nn.Module):
     def __init__(self, encoder: Encoder, shapes: dict, args: Args):
         super().__init__()
         self.trunk = Trunk(encoder)
-        hidden, action_dim = args.hidden, shapes["action"]
+        action_dim = shapes["action"]
         limit = torch.tensor(args.limit if args.mode == "resfit" else (1.0,))
-        message = f"--limit takes one number, or one for each of {action_dim} actions"
-        need(len(limit) in (1, action_dim), message)
         self.register_buffer("limit", limit.expand(action_dim).clone())
-        self.policy = nn.Sequential(
-            nn.Linear(self.trunk.width + action_dim, hidden),
-            nn.LayerNorm(hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, hidden),
-            nn.LayerNorm(hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, action_dim),
-        )
+        self.policy = mlp(self.trunk.width + action_dim, args.hidden, args.hidden)
+        self.policy.append(nn.Linear(args.hidden, action_dim))
         if args.mode == "resfit":
             nn.init.zeros_(self.policy[-1].weight)
             nn.init.zeros_(self.policy[-1].bias)
@@ -384,7 +391,7 @@ class Critics(nn.Module):
         self.trunk = Trunk(encoder)
         sizes = [self.trunk.width + shapes["action"], args.hidden, args.hidden, 1]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+        for inputs, outputs in pairwise(sizes):
             heads = [nn.init.orthogonal_(torch.empty(outputs, inputs)).T for _ in range(args.heads)]
             self.weights.append(torch.stack(heads))
             self.biases.append(torch.zeros(args.heads, 1, outputs))
@@ -404,7 +411,7 @@ class Critics(nn.Module):
 
 
 class Agent(nn.Module):
-    """All that learns: encoder, actor and critics, and the targets of both."""
+    """All that learns: encoder, actor and critics, the targets of both, and the optimizers."""
 
     def __init__(self, shapes: dict, args: Args):
         super().__init__()
@@ -413,6 +420,11 @@ class Agent(nn.Module):
         self.critics = Critics(self.encoder, shapes, args)
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
         self.critics_target = copy.deepcopy(self.critics).requires_grad_(False)
+        self.to(args.device)
+        values = [*self.encoder.parameters(), *self.critics.parameters()]
+        self.critic_optimizer = torch.optim.AdamW(values, args.lr, fused=True)
+        values = list(self.actor.parameters())
+        self.actor_optimizer = torch.optim.AdamW(values, args.actor_lr, fused=True)
 
 
 # --- Storage --------------------------------------------------------------------------------------
@@ -479,12 +491,12 @@ class ChunkQueue:
 
     def __init__(self, program, execute: int | None):
         self.program, self.execute = program, execute
-        self.chunks, self.left = None, torch.zeros(0)  # (N, K, A), and (N,) actions left of each
+        self.chunks = self.left = torch.zeros(0)  # (N, K, A), and (N,) actions left of each
 
     def reset(self, mask: torch.Tensor):
         """Episodes begin where the mask (N,) is True; all do if N is another than before."""
         if len(mask) != len(self.left):
-            self.chunks, self.left = None, torch.zeros_like(mask, dtype=torch.int64)
+            self.left = torch.zeros_like(mask, dtype=torch.int64)
         self.left = torch.where(mask, 0, self.left)
 
     @torch.no_grad()
@@ -493,8 +505,9 @@ class ChunkQueue:
         due = self.left == 0
         if due.any():
             new = self.program(*obs.values())[:, : self.execute].clamp(-1, 1)
-            old = new if self.chunks is None else self.chunks
-            self.chunks = torch.where(due[:, None, None], new, old)
+            if not due.all():
+                new = torch.where(due[:, None, None], new, self.chunks)
+            self.chunks = new
             self.left = torch.where(due, new.shape[1], self.left)
         rows = torch.arange(len(due), device=due.device)
         actions = self.chunks[rows, -self.left]
@@ -509,19 +522,6 @@ class ChunkQueue:
         self.chunks, self.left = state["chunks"].to(device), state["left"].to(device)
 
 
-class NoBase:
-    """The base of those who have none: no motion."""
-
-    def __init__(self, action_dim: int):
-        self.action_dim = action_dim
-
-    def reset(self, mask: torch.Tensor):
-        pass
-
-    def act(self, obs: dict) -> torch.Tensor:
-        return obs["state"].new_zeros(len(obs["state"]), self.action_dim)
-
-
 class Replay:
     """A ring of the last steps of N environments: a row (N, ...) of each entry is one step of all.
 
@@ -530,9 +530,10 @@ class Replay:
     """
 
     def __init__(self, slots: int, num_envs: int, args: Args):
-        self.slots, self.num_envs, self.device = slots, num_envs, args.device
-        self.n_step, self.gamma = args.n_step, args.gamma
-        self.data, self.head = {}, 0  # head: steps since the run began
+        self.slots, self.num_envs = slots, num_envs
+        self.args = args
+        self.data = {}
+        self.head = 0  # steps since the run began
 
     def __len__(self) -> int:
         """Transitions in it."""
@@ -548,41 +549,40 @@ class Replay:
 
     def sample(self, batch_size: int) -> dict:
         """B transitions, uniform over the steps that have n_step others after them."""
-        oldest, newest = max(0, self.head - self.slots), self.head - self.n_step
-        at = torch.randint(oldest, newest, (batch_size,), device=self.device)
-        env = torch.randint(self.num_envs, (batch_size,), device=self.device)
+        oldest = max(0, self.head - self.slots)
+        newest = self.head - self.args.n_step
+        at = torch.randint(oldest, newest, (batch_size,), device=self.args.device)
+        env = torch.randint(self.num_envs, (batch_size,), device=self.args.device)
         return self.transitions(at, env)
 
     def transitions(self, at, env) -> dict:
         """Those that begin with steps `at` (B,) of environments `env` (B,).
 
-        -> obs, next_obs (dicts), actions (B, A), rewards (B,) = sum of gamma^i x discounts before x
-        r_i and discounts (B,) = gamma^n x product of the n discounts.
+        -> entries of the observation, there and, as next_..., n steps later; actions (B, A);
+        rewards (B,) = sum of gamma^i x discounts before x r_i; discounts (B,) = gamma^n x their
+        product.
         """
         rewards, discounts = 0.0, 1.0
-        for i in range(self.n_step):
+        for i in range(self.args.n_step):
             row = (at + i) % self.slots
             rewards = rewards + discounts * self.data["rewards"][row, env]
-            discounts = discounts * self.gamma * self.data["discounts"][row, env]
-        batch = dict(rewards=rewards, discounts=discounts, obs={}, next_obs={})
-        row, next_row = at % self.slots, (at + self.n_step) % self.slots
+            discounts = discounts * self.args.gamma * self.data["discounts"][row, env]
+        row = at % self.slots
+        next_row = (at + self.args.n_step) % self.slots
+        batch = dict(rewards=rewards, discounts=discounts)
         batch["actions"] = self.data["actions"][row, env]
         for key in self.data.keys() & {"state", "rgb", "base"}:
-            batch["obs"][key] = self.data[key][row, env]
-            batch["next_obs"][key] = self.data[key][next_row, env]
+            batch[key] = self.data[key][row, env]
+            batch["next_" + key] = self.data[key][next_row, env]
         return batch
 
     def state_dict(self) -> dict:
-        data = self.data
-        if self.head < self.slots:  # a view would save the whole
-            data = {key: rows[: self.head].clone() for key, rows in data.items()}
-        return dict(head=self.head, data=data)
+        return dict(head=self.head, data=self.data)
 
     def load_state_dict(self, state: dict):
         self.head = state["head"]
         for key, rows in state["data"].items():
-            self.data[key] = rows.new_zeros(self.slots, *rows.shape[1:], device=self.device)
-            self.data[key][: len(rows)] = rows
+            self.data[key] = rows.to(self.args.device, copy=True)
 
 
 def store_demos(args: Args, base) -> Replay:
@@ -597,31 +597,29 @@ def store_demos(args: Args, base) -> Replay:
         data[key] = torch.from_numpy(rows).to(args.device)  # (M, ...)
     lengths = torch.tensor([len(demo["actions"]) for demo in demos], device=args.device)
     ends = lengths.cumsum(0) - 1
+    begins = ends - lengths + 1
     data["base"] = torch.zeros_like(data["actions"])
-    base.reset(torch.ones_like(ends, dtype=torch.bool))
+    base.reset(lengths > 0)
     for t in range(int(lengths.max())):
-        at = torch.minimum(ends - lengths + 1 + t, ends)  # whoever is over waits at the end
+        at = torch.minimum(begins + t, ends)  # whoever is over waits at the end
         planned = base.act({key: data[key][at] for key in ("state", "rgb") if key in data})
         there = t < lengths
         data["base"][at[there]] = planned[there]
-    data["rewards"] = torch.zeros(len(data["base"]), device=args.device)
+    data["rewards"] = torch.zeros_like(data["base"][:, 0])
     data["rewards"][ends] = 1.0
     data["discounts"] = 1.0 - data["rewards"]
     # Windows may look beyond the last step, where nothing counts.
     data = {key: torch.cat([rows, rows[: args.n_step]])[:, None] for key, rows in data.items()}
     replay = Replay(len(data["base"]), 1, args)
-    replay.data, replay.head = data, replay.slots
+    replay.data = data
+    replay.head = replay.slots
     return replay
 
 
 # --- Update functions -----------------------------------------------------------------------------
-def bounded(residual, noise, limit):
-    """Residual and noise, together within [-l, l]."""
-    return torch.clamp(residual + noise, -limit, limit)  # differs (2)
-
-
-def propose(base, residual, args: Args):
+def propose(base, residual, noise, limit, args: Args):
     """Eq. 2 (B, A): base and residual, or the actor's own action; [-1, 1] keeps the gradient."""
+    residual = torch.clamp(residual + noise, -limit, limit)  # differs (2)
     actions = base + residual if args.mode == "resfit" else residual
     return actions + (actions.clamp(-1, 1) - actions).detach()
 
@@ -634,67 +632,58 @@ def choose(agent: Agent, obs, scale: float, args: Args, noise=0.0, heads=slice(N
     that is let through; "min" is IBRL's choice by the smaller value of `heads`.
     -> actions (N, A), took (N,): where it was the proposal
     """
-    x, base = agent.encoder(obs), obs["base"]
-    residual = bounded(scale * agent.actor(x, base), noise, agent.actor.limit)
-    proposal = propose(base, residual, args)
+    base = obs["base"]
+    x = agent.encoder(obs["state"], obs.get("rgb"))
+    residual = scale * agent.actor(x, base)
+    proposal = propose(base, residual, noise, agent.actor.limit, args)
     if args.gate == "none":
-        return proposal, torch.ones(len(base), dtype=torch.bool, device=base.device)
-    if args.gate == "agree":
-        heads = slice(None)
+        return proposal, torch.ones_like(base[:, 0], dtype=torch.bool)
     both = torch.cat([proposal, base])
-    new, old = agent.critics_target(x.repeat(2, 1), both, heads).chunk(2, 1)  # (H, N) each
+    new, old = agent.critics_target(x.repeat(2, 1), both).chunk(2, 1)  # (H, N) each
     if args.gate == "agree":
         gain = new - old
-        strictness = KAPPA + args.caution * (1 - scale)
+        strictness = 1 + args.caution * (1 - scale)
         took = gain.mean(0) > strictness * gain.std(0)
     else:
-        took = new.amin(0) > old.amin(0)
+        took = new[heads].amin(0) > old[heads].amin(0)
     return torch.where(took[:, None], proposal, base), took
 
 
-def draw(args: Args, batch_size: int, action_dim: int) -> dict:
-    """The random numbers of an update: noise (B, A), a pair of heads, two shifts (B, 2)."""
-    shifts = (2, batch_size, 2)
-    return dict(
-        noise=torch.randn(batch_size, action_dim, device=args.device),
-        heads=torch.randperm(args.heads, device=args.device)[:2],
-        shifts=torch.randint(0, 2 * args.pad + 1, shifts, device=args.device),
-    )
-
-
-def random_shift(obs: dict, offsets: torch.Tensor, pad: int) -> dict:
-    """Its images moved by `offsets` (B, 2) - pad pixels, edges repeated; the rest as it is."""
-    if "rgb" not in obs:
-        return obs
-    b, size = obs["rgb"].shape[:2]
-    pixels = torch.arange(size, device=offsets.device) + offsets[:, :, None] - pad  # (B, 2, H)
+def random_shift(rgb: torch.Tensor | None, offsets: torch.Tensor) -> torch.Tensor | None:
+    """Images (B, H, H, C), if any, moved by `offsets` (B, 2) - PAD pixels, edges repeated."""
+    if rgb is None:
+        return None
+    size = rgb.shape[1]
+    pixels = torch.arange(size, device=rgb.device) + offsets[:, :, None] - PAD  # (B, 2, H)
     y, x = pixels.clamp(0, size - 1).unbind(1)
-    image = torch.arange(b, device=offsets.device)[:, None, None]
-    return obs | {"rgb": obs["rgb"][image, y[:, :, None], x[:, None, :]]}
+    image = torch.arange(len(rgb), device=rgb.device)[:, None, None]
+    return rgb[image, y[:, :, None], x[:, None, :]]
 
 
-def critic_loss(agent: Agent, batch: dict, draws: dict, scale: float, args: Args):
+def critic_loss(agent: Agent, batch: dict, scale: float, args: Args):
     """Eqs. 3 and 4; `scale` is the share of the residual that is let through.
 
     -> loss, features (B, E), metrics
     """
     with torch.no_grad():
-        after = agent.encoder(random_shift(batch["next_obs"], draws["shifts"][1], args.pad))
-        base, heads = batch["next_obs"]["base"], draws["heads"]
-        noise = (args.noise * draws["noise"]).clamp(-args.noise_clip, args.noise_clip)
-        residual = bounded(scale * agent.actor_target(after, base), noise, agent.actor.limit)
-        next_actions = propose(base, residual, args)
+        rgb = random_shift(batch.get("next_rgb"), batch["shifts"][1])
+        after = agent.encoder(batch["next_state"], rgb)
+        base = batch["next_base"]
+        heads = batch["heads"]
+        noise = (args.noise * batch["noise"]).clamp(-NOISE_CLIP, NOISE_CLIP)
+        residual = scale * agent.actor_target(after, base)
+        next_actions = propose(base, residual, noise, agent.actor.limit, args)
         next_q = agent.critics_target(after, next_actions, heads).amin(0)
         if args.gate != "none":  # the better of proposal and base
             next_q = torch.maximum(next_q, agent.critics_target(after, base, heads).amin(0))
         targets = batch["rewards"] + batch["discounts"] * next_q
-    x = agent.encoder(random_shift(batch["obs"], draws["shifts"][0], args.pad))
+    rgb = random_shift(batch.get("rgb"), batch["shifts"][0])
+    x = agent.encoder(batch["state"], rgb)
     q = agent.critics(x, batch["actions"])
     loss = (q - targets).square().mean()  # differs (3)
     metrics = {
         "loss/qf": loss.detach(),
         "train/q": q.detach().mean(),
-        "train/q_spread": q.detach().std(0).mean(),
         "train/target": targets.mean(),
     }
     return loss, x.detach(), metrics
@@ -702,19 +691,21 @@ def critic_loss(agent: Agent, batch: dict, draws: dict, scale: float, args: Args
 
 def actor_loss(agent: Agent, batch: dict, x, scale: float, args: Args):
     """Eq. 5, on features (B, E) without their gradient. -> loss, metrics"""
-    base = batch["obs"]["base"]
+    base = batch["base"]
+    limit = agent.actor.limit
     residual = agent.actor(x, base)
-    share = residual / agent.actor.limit.clamp(min=1e-6)
-    q = agent.critics(x, propose(base, scale * residual, args)).mean(0)
+    share = residual / limit.clamp(min=1e-6)
+    q = agent.critics(x, propose(base, scale * residual, 0.0, limit, args)).mean(0)
     loss = -q.mean() + args.trust * share.square().mean()
     return loss, {"loss/actor": loss.detach(), "train/residual": share.detach().abs().mean()}
 
 
 def descend(loss, optimizer):
     """One step, the gradient's norm at most GRAD_CLIP."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], GRAD_CLIP)
+    parameters = optimizer.param_groups[0]["params"]
+    optimizer.zero_grad()
+    loss.backward(inputs=parameters)
+    nn.utils.clip_grad_norm_(parameters, GRAD_CLIP)
     optimizer.step()
 
 
@@ -724,137 +715,91 @@ def target_update(target: nn.Module, net: nn.Module, tau: float):
     torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), tau)
 
 
-def update(agent, optimizers, batch, draws, scale: float, with_actor: bool, args: Args) -> dict:
+def update(agent: Agent, batch: dict, scale: float, with_actor: bool, args: Args) -> dict:
     """One step of encoder and critics, `with_actor` one of the actor too, then their targets."""
-    critic_optimizer, actor_optimizer = optimizers
-    loss, x, metrics = critic_loss(agent, batch, draws, scale, args)
-    descend(loss, critic_optimizer)
+    loss, x, metrics = critic_loss(agent, batch, scale, args)
+    descend(loss, agent.critic_optimizer)
     if with_actor:
-        agent.critics.requires_grad_(False)  # spares gradients that nobody would use
         loss, more = actor_loss(agent, batch, x, scale, args)
-        agent.critics.requires_grad_(True)
-        descend(loss, actor_optimizer)
+        descend(loss, agent.actor_optimizer)
         target_update(agent.actor_target, agent.actor, args.tau)
         metrics |= more
     target_update(agent.critics_target, agent.critics, args.tau)
     return metrics
 
 
-def draw_batch(replay: Replay, demos: Replay | None, args: Args) -> dict:
-    """Demonstrations and online steps; with IBRL the former lie in one buffer with the rest."""
+def draw_batch(replay: Replay, demos: Replay, args: Args) -> dict:
+    """Transitions and random numbers of an update: noise (B, A), a pair of heads, shifts (2, B, 2).
+
+    Demonstrations come first; with IBRL they lie in one buffer with the rest.
+    """
     share = args.offline
-    if args.mode == "ibrl" and demos:
+    if args.mode == "ibrl":
         share = len(demos) / (len(demos) + len(replay))
     offline = round(share * args.batch_size)
-    online = replay.sample(args.batch_size - offline)
-    if not offline:
-        return online
-    return join(demos.sample(offline), online)
+    batch = replay.sample(args.batch_size - offline)
+    if offline:
+        for key, value in demos.sample(offline).items():
+            batch[key] = torch.cat([value, batch[key]])
+    device, shifts = args.device, (2, args.batch_size, 2)
+    batch["noise"] = torch.randn_like(batch["actions"])
+    batch["heads"] = torch.randperm(args.heads, device=device)[:2]
+    batch["shifts"] = torch.randint(0, 2 * PAD + 1, shifts, device=device)
+    return batch
 
 
-def join(first: dict, second: dict) -> dict:
-    """Two batches, one after the other."""
-    both = {}
-    for key, value in first.items():
-        if isinstance(value, dict):
-            both[key] = join(value, second[key])
-        else:
-            both[key] = torch.cat([value, second[key]])
-    return both
-
-
-class Learner:
-    """Agent, optimizers and buffers, and the updates that are owed."""
-
-    def __init__(self, agent: Agent, base, args: Args):
-        self.agent, self.args, self.metrics = agent, args, {}  # metrics: the latest
-        self.replay = Replay(args.buffer_size // args.num_envs, args.num_envs, args)
-        self.demos = None
-        if args.demos:
-            self.demos = store_demos(args, base)
-            agent.encoder.fit(self.demos.data["state"][:, 0])
-        values = [*agent.encoder.parameters(), *agent.critics.parameters()]
-        self.critic_optimizer = torch.optim.AdamW(values, args.lr, fused=True)
-        self.actor_optimizer = torch.optim.AdamW(
-            agent.actor.parameters(), args.actor_lr, fused=True
-        )
-
-    def parts(self) -> dict:
-        """What a checkpoint holds of it."""
-        return dict(
-            agent=self.agent,
-            replay=self.replay,
-            critic_optimizer=self.critic_optimizer,
-            actor_optimizer=self.actor_optimizer,
-        )
-
-    def step(self, scale: float, with_actor: bool):
-        """One update."""
-        batch = draw_batch(self.replay, self.demos, self.args)
-        draws = draw(self.args, *batch["actions"].shape)
-        optimizers = self.critic_optimizer, self.actor_optimizer
-        self.metrics |= update(self.agent, optimizers, batch, draws, scale, with_actor, self.args)
-
-    def catch_up(self, progress: dict, transitions: int):
-        """The updates owed for `transitions` more, in what is left of the run."""
-        args = self.args
-        if not progress["updates"]:
-            for _ in tqdm(range(args.critic_warmup), "critic warm-up", leave=False):
-                self.step(0.0, False)
-        if args.anneal:
-            left = 1 - (progress["global_step"] - transitions) / args.total_timesteps
-            share = min(1.0, left / args.anneal)
-            self.critic_optimizer.param_groups[0]["lr"] = share * args.lr
-            self.actor_optimizer.param_groups[0]["lr"] = share * args.actor_lr
-        progress["owed"] += transitions * args.utd
-        while progress["owed"] >= 1:
-            progress["owed"] -= 1
-            progress["updates"] += 1
-            self.step(progress["scale"], progress["updates"] % args.policy_frequency == 0)
-
-    def read(self, step: int, checkpoint: Path) -> dict[str, float]:
-        """The latest metrics. Raises FloatingPointError that names the first that is not finite."""
-        metrics = {name: float(value) for name, value in self.metrics.items()}
-        for name, value in metrics.items():
-            message = f"{name} is not finite at step {step}; last good checkpoint: {checkpoint}"
-            if not math.isfinite(value):
-                raise FloatingPointError(message)
-        return metrics
+def catch_up(agent: Agent, replay: Replay, demos: Replay, progress: dict, args: Args) -> dict:
+    """The updates that are owed for one more step of every environment. -> the latest metrics"""
+    metrics = {}
+    if progress["owed"] + progress["updates"] == 0:
+        for _ in tqdm(range(args.critic_warmup), "critic warm-up", leave=False):
+            metrics |= update(agent, draw_batch(replay, demos, args), 0.0, False, args)
+    if args.anneal:
+        left = 1 - (progress["global_step"] - args.num_envs) / args.total_timesteps
+        share = min(1.0, left / args.anneal)
+        agent.critic_optimizer.param_groups[0]["lr"] = share * args.lr
+        agent.actor_optimizer.param_groups[0]["lr"] = share * args.actor_lr
+    progress["owed"] += args.num_envs * args.utd
+    while progress["owed"] >= 1:
+        progress["owed"] -= 1
+        progress["updates"] += 1
+        with_actor = progress["updates"] % args.policy_frequency == 0
+        batch = draw_batch(replay, demos, args)
+        metrics |= update(agent, batch, progress["scale"], with_actor, args)
+    return metrics
 
 
 # --- evaluate -------------------------------------------------------------------------------------
 @torch.no_grad()
-def evaluate(policy, env, args: Args, video: Path | None = None) -> dict:
+@torch.random.fork_rng()
+def evaluate(policy, env, episodes: int, video: Path | None = None) -> dict:
     """Whole episodes without noise from fixed seeds -> metrics. Training's random state is kept."""
-    random = GlobalRandom()
-    before = random.state_dict()
     torch.manual_seed(EVAL_SEED)  # of bases that draw
-    frames, took, successes, lengths = [], [], [], []
-    for seed in range(EVAL_SEED, EVAL_SEED + args.eval_episodes // env.num_envs):
+    frames, took, ended = [], [], []
+    shown = tuple(range(min(4, env.num_envs)))
+    for seed in range(EVAL_SEED, EVAL_SEED + episodes // env.num_envs):
         obs = env.reset(seed=seed)
-        running = torch.ones(env.num_envs, dtype=torch.bool, device=args.device)
+        running = torch.ones(env.num_envs, dtype=torch.bool, device=policy.args.device)
         policy.reset(running)
         while running.any():
             if video and seed == EVAL_SEED:
-                images = env.render(range(min(4, env.num_envs)), size=160)
-                frames.append(np.hstack(list(images)))
+                frames.append(np.hstack(env.render(shown, 160)))
             actions = policy.act(obs)
             took.append(policy.took[running].float().mean())
             obs, _, terminations, truncations, info = env.step(actions)
             ends = terminations | truncations
             policy.reset(ends)
-            ended = running & ends  # each environment counts once
-            successes.append(info["episode"]["success_at_end"][ended])
-            lengths.append(info["episode"]["length"][ended])
-            running = running & ~ended
-    random.load_state_dict(before)
+            success, length = info["episode"]["success_at_end"], info["episode"]["length"]
+            ended.append(torch.stack([success.float(), length])[:, running & ends])
+            running = running & ~ends  # each environment counts once
     if video:
         video.parent.mkdir(parents=True, exist_ok=True)
-        imageio.mimwrite(video, frames, fps=max(1, round(env.control_hz)), macro_block_size=1)
+        imageio.mimwrite(video, frames, fps=round(env.control_hz), macro_block_size=1)
+    success, length = torch.cat(ended, 1).mean(1).tolist()
     return {
-        "eval/success_rate": float(torch.cat(successes).float().mean()),
-        "eval/length": float(torch.cat(lengths).float().mean()),
-        "eval/took": float(torch.stack(took).mean()),
+        "eval/success_rate": success,
+        "eval/length": length,
+        "eval/took": torch.stack(took).mean().item(),
     }
 
 
@@ -880,108 +825,27 @@ def load(path: str | Path) -> dict:
         raise ValueError(f"{path} is no checkpoint: damaged, or another kind of file") from error
     ours = isinstance(checkpoint, dict) and checkpoint.get("algo") == "resfit"
     need(ours, f"{path} is not resfit's")
-    checkpoint["args"]["base"] = ""  # a callable is named by a person, never by a file
     return checkpoint
 
 
-# torch.export.load would run pickles and Python text of a .pt2 file. So its members, and all text
-# in them by the key that it stands under, must be what a program of plain tensor operators has.
-MEMBERS = (
-    r"data/(weights/(weight_\d+|model_weights_config\.json)|sample_inputs/model\.pt"
-    r"|constants/(tensor_\d+|model_constants_config\.json))|models/model\.json|extra/base\.json"
-    r"|archive_(format|version)|byteorder|\.data/\w+"
-)
-TEXT = {
-    "target": r"torch\.ops\.aten\.(?!from_file|__)\w+\.\w+"
-    r"|torch\.ops\.higher_order\.wrap_with_(set_grad_enabled|autocast)"
-    r"|_operator\.(add|sub|mul|floordiv|getitem)",
-    "path_name": r"(weight|tensor)_\d+",
-    "as_string": r".*",
-    "expr_str": r"(Symbol|Integer|Add|Mul|Pow|Min|Max|Mod|FloorDiv|positive|integer|True"
-    r"|'[su]\d+'|[\d\s(),=*+-])*",
-    "guards_code": r"(L\['\w+'\]\.size\(\)\[\d\]|[\d\s=<>])*",
-    "in_spec": r'(builtins\.(tuple|list|dict)|type|context|children_spec|null|[\d\s\[\]{}":,\\])*',
-    "out_spec": r'(type|context|children_spec|null|[\d\s\[\]{}":,\\])*',
-}
-NAME = r"[\w.+-]*"  # all other text
+def save_run(run: Path, content: dict, parts: dict):
+    """checkpoint.pt: all that it takes to continue."""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    save(run / "checkpoint.pt", content | states | dict(csv_sizes=csv_sizes(run)))
 
 
-def check_program(part, key: str = ""):
-    """Raises ValueError for a part of a program that could be more than operators on tensors."""
-    if isinstance(part, dict):
-        texts = all(isinstance(value, str) for value in part.values())
-        if key == "metadata" and texts:
-            return  # says where a node came from, and is not run
-        for name, value in part.items():
-            check_program(name)
-            check_program(value, name)
-    elif isinstance(part, list):
-        for value in part:
-            check_program(value, key)
-    elif isinstance(part, str):
-        plain = re.fullmatch(TEXT.get(key, NAME), part)
-        need(plain, f"{key} {part[:80]!r} is no plain tensor operator or name")
-    else:
-        need(key != "use_pickle" or not part, "it has pickled tensors")
-
-
-def load_program(content: bytes, device: str):
-    """A .pt2 file -> its program on `device`, and its base.json ({} without one).
-
-    Raises ValueError for a file that is none, or that could do more than compute.
-    """
-    from torch.export.passes import move_to_device_pass
-    from torch.export.pt2_archive import PT2ArchiveReader
-    from torch.export.pt2_archive._package import load_pt2  # this format only, no older ones
-
-    try:
-        archive = PT2ArchiveReader(io.BytesIO(content))
-        for name in archive.get_file_names():
-            need(re.fullmatch(MEMBERS, name), f"it has a file {name}")
-            if name.endswith("config.json") or name == "models/model.json":
-                check_program(json.loads(archive.read_bytes(name)))
-        inputs = archive.read_bytes("data/sample_inputs/model.pt")
-        torch.load(io.BytesIO(inputs), weights_only=True)
-        found = load_pt2(io.BytesIO(content))
-        program = move_to_device_pass(found.exported_programs["model"], device)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise ValueError(f"the base is no plain program of torch.export: {error}") from error
-    about = json.loads(found.extra_files.get("base.json", "{}"))
-    return program.module(check_guards=False), about
-
-
-def open_base(args: Args, program: torch.Tensor | None, action_dim: int, env=None):
-    """The base: an object with reset(mask) and act(obs); a callable is called with `env`.
-
-    `program`: a .pt2 file as uint8. Raises ValueError if it is another task's, or could do more
-    than compute.
-    """
-    if args.mode == "rlpd":
-        return NoBase(action_dim)
-    if program is None:
-        module, _, name = args.base.partition(":")
-        need(name, "name the base: --base FILE.pt2, or --base module:callable")
-        sys.path.insert(0, os.getcwd())
-        return getattr(importlib.import_module(module), name)(env)
-    compute, about = load_program(program.numpy().tobytes(), args.device)
-    for key in ("env_id", "obs"):
-        wanted = getattr(args, key)
-        need(about.get(key, wanted) == wanted, f"the base is for {about.get(key)}, not {wanted}")
-    return ChunkQueue(compute, about.get("execute"))
-
-
-def saved_program(checkpoint: dict, args: Args) -> torch.Tensor | None:
-    """The program in a checkpoint; None if its base is a callable, which --base then names."""
-    given_twice = checkpoint["base"] is not None and args.base
-    need(not given_twice, "the base is in the checkpoint: --base cannot be given")
-    return checkpoint["base"]
-
-
-def read_program(path: str) -> torch.Tensor | None:
-    """A .pt2 file as uint8; None for a base that is none."""
-    if not path.endswith(".pt2"):
-        return None
-    return torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8)
+def load_run(run: Path, checkpoint: dict, parts: dict, args: Args):
+    """Put every part and the CSV files back to the checkpoint."""
+    for name, part in parts.items():
+        part.load_state_dict(checkpoint[name])
+    cut_back(run, checkpoint["csv_sizes"])
+    if "replay" not in parts:
+        print("no replay buffer was saved (--save-buffer): it starts empty")
+    elif (
+        args.async_ and checkpoint["replay"]["head"]
+    ):  # the actor begins new episodes: old ones end
+        replay = parts["replay"]
+        replay.data["discounts"][(replay.head - 1) % replay.slots] = 0
 
 
 # same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, resfit, bc_chunk
@@ -1059,26 +923,59 @@ def open_run(args: Args) -> Path:
     return run
 
 
+def identity(base: str) -> str:
+    """SHA-256 of a program, the name of a callable: what a checkpoint keeps of its base."""
+    if not base.endswith(".pt2"):
+        return base
+    return hashlib.sha256(Path(base).read_bytes()).hexdigest()
+
+
+def open_base(args: Args, action_dim: int, env=None):
+    """The base that --base names: an object with reset(mask) and act(obs).
+
+    It is code, like a script: never take the name from a file. A program's base.json may say
+    `env_id` and `execute`. Raises ValueError if the base is another task's.
+    """
+    if args.mode == "rlpd":  # none: no motion
+
+        def still(state, rgb=None):
+            return state.new_zeros(len(state), 1, action_dim)
+
+        return ChunkQueue(still, 1)
+    if args.base.endswith(".pt2"):
+        files = {"base.json": ""}
+        program = torch.export.load(args.base, extra_files=files)
+        about = json.loads(files["base.json"] or "{}")
+        task = about.get("env_id", args.env_id)
+        need(task == args.env_id, f"the base is for {task}, not {args.env_id}")
+        program = move_to_device_pass(program, args.device)
+        return ChunkQueue(program.module(check_guards=False), about.get("execute"))
+    module, _, name = args.base.partition(":")
+    need(name, "name the base: --base FILE.pt2, or --base module:callable")
+    return getattr(importlib.import_module(module), name)(env)
+
+
 # --- Policy ---------------------------------------------------------------------------------------
 class Policy:
-    """Observation in, action out: base, residual and gate, from one checkpoint (file or content).
+    """Observation in, action out: base, residual and gate.
 
-    A base that is no program is in no checkpoint: give the object.
+    From one checkpoint (file or content) and from the base, which no checkpoint has: name the run's
+    FILE.pt2 or module:callable. Raises ValueError for another one.
     """
 
-    def __init__(self, source: str | Path | dict, device="cpu", base=None):
+    def __init__(self, source: str | Path | dict, device="cpu", base: str = "", env=None):
         checkpoint = source if isinstance(source, dict) else load(source)
-        self.args = replace(Args(**checkpoint["args"]), device=str(device))
-        self.shapes, self.spec = checkpoint["shapes"], checkpoint["spec"]
+        same = checkpoint["base"] == identity(base)
+        need(same, f"give --base again, the one of the run: {checkpoint['args']['base']}")
+        self.args = replace(Args(**checkpoint["args"]), device=str(device), base=base)
+        self.spec = checkpoint["spec"]
         self.scale = checkpoint["progress"]["scale"]  # share of the residual that is let through
-        action_dim = self.shapes["action"]
-        self.base = base or open_base(self.args, checkpoint["base"], action_dim)
-        self.agent = Agent(self.shapes, self.args).to(device)
+        self.base = open_base(self.args, checkpoint["shapes"]["action"], env)
+        self.agent = Agent(checkpoint["shapes"], self.args)
         self.agent.load_state_dict(checkpoint["agent"])
-        self.reset(torch.ones(1, dtype=torch.bool))
 
     def reset(self, begins: torch.Tensor):
-        """Episodes begin where the mask (N,) is True, everywhere if N is another than before."""
+        """Call it first. Episodes begin where the mask (N,) is True, all if N is a new one."""
         self.base.reset(begins.to(self.args.device))
 
     @torch.no_grad()
@@ -1087,9 +984,7 @@ class Policy:
 
         `took` (N,) tells where the residual was let through.
         """
-        device = self.args.device
-        tensors = {key: torch.as_tensor(value, device=device) for key, value in obs.items()}
-        seen = observe(tensors, self.args.obs == "pixels")
+        seen = observe(obs, self.args)
         seen["base"] = self.base.act(seen)
         actions, self.took = choose(self.agent, seen, self.scale, self.args)
         return actions
@@ -1100,23 +995,24 @@ class Collector:
     """Steps the training environments, by (2) and (6) or as warm-up, for the buffer."""
 
     def __init__(self, args: Args, env, base, agent: Agent):
-        self.args, self.env, self.base, self.agent = args, env, base, agent
+        self.args, self.env = args, env
+        self.base, self.agent = base, agent
         self.noisy = torch.zeros(env.num_envs, dtype=torch.bool, device=args.device)
         self.begin(env.reset(seed=args.seed), torch.ones_like(self.noisy))
 
     def begin(self, obs: dict, mask: torch.Tensor):
         """Act on `obs` next; episodes begin where the mask (N,) is True."""
         self.base.reset(mask)
-        seen = observe(obs, self.args.obs == "pixels")
+        seen = observe(obs, self.args)
         self.obs = seen | {"base": self.base.act(seen)}
         noisy = torch.rand(len(mask), device=mask.device) >= self.args.warmup_clean
         self.noisy = torch.where(mask, noisy, self.noisy)
 
     @torch.no_grad()
-    def step(self, warm: bool, scale: float) -> dict:
+    def step(self, global_step: int) -> dict:
         """One step of every environment -> what the buffer stores of it."""
         args, obs, base = self.args, self.obs, self.obs["base"]
-        if warm:
+        if global_step < args.learning_starts:
             half_width = self.agent.actor.limit.clamp(max=args.warmup_noise)
             noise = (2 * torch.rand_like(base) - 1) * half_width
             actions = (base + noise * self.noisy[:, None]).clamp(-1, 1)
@@ -1124,6 +1020,7 @@ class Collector:
         else:
             noise = args.noise * torch.randn_like(base)
             pair = torch.randperm(args.heads, device=base.device)[:2]
+            scale = ramp(global_step, args)
             actions, took = choose(self.agent, obs, scale, args, noise, pair)
         next_obs, _, terminations, truncations, info = self.env.step(actions)
         dones = terminations | truncations
@@ -1135,13 +1032,6 @@ class Collector:
             took=took,
         )
 
-    def parts(self) -> dict:
-        """What a checkpoint holds of it; of a base of your own what its `state_dict` says."""
-        parts = dict(env=self.env, collector=self)
-        if hasattr(self.base, "state_dict"):
-            parts["queue"] = self.base
-        return parts
-
     def state_dict(self) -> dict:
         return dict(obs=self.obs, noisy=self.noisy)
 
@@ -1151,114 +1041,103 @@ class Collector:
         self.noisy = state["noisy"].to(device)
 
 
-class Apart:
-    """A collector in a process of its own, so that a robot does not wait for the learner.
+def steps_apart(args: Args, agent: Agent, progress: dict):
+    """--async: steps of a collector in a process of its own, so that a robot need not wait.
 
     It acts by the learner's weights, which lie in shared memory, and runs ahead as far as its steps
-    fit in a pipe.
+    fit in a pipe. The steps end if the process does, which then has printed why.
     """
-
-    def __init__(self, args: Args, program: torch.Tensor | None, agent: Agent):
-        context = torch.multiprocessing.get_context("spawn")
-        self.device = args.device
-        self.order = torch.zeros(2).share_memory_()  # warm-up, scale
-        self.pipe, sender = context.Pipe(duplex=False)
-        inputs = (make_envs, args, program, agent.share_memory(), self.order, sender)
-        self.process = context.Process(target=collect_apart, args=inputs, daemon=True)
-        self.process.start()
-        sender.close()  # so that the pipe ends with the process
-
-    def step(self, warm: bool, scale: float) -> dict | None:
-        """The next step; None if the process has ended."""
-        self.order.copy_(torch.tensor([warm, scale]))
-        try:
-            arrays = self.pipe.recv()
-        except EOFError:
-            print("the actor's process has ended; its error is above", file=sys.stderr)
-            signal.raise_signal(signal.SIGINT)  # ends the run as Ctrl-C does
-            return None
-        return {key: torch.from_numpy(value).to(self.device) for key, value in arrays.items()}
-
-    def close(self):
-        self.process.terminate()
+    context = torch.multiprocessing.get_context("spawn")
+    pipe, sender = context.Pipe(duplex=False)
+    inputs = (make_envs, args, agent.share_memory(), progress["global_step"], sender)
+    process = context.Process(target=collect_apart, args=inputs, daemon=True)
+    process.start()
+    sender.close()  # so that the pipe ends with the process
+    try:
+        while True:
+            arrays = pipe.recv()
+            yield {key: torch.from_numpy(value).to(args.device) for key, value in arrays.items()}
+    except EOFError:
+        return
+    finally:
+        process.terminate()
 
 
-def collect_apart(make, args: Args, program, agent: Agent, order: torch.Tensor, sender):
-    """The process of --async: steps without end."""
+def collect_apart(make, args: Args, agent: Agent, global_step: int, sender):
+    """That process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the learner's
     torch.set_num_threads(1)
     env, eval_env = make(args)
     eval_env.close()
-    collector = Collector(args, env, open_base(args, program, env.action_dim, env), agent)
+    collector = Collector(args, env, open_base(args, env.action_dim, env), agent)
     while True:
-        warm, scale = order.tolist()
-        step = collector.step(bool(warm), scale)
-        sender.send({key: value.cpu().numpy() for key, value in step.items()})
+        taken = collector.step(global_step)
+        global_step += args.num_envs
+        sender.send({key: value.cpu().numpy() for key, value in taken.items()})
 
 
-def rolling(outcomes: list) -> float:
-    """Success of the last episodes of training; NaN before the first ends."""
-    return sum(outcomes) / len(outcomes) if outcomes else math.nan
-
-
-def count(progress: dict, step: dict) -> dict:
-    """Take a step of every environment into the counters. -> its metrics"""
-    ended = step["discounts"] == 0
-    successes = step["rewards"][ended].tolist()
-    progress["outcomes"] = [*progress["outcomes"], *successes][-ROLLING:]
+def count(progress: dict, taken: dict):
+    """Take a step of every environment into the counters."""
+    ended = taken["discounts"] == 0
+    outcomes = [*progress["outcomes"], *taken["rewards"][ended].tolist()][-ROLLING:]
     progress["global_step"] += len(ended)
-    if len(progress["outcomes"]) == ROLLING:
-        progress["lowest"] = min(progress["lowest"], rolling(progress["outcomes"]))
-    return {"train/took": step["took"].float().mean()}
+    progress["outcomes"] = outcomes
+    if outcomes:
+        progress["rolling"] = sum(outcomes) / len(outcomes)
+    if len(outcomes) == ROLLING:
+        progress["lowest"] = min(progress["lowest"], progress["rolling"])
 
 
 def shapes_of(env, args: Args) -> dict:
     """What the networks see and give: "action" A, "state" [S] and, from pixels, "rgb" [H, W, C]."""
     shapes = {"action": env.action_dim}
-    for key, value in observe(env.reset(), args.obs == "pixels").items():
+    for key, value in observe(env.reset(), args).items():
         shapes[key] = list(value.shape[1:])
     return shapes
+
+
+def clock(progress: dict) -> dict:
+    """The first columns of each row."""
+    return {name: progress[name] for name in ("global_step", "wall_time", "train_time")}
+
+
+def training_row(metrics: dict, progress: dict, run: Path) -> dict:
+    """A row of metrics.csv. Raises FloatingPointError that names what is not finite."""
+    row = clock(progress)
+    for name, value in metrics.items():
+        row[name] = float(value)
+        if not math.isfinite(value):
+            place = f"step {row['global_step']}; last good checkpoint: {run}/checkpoint.pt"
+            raise FloatingPointError(f"{name} is not finite at {place}")
+    row["train/rolling_success"] = progress["rolling"]
+    row["train/scale"] = progress["scale"]
+    row["time/sps"] = row["global_step"] / max(row["train_time"], 1e-9)
+    return row
 
 
 def ramp(global_step: int, args: Args) -> float:
     """Guard (b): the share of the residual that is let through."""
     if not args.ramp_steps:
         return 1.0
-    return min(max((global_step - args.learning_starts) / args.ramp_steps, 0.0), 1.0)
+    share = (global_step - args.learning_starts) / args.ramp_steps
+    return min(max(share, 0.0), 1.0)
 
 
 def evaluate_checkpoint(args: Args) -> dict:
     """What --evaluate does. -> metrics"""
-    checkpoint = load(args.checkpoint)
     _, env = make_envs(args)
-    base = open_base(args, saved_program(checkpoint, args), env.action_dim, env)
-    policy = Policy(checkpoint, args.device, base)
-    video = Path(args.checkpoint).parent / "videos/evaluate.mp4" if args.capture_video else None
-    results = evaluate(policy, env, args, video)
+    policy = Policy(args.checkpoint, args.device, args.base, env)
+    video = Path(args.checkpoint).with_suffix(".mp4") if args.capture_video else None
+    results = evaluate(policy, env, args.eval_episodes, video)
     print(json.dumps(results))
     env.close()
     return results
 
 
-def restore(parts: dict, checkpoint: dict, run: Path) -> dict:
-    """Parts and CSV files go on from a checkpoint. -> its counters"""
-    for name, part in parts.items():
-        if name in checkpoint:
-            part.load_state_dict(checkpoint[name])
-    replay = parts["replay"]
-    if not replay.head:
-        print(f"{run} was run without --save-buffer: its replay buffer starts empty")
-    elif "collector" not in parts:  # the actor's process begins new episodes: the old ones end
-        replay.data["discounts"][(replay.head - 1) % replay.slots] = 0
-    cut_back(run, checkpoint["csv_sizes"])
-    return checkpoint["progress"]
-
-
 def train(args: Args) -> dict:
     """Train, or with --evaluate only evaluate. -> metrics of the last evaluation, counters, `run`.
 
-    Raises ValueError or FileNotFoundError for arguments that do not fit, FloatingPointError at a
-    NaN.
+    Raises ValueError or FileNotFoundError for arguments that do not fit, FloatingPointError at NaN.
     """
     check(args)
     torch.set_float32_matmul_precision("high")
@@ -1267,106 +1146,99 @@ def train(args: Args) -> dict:
         return evaluate_checkpoint(args)
     env, eval_env = make_envs(replace(args, evaluate=args.async_))
     run = open_run(args)
-    checkpoint = load(run / "checkpoint.pt") if args.resume else None
-    program = saved_program(checkpoint, args) if checkpoint else read_program(args.base)
     shapes = shapes_of(eval_env, args)
-    base = open_base(args, program, shapes["action"], env or eval_env)
-    eval_base = copy.copy(base)  # the same program, with a queue of its own
-    if program is None:
-        eval_base = open_base(args, program, shapes["action"], eval_env)
-    agent = Agent(shapes, args).to(args.device)
-    learner = Learner(agent, base, args)
-    parts = learner.parts() | dict(random=GlobalRandom())
+    base = open_base(args, shapes["action"], env or eval_env)
+    agent = Agent(shapes, args)
+    replay = Replay(args.buffer_size // args.num_envs, args.num_envs, args)
+    demos = store_demos(args, base)
+    agent.encoder.fit(demos.data["state"][:, 0])
+
+    progress = dict(global_step=0, wall_time=0.0, train_time=0.0, evaluated=-1, best=-1.0)
+    progress |= dict(scale=0.0, owed=0.0, updates=0, outcomes=[], rolling=math.nan, lowest=1.0)
+    content = dict(algo="resfit", args=asdict(args), shapes=shapes, spec=eval_env.spec)
+    content |= dict(base=identity(args.base), progress=progress, agent=agent.state_dict())
+    parts = dict(agent=agent, critic_optimizer=agent.critic_optimizer)
+    parts |= dict(actor_optimizer=agent.actor_optimizer, random=GlobalRandom())
+    if args.save_buffer:
+        parts["replay"] = replay
     if args.async_:
-        collector = Apart(args, program, agent)
+        source = steps_apart(args, agent, progress)  # begins when it is asked for the first
     else:
-        collector = Collector(args, env, base, agent)
-        parts |= collector.parts()
-    progress = dict(global_step=0, wall_time=0.0, train_time=0.0, best=-1.0, scale=0.0)
-    progress |= dict(owed=0.0, updates=0, lowest=1.0, outcomes=[])
-
-    def content() -> dict:
-        """All that Policy needs."""
-        facts = dict(algo="resfit", args=asdict(args) | {"base": ""}, spec=eval_env.spec)
-        facts |= dict(shapes=shapes, base=program, progress=dict(progress))
-        return facts | dict(agent=agent.state_dict())
-
-    def save_run():
-        states = dict(csv_sizes=csv_sizes(run))
-        for name, part in parts.items():
-            if name != "replay" or args.save_buffer:
-                states[name] = part.state_dict()
-        save(run / "checkpoint.pt", content() | states)
-
-    policy = Policy(content(), args.device, eval_base)
+        source, collector = env, Collector(args, env, base, agent)
+        parts |= dict(env=env, collector=collector)
+        if hasattr(base, "state_dict"):
+            parts["queue"] = base
+    saved = load(run / "checkpoint.pt") if args.resume else None
+    policy = Policy(saved or content, args.device, args.base, eval_env)
     policy.agent = agent
-    if checkpoint:
-        progress = restore(parts, checkpoint, run)
-        checkpoint = None  # its mapped tensors are released
+    if saved:
+        load_run(run, saved, parts, args)
+        progress.update(saved["progress"])
+        saved = None  # its mapped tensors are released
     else:
         (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
-        save_run()
-    results, before = {}, progress["global_step"]
+        save_run(run, content, parts)
+    metrics, results = {}, {}
     born = START - progress["wall_time"]
-    begin = time.perf_counter() - progress["train_time"]
-    bar = tqdm(total=args.total_timesteps, initial=before, unit="step", mininterval=1)
+    bar = tqdm(total=args.total_timesteps, initial=progress["global_step"], unit="step")
     interrupt = Interrupt()
+
     while True:
-        step, training = progress["global_step"], rolling(progress["outcomes"])
-        last = step >= args.total_timesteps
-        progress["wall_time"] = time.time() - born
-        progress["train_time"] = time.perf_counter() - begin
-        clock = {name: progress[name] for name in ("global_step", "wall_time", "train_time")}
-        eval_due = step // args.eval_freq > before // args.eval_freq or (last and step > before)
-
         # log
-        log_due = eval_due or step // args.log_freq > before // args.log_freq
-        if log_due and "loss/actor" in learner.metrics:  # the first row names the columns
-            row = clock | learner.read(step, run / "checkpoint.pt")
-            row |= {"train/rolling_success": training, "train/scale": progress["scale"]}
+        step = progress["global_step"]
+        last = step >= args.total_timesteps
+        stop = last or interrupt.asked
+        progress["wall_time"] = time.time() - born
+        due = last or step % args.eval_freq < args.num_envs
+        eval_due = due and step > progress["evaluated"]
+        if due or stop or step % args.log_freq < args.num_envs:
+            row = training_row(metrics, progress, run)
             row["train/nan_resets"] = int(env.nan_resets) if env else 0
-            row["time/sps"] = step / progress["train_time"]
-            write_row(run / "metrics.csv", row, args.track)
+            if "loss/actor" in row:  # the first row names the columns
+                write_row(run / "metrics.csv", row, args.track)
 
-        # evaluate and save; at first the base alone
-        if eval_due or progress["best"] < 0:
-            pause = time.perf_counter()
+        # evaluate; at first the base alone
+        if eval_due:
             policy.scale = progress["scale"]
             video = run / f"videos/step_{step:09d}.mp4" if last and args.capture_video else None
-            results = evaluate(policy, eval_env, args, video)
-            row = {"train/rolling_success": training, "train/lowest": progress["lowest"]}
-            write_row(run / "eval.csv", clock | results | row, args.track)
-            success = results["eval/success_rate"]
-            bar.write(f"{step} steps: success {success:.3f}, in training {training:.3f}")
+            results = evaluate(policy, eval_env, args.eval_episodes, video)
+            success, rolling = results["eval/success_rate"], progress["rolling"]
+            outcome = {"train/rolling_success": rolling, "train/lowest": progress["lowest"]}
+            write_row(run / "eval.csv", clock(progress) | results | outcome, args.track)
+            bar.write(f"{step} steps: success {success:.3f}, in training {rolling:.3f}")
+            progress["evaluated"] = step
             if success >= progress["best"]:
                 progress["best"] = success
-                save(run / "best.pt", content())
-            save_run()
-            begin += time.perf_counter() - pause
-        if last or interrupt.asked:
+                save(run / "best.pt", content)
+
+        # save
+        if eval_due or stop:
+            save_run(run, content, parts)
+        if stop:
             break
 
         # act, step and store
-        before, warm = step, step < args.learning_starts
+        begin = time.perf_counter()
         progress["scale"] = ramp(step, args)
-        taken = collector.step(warm, progress["scale"])
-        if taken:
-            learner.metrics |= count(progress, taken)
-            learner.replay.add(taken)
-        transitions = progress["global_step"] - step
-        bar.update(transitions)
+        taken = next(source, None) if args.async_ else collector.step(step)
+        if taken is None:
+            interrupt.asked = True
+            continue
+        count(progress, taken)
+        replay.add(taken)
+        metrics["train/took"] = taken["took"].float().mean()
+        bar.update(args.num_envs)
 
         # update
-        if not warm and len(learner.replay) >= args.learning_starts:
-            learner.catch_up(progress, transitions)
+        if step >= args.learning_starts and len(replay) >= args.learning_starts:
+            metrics |= catch_up(agent, replay, demos, progress, args)
+        progress["train_time"] += time.perf_counter() - begin
     interrupt.restore()
-    for part in (bar, eval_env, collector if args.async_ else env):
+    for part in (bar, eval_env, source):
         part.close()
     if not last:
-        learner.read(step, run / "checkpoint.pt")  # raises at a NaN, which is not to be saved
-        save_run()
         sys.exit(f"interrupted at step {step}: continue with --resume {run}")
-    return results | clock | {"lowest": progress["lowest"], "run": str(run)}
+    return results | progress | {"run": str(run)}
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ and stays until `--stale` runs it anew.
 """
 
 import ast
+import fcntl
 import json
 import os
 import platform
@@ -93,6 +94,7 @@ class Cell:
     feeds: tuple[str, ...] = ()  # pages whose table or figure shows it
     inputs: tuple[str, ...] = ()  # files that an [[input]] makes
     code: tuple[str, ...] = ()  # folders of envs/ that it runs, besides the script
+    again: tuple[str, ...] = ()  # arguments that --resume needs once more
     closed: str = ""  # why it cannot be run any more: its code has left, or it was stopped by hand
 
     @property
@@ -122,7 +124,8 @@ def read_matrix(path: Path) -> tuple[list[Cell], dict[str, str]]:
         words = {
             key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()
         }
-        words["args"] = tuple(shlex.split(entry.get("args", "")))
+        for name in ("args", "again"):
+            words[name] = tuple(shlex.split(entry.get(name, "")))
         try:
             cells.append(Cell(**words))
         except TypeError as error:
@@ -196,22 +199,27 @@ def last_step(path: Path) -> int:
     return 0
 
 
-def alive(cell: Cell, seed: int, root: Path) -> bool:
-    """Whether a process on this machine is busy with the run."""
-    run = cell.run(root, seed)
-    text = (run / "reproduce.pid").read_text() if (run / "reproduce.pid").exists() else ""
-    if not text.isdigit():
-        return False
-    if Path(
-        "/proc/self/cmdline"
-    ).exists():  # empty for the dead; another process may have the number
-        command = Path(f"/proc/{text}/cmdline")
-        return command.exists() and run.name in command.read_text()
+def lock(run: Path):
+    """The run's lock as an open file, or None where another process has it.
+
+    A run's process inherits the file: the lock outlives a runner that is killed, and not its run.
+    """
+    run.parent.mkdir(parents=True, exist_ok=True)
+    file = run.with_name(f".{run.name}.lock").open("a")
     try:
-        os.kill(int(text), 0)
-    except ProcessLookupError:
-        return False
-    return True
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+def alive(cell: Cell, seed: int, root: Path) -> bool:
+    """Whether a process is busy with the run."""
+    file = lock(cell.run(root, seed))
+    if file:
+        file.close()
+    return file is None
 
 
 def state(cell: Cell, seed: int, root: Path) -> tuple[str, str]:
@@ -283,7 +291,7 @@ def prepare(cell: Cell, seed: int, root: Path) -> list[str]:
         if first["commit"] != commit and changed_since(cell, first["commit"], root):
             first["resumed_at"] = [*first.get("resumed_at", []), commit]
             write_whole(begun, json.dumps(first))
-        return [cell.program, "--resume", str(run.relative_to(root))]
+        return [cell.program, "--resume", str(run.relative_to(root)), *cell.again]
     set_aside(run)
     run.mkdir(parents=True)
     dirty = bool(git(root, "status", "--porcelain", "--", cell.program, *cell.code))
@@ -315,6 +323,9 @@ def run_to_end(cell: Cell, seed: int, root: Path) -> dict:
     Ctrl-C (STOP) is passed on once, so that the run saves. Results are collected while it runs, or
     at its end where a whole result of an earlier run stands in their place.
     """
+    held = lock(cell.run(root, seed))
+    if held is None:
+        return {"ended": "failed", "reason": "another process is busy with it"}
     replaces = read_record(cell, seed, root).get("ended") == "done"
     command = prepare(cell, seed, root)
     run, threads = cell.run(root, seed), str(cell.threads)
@@ -336,7 +347,7 @@ def run_to_end(cell: Cell, seed: int, root: Path) -> dict:
     with (run / "reproduce.log").open("a") as log:
         child = subprocess.Popen(
             [sys.executable, *command], cwd=root, env=environment, stdin=subprocess.DEVNULL,
-            stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            stdout=log, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=[held.fileno()],
         )  # fmt: skip
         (run / "reproduce.pid").write_text(str(child.pid))
         while child.poll() is None:
@@ -347,6 +358,7 @@ def run_to_end(cell: Cell, seed: int, root: Path) -> dict:
                 collect(cell, seed, root)
             STOP.wait(POLL) if not told else time.sleep(POLL)
     (run / "reproduce.pid").unlink()
+    held.close()
     if child.returncode == 0:
         record |= {"ended": "done", "steps": last_step(run / "eval.csv")}
         write_whole(run / "reproduce.json", json.dumps(begun | {"ended": "done"}))

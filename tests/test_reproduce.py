@@ -1,5 +1,6 @@
 """benchmarks/reproduce.py: runs that are killed and interrupted end as if nothing had happened."""
 
+import contextlib
 import json
 import os
 import random
@@ -99,6 +100,15 @@ def wait_until(condition, seconds=30):
         time.sleep(0.02)
 
 
+def still_running_after_a_kill(root):
+    """Whether the lock of a run is still held, after all that are known have been killed."""
+    for pid in pids(root):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    cell = reproduce.read_matrix(root / "benchmarks/matrix.toml")[0][0]
+    return any(reproduce.alive(cell, seed, root) for seed in cell.seeds)
+
+
 def test_killed_and_interrupted_runs_end_like_whole_ones(root):
     """Two side by side. A run is killed, then the runner is interrupted, then runner and runs are killed."""
     choice = random.Random(0)
@@ -116,9 +126,8 @@ def test_killed_and_interrupted_runs_end_like_whole_ones(root):
     wait_until(lambda: len(pids(root)) == 2)
     time.sleep(choice.random())
     process.kill()
-    for pid in pids(root):
-        os.kill(pid, signal.SIGKILL)
     finish(process)
+    wait_until(lambda: not still_running_after_a_kill(root))
 
     status, output = finish(start(root, "--only", "toy/Walk", "--jobs", "2", "--retry"))
     assert status == 0, output

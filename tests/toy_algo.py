@@ -44,7 +44,7 @@ def main(words):
         state["step"] += 1
         row = f"{state['step']},{state['step']}.0,0.0,{state['value']!r}\n"
         with (run / "eval.csv").open("a") as file:
-            file.write(row if state["step"] > 1 else state["rows"] + row)
+            file.write(state["rows"] + row if file.tell() == 0 else row)
         state["rows"] = (run / "eval.csv").read_text()
         if (
             state["step"] % 3 == 0 or asked
