@@ -12,8 +12,8 @@ What a caller may rely on:
     it needs, and a write, whose answer has no length to vary, follows such a read. This relies on adapters keeping
     bytes in order, and on a reply being at most `LATE` requests late.
  4. The error bits of every reply are in its `Status`, in the same call.
- 5. A call asks 1 + retries times and waits `timeout` for each; twice that where a write follows a lost answer. `ping`
-    listens for one more.
+ 5. A call asks 1 + retries times and waits `timeout` for each, or an equal share of its `budget`; twice that where a
+    write follows a lost answer. `ping` listens for one more.
 
     bus = Bus(SerialTransport("/dev/ttyACM0"))
     status = bus.sync_read(range(1, 7), *REGISTERS["present_position"])
@@ -251,19 +251,18 @@ class Bus:
     def sync_read(self, ids: Iterable[int], address: int, size: int, budget: float | None = None) -> dict[int, Status]:
         """The same registers of several servos. Who has not answered after all retries is not in the result.
 
-        budget: seconds from now in which everything, retries included, has to be over; None: no limit but the retries.
+        budget: seconds in which everything, retries included, has to be over: each request waits for its share of it.
+        None: each waits for the bus's time-out.
         """
         return self._read(SYNC_READ, list(ids), address, size, budget)[0]
 
     def _read(self, instruction: int, missing: list[int], address: int, size: int, budget: float | None):
         if not missing or size < 1 or address < 0 or address + size > 128 or len(set(missing)) < len(missing):
             raise ValueError(f"cannot read {size} bytes at {address} of the servos {missing}")
-        end = None if budget is None else self.clock() + budget
+        timeout = self.timeout if budget is None else budget / (1 + self.retries)
         found: dict[int, Status] = {}
         garbled = False
         for attempt in range(1 + self.retries):
-            if attempt and end is not None and self.clock() + self.timeout > end:
-                break
             # A number of bytes that no reply on its way has.
             late = {length for id in missing for length in self._late[id]}
             asked = next((n for n in range(size, 128 - address + 1) if n not in late), size)
@@ -272,7 +271,7 @@ class Bus:
             else:
                 request = packet(BROADCAST, SYNC_READ, bytes((address, asked, *missing)))
             sent = self.clock()
-            answers, broken = self._exchange(request, missing, asked, retry=attempt > 0)
+            answers, broken = self._exchange(request, missing, asked, attempt > 0, timeout)
             garbled |= broken
             for id, (error, data) in answers.items():
                 found[id] = Status(id, error, data[:size], sent)
@@ -329,6 +328,17 @@ class Bus:
                 found.append(id)
         return found
 
+    def round_trip(self, id: int, patience: float = 0.1) -> float | None:
+        """Seconds from a request to its answer, the shortest of five; None where no answer comes within `patience`."""
+        times = []
+        for _ in range(5):
+            begin = self.clock()
+            if self._exchange(packet(id, PING), [id], 0, timeout=patience)[0]:
+                times.append(self.clock() - begin)
+            elif not times:
+                return None
+        return min(times)
+
     def close(self) -> None:
         self.transport.close()
 
@@ -363,9 +373,9 @@ class Bus:
         self.transport.flush_input()
         self.transport.write(request)
 
-    def _exchange(self, request: bytes, ids: list[int], size: int, retry: bool = False):
+    def _exchange(self, request: bytes, ids: list[int], size: int, retry: bool = False, timeout: float | None = None):
         """One request: the replies that came in time, {id: (error, data)}, and whether there were unusable bytes."""
-        deadline = self.clock() + self.timeout
+        deadline = self.clock() + (self.timeout if timeout is None else timeout)
         self._send(request, retry)
         buffer, found, rest = b"", {}, 0
         while len(found) < len(ids) and (left := deadline - self.clock()) > 0:

@@ -119,3 +119,48 @@ def govern(action, target, velocity, present, dt: float, limits: Limits, action_
         else:
             rules += [f"{rule} {name}" for name, hit in zip(limits.joint_names, mask, strict=True) if hit]
     return Command(following, speed, tuple(rules))
+
+
+# --- Motors -----------------------------------------------------------------------------------------------------------
+STALL_CURRENT = 2.4  # A, of an STS3215 at 7.4 V
+EFFORT_TIME = 10.0  # s over which the square of the current, which heats, is averaged
+EASY, HARD = 0.06, 0.16  # of that average, as a share of the stall current's: full torque below, least above
+COOL, WARM = 50.0, 60.0  # degrees Celsius, likewise
+PRESSING, PRESSING_TIME = 0.1, 0.3  # rad from its goal at which, and s after which, a still joint presses
+STILL = 0.2  # rad/s below which a joint is still
+STEP = 0.02  # of the stall torque: limits change in such steps, so that they are not sent at every tick
+
+
+@dataclass(frozen=True, eq=False)
+class Effort:
+    """How hard motors have worked so far, (J,) each."""
+
+    heating: np.ndarray  # average of (current / stall current)^2 over EFFORT_TIME
+    pressing: np.ndarray  # seconds that a joint has stood still away from its goal
+
+    @classmethod
+    def none(cls, joints: int) -> "Effort":
+        return cls(np.zeros(joints), np.zeros(joints))
+
+
+def spare_motors(effort: Effort, current, temperature, error, speed, dt: float, run, hold):
+    """Torque that motors may use, from what they have done: weaker before they get hot. -> Effort, shares (J,)
+
+    current: A. temperature: degrees Celsius. error: rad between goal and joint. speed: rad/s. dt: s since the last
+    call. run, hold: shares of the stall torque, most and least; the result is always between them. A joint that has
+    pressed for PRESSING_TIME gets the least until it is near its goal again. What is not finite counts as the worst.
+    """
+    current, temperature = np.asarray(current, float), np.asarray(temperature, float)
+    square = np.nan_to_num(np.square(current / STALL_CURRENT), nan=1.0, posinf=1.0)
+    heating = effort.heating + -np.expm1(-dt / EFFORT_TIME) * (np.minimum(square, 1.0) - effort.heating)
+    weak = effort.pressing >= PRESSING_TIME
+    near = np.where(weak, PRESSING / 2, PRESSING)
+    away = ~(np.asarray(error, float) <= near)
+    stands = weak | ~(np.abs(np.asarray(speed, float)) > STILL)
+    pressing = np.where(away & stands, effort.pressing + dt, 0.0)
+    warmth = np.nan_to_num(temperature, nan=WARM, posinf=WARM, neginf=WARM)
+    room = np.minimum((HARD - heating) / (HARD - EASY), (WARM - warmth) / (WARM - COOL))
+    room = np.where(pressing >= PRESSING_TIME, 0.0, np.clip(room, 0.0, 1.0))
+    steps = np.floor(room * (run - hold) / STEP + 1e-9) * STEP
+    shares = np.where(room >= 1.0, run, np.clip(hold + steps, np.minimum(run, hold), run))
+    return Effort(heating, pressing), shares

@@ -312,15 +312,15 @@ def test_the_time_of_a_status_is_that_of_the_request_that_was_answered():
     assert bus.read(1, 56, 2).time == pytest.approx(before + bus.timeout)
 
 
-def test_a_budget_ends_the_retries():
-    bus, servos, clock = emulated(retries=5)
+def test_a_budget_is_shared_by_all_attempts():
+    bus, servos, clock = emulated(retries=2)
     servos.mute(3)
     before = clock()
-    assert 3 not in bus.sync_read(IDS, 56, 15, budget=0.025)
-    assert clock() - before <= 0.025 and bus.statistics["requests"] == 2
+    assert 3 not in bus.sync_read(IDS, 56, 15, budget=0.016)
+    assert clock() - before <= 0.0161 and bus.statistics["requests"] == 3
     with pytest.raises(BusError, match="servo 3 does not answer"):
         bus.read(3, 56, 2, budget=0.001)
-    assert bus.statistics["requests"] == 3
+    assert bus.statistics["requests"] == 6
 
 
 @pytest.mark.parametrize("absent_blocks", [False, True])
