@@ -19,33 +19,23 @@ A frame shows the jaw past the middle when it is more like the picture after the
 that is not exactly half way, it is as much too late in one direction as too early in the other, so look at the median.
 The table is printed, and appended to a file of one JSON object a line.
 """
-# ruff: noqa: E402  (the lines down to the imports must run before them)
-
-import importlib.util
-import os
-import sys
-from pathlib import Path
-
-VENV = Path(__file__).resolve().parent.parent / ".venv"
-if __name__ == "__main__" and importlib.util.find_spec("hardware") is None:
-    # `make` installs the project in .venv; going on in there lets `python hardware/latency.py` work as typed.
-    if Path(sys.prefix).resolve() == VENV or not (VENV / "bin/python").exists():
-        sys.exit(f"cleanrobot is not installed for {sys.executable}: run `make setup` (or `pip install -e .`) first")
-    os.execv(VENV / "bin/python", [VENV / "bin/python", *sys.argv])
 
 import contextlib
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from hardware.camera import Camera, CameraError, Frame, OpenCVSource
+from hardware.deployment import Refused, check_policy, trusted_policy
 from hardware.feetech import Bus, BusError, SerialTransport
 from hardware.governor import Limits
-from hardware.policy import PolicyError, load_policy
+from hardware.policy import PolicyError
 from hardware.so101 import GRIPPER, JOINTS, SO101, ArmFault, Calibration
 
 STEP = 0.4  # rad of the jaw
@@ -259,7 +249,7 @@ def emulated(camera_delay: float):
 def main(args: Args) -> Latency:
     """Measures, prints and stores. Raises ValueError, OSError, ArmFault, BusError, CameraError or PolicyError."""
     args.check()
-    policy = load_policy(args.checkpoint) if args.checkpoint else None
+    policy = trusted_policy(args.checkpoint) if args.checkpoint else None
     if policy and "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)  # as when deploying
     with contextlib.ExitStack() as stack:
@@ -279,12 +269,17 @@ def main(args: Args) -> Latency:
             port = SerialTransport(args.port)
             stack.callback(port.close)
             dog = stack.enter_context(Watchdog(port, calibration.ids))
-            spec = policy.spec if policy else SPEC
-            arm = SO101(Bus(dog.transport), calibration, Limits.from_spec(spec), clock, sleep)
+            limits = check_policy(policy) if policy else Limits.from_spec(SPEC)
+            arm = SO101(Bus(dog.transport), calibration, limits, clock)
+            arm.sleep = lambda seconds: (dog.beat(), sleep(seconds))
             name, beat = calibration.hash, dog.beat
-        with arm:
-            arm.start()
-            latency = measure(arm, camera, clock, sleep, policy, args.repeats, args.ticks, beat)
+        try:
+            with arm:
+                arm.start()
+                latency = measure(arm, camera, clock, sleep, policy, args.repeats, args.ticks, beat)
+        except BaseException as error:
+            error.add_note(arm.outcome.sentence(arm.names))
+            raise
     rows = latency.table()
     print(f"{'milliseconds':<24}{'median':>9}{'95 %':>9}{'largest':>9}{'of':>6}")
     for row in rows:
@@ -305,9 +300,9 @@ if __name__ == "__main__":
 
     try:
         main(tyro.cli(Args, description=__doc__.split("\n\n")[0]))
-    except (ValueError, OSError, ArmFault, BusError, CameraError, PolicyError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, ArmFault, BusError, CameraError, PolicyError, Refused) as error:
+        print("; ".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C; torque is off", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print("; ".join(["\nstopped by Ctrl-C", *getattr(error, "__notes__", ())]), file=sys.stderr)
         sys.exit(130)
