@@ -53,6 +53,7 @@ from hardware.so101 import JOINTS, SO101, ArmFault, Calibration
 FIRST_SCALE = 0.25  # of every action, in the first run of a policy on an arm
 BUS_TIMEOUT = 0.03  # s for a servo's answer, outside of ticks
 HEARTBEAT = 0.25  # s that the watchdog waits for a sign of life
+RETURN = 60.0  # s that a port which has gone may take to come back
 SEEN = Path("runs/hardware/seen.json")  # (policy, arm) pairs that have run without a fault
 
 
@@ -310,7 +311,7 @@ def real(args: Args, policy) -> dict:
             if not args.dry_run:
                 keyboard = 0 if args.keyboard else None
                 dog = stack.enter_context(
-                    Watchdog(transport, calibration.ids, HEARTBEAT, keyboard)
+                    Watchdog(transport, calibration.ids, HEARTBEAT, keyboard, returns=RETURN)
                 )
             bus = Bus(dog.transport if dog else transport, timeout=BUS_TIMEOUT)
             arm = SO101(bus, calibration, limits, period=1 / hz)

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import queue
 import sys
@@ -43,7 +44,7 @@ class Recorder:
     ):
         self.folder, self.fps, self.person, self.live = Path(folder), fps, person, live
         self.problem: str | None = None
-        self.lost = 0
+        self.lost, self.filmed = 0, False
         if (self.folder / "run.json").exists():
             raise Refused(f"{folder} has a recording already: choose another --record")
         views = bool(person) + 2 * len(facts["spec"]["cameras"])
@@ -62,6 +63,7 @@ class Recorder:
     def _open_video(self, views: int):
         import imageio_ffmpeg
 
+        logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)
         # In fragments: whatever there is of the file can be played, also after a crash or on a full disk.
         fragments = ["-movflags", "frag_keyframe+empty_moov", "-g", str(max(1, round(self.fps)))]
         video = imageio_ffmpeg.write_frames(
@@ -114,11 +116,14 @@ class Recorder:
         if self.video is not None and views:
             film = np.concatenate([fit(view, SIDE) for view in views], 1)
             self.video.send(np.ascontiguousarray(film))
+            self.filmed = True
 
     def _end(self) -> None:
         for file in (self.ticks, self.video):
             with contextlib.suppress(Exception):
                 file.close()
+        if not self.filmed:
+            (self.folder / "video.mp4").unlink(missing_ok=True)
 
     def close(self, summary: dict) -> None:
         """Ends the files; the summary becomes the last line of ticks.jsonl."""

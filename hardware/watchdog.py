@@ -67,11 +67,16 @@ class Guarded:
     def write(self, data: bytes) -> None:
         with self.dog.lock():  # the watchdog takes the bus between packets, not inside one
             self.dog.check()
+            self.dog.alive()
             self.inner.write(data)
 
     def read(self, n: int, timeout: float) -> bytes:
         self.dog.check()
-        return self.inner.read(n, timeout)
+        try:
+            return self.inner.read(n, timeout)
+        except BusError:
+            self.dog.check()  # two who read at once disturb each other
+            raise
 
     def flush_input(self) -> None:
         self.dog.check()
@@ -124,7 +129,7 @@ class Watchdog:
         self.reason: str | None = None
         self.outcome: Outcome | None = None
         self._keys: list[str] = []
-        self._ready = self._dead = self._frozen = False
+        self._ready = self._dead = self._frozen = self._beating = False
         self._text, self._terminal, self._process = b"", None, None
 
     def __enter__(self) -> "Watchdog":
@@ -223,7 +228,13 @@ class Watchdog:
             raise BusError("the watchdog's process has died: stopping", kind="watchdog")
         if self._is_frozen():
             raise BusError(f"the watchdog is frozen, for {self.frozen_after:g} s: stopping", kind="watchdog")
-        self._tell(BEAT)
+        self._beating = True
+        self.alive()
+
+    def alive(self) -> None:
+        """A heartbeat, once there has been one: whoever writes to the bus is alive."""
+        if self._beating:
+            self._tell(BEAT)
 
     def key(self) -> str | None:
         """The next key that was pressed, stop keys excepted; None if there is none."""
@@ -452,7 +463,8 @@ class Watch:
                 say("the program hangs: it is ended")
                 os.kill(self.program, signal.SIGKILL)
                 end += self.hangs
-        outcome = self.off()
+        if not outcome.port:
+            outcome = self.off()
         if not self.silent:
             say(outcome.sentence())
 

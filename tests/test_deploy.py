@@ -784,7 +784,7 @@ class Live:
     """The command as a process, at emulated servos behind a pseudo-terminal. No simulator can be imported, and torch
     only in a first run."""
 
-    def __init__(self, folder, server, *words, first=False):
+    def __init__(self, folder, server, *words, first=False, code=""):
         """first: as in the first run of a policy on an arm, with a keyboard on `keys`."""
         checkpoint, calibration = write_checkpoint(folder / "best.pt"), folder / "arm.json"
         if not first:  # an export starts faster: no torch
@@ -799,16 +799,17 @@ class Live:
             server.ask(set="encoder", id=servo, value=encoder)
         # Generous with time: a busy computer must not look like a fault.
         absent = ["mujoco", "warp", "mujoco_warp", *([] if first else ["torch"])]
+        more, hang = code, folder / "hang"
         code = (f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
                 f"import fake_absence; fake_absence.of({absent})\n"
                 "from hardware import deploy_so101 as d, deployment, so101\n"
-                "d.BUS_TIMEOUT, d.HEARTBEAT, deployment.LATE_TICKS, so101.BUDGET = 1.0, 20.0, 10**6, 30.0\n"
-                "sys.exit(d.command())")  # fmt: skip
+                "d.BUS_TIMEOUT, d.HEARTBEAT, deployment.LATE_TICKS, so101.BUDGET, d.RETURN = 1.0, 20.0, 10**6, 30.0, 2.0\n"
+                f"{more}sys.argv, hang = sys.argv[:-1], sys.argv[-1]\nsys.exit(d.command())")  # fmt: skip
         arguments = ["--checkpoint", checkpoint, "--port", server.port, "--calibration", calibration, "--camera",
                      folder / "still.png", "--record", folder / "log", *words]  # fmt: skip
         arguments += [] if first else ["--no-keyboard", "--scale", "1", "--step", "no"]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, arguments)], cwd=folder, text=True, stdin=subprocess.PIPE,
+            [sys.executable, "-c", code, *map(str, arguments), str(hang)], cwd=folder, text=True, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         self.ticks = folder / "log/ticks.jsonl"
@@ -879,7 +880,7 @@ def test_a_whole_run_over_a_port_and_a_fault_in_another(tmp_path):
         assert json.loads(out.splitlines()[-1])["episodes"] == 1 and settle(server) == [0] * 6
         assert len(json.loads((tmp_path / "one/runs/hardware/seen.json").read_text())) == 1
         last = (tmp_path / "one/log/ticks.jsonl").read_text().splitlines()[-1]
-        assert json.loads(last)["end"] == {"problem": None, "torque": dict.fromkeys(JOINTS, "off")}
+        assert json.loads(last)["end"] == {"problem": None, "torque": dict.fromkeys(JOINTS, "off"), "recording": None}
         live = Live(tmp_path / "two", server, "--steps", "500")
         live.wait_for_ticks()
         server.do("error", 4, 0x20)
@@ -916,7 +917,7 @@ def test_the_first_run_asks_before_every_step_and_a_stop_key_stops_it(tmp_path):
         assert code == 1 and settle(server) == [0] * 6
     assert (
         "stopped by the watchdog: a stop key was pressed" in err
-        and "torque is off on the servos 1 2 3 4 5 6" in err
+        and err.splitlines()[-1].endswith("; torque is off, read back from every servo")
     )
     assert (
         "the first run of this policy on this arm: at scale 0.25 and asks before every tick" in out
@@ -933,7 +934,37 @@ def test_unplugging_the_port_in_a_run(tmp_path):
         live.wait_for_ticks()
         server.do("unplug")
         code, _, err = live.end()
-        assert code == 1 and "switch the power off" in err and "Traceback" not in err
+        assert code == 1 and "Traceback" not in err
+        assert err.splitlines()[-1].endswith("torque-off could not be sent: switch the power off")
+
+
+def test_a_port_that_comes_back_in_a_run_has_its_torque_taken_off(tmp_path):
+    """The last line says so, and it is true."""
+    with PtyServer(link=str(tmp_path / "port")) as server:
+        live = Live(tmp_path, server, "--steps", "500")
+        live.wait_for_ticks()
+        server.do("unplug")
+        time.sleep(1.0)
+        server.do("unplug", False)
+        code, _, err = live.end()
+        assert code == 1 and settle(server) == [0] * 6
+        assert err.splitlines()[-1].endswith("; torque is off, read back from every servo"), err
+
+
+def test_a_policy_that_hangs_ends_with_torque_off_and_a_status(tmp_path):
+    """The watchdog takes torque off, and ends the program."""
+    with PtyServer() as server:
+        live = Live(tmp_path, server, "--steps", "500", code="\nimport hardware.policy as p, time\nact = p.NumpyPolicy.act\n"
+                    "d.HEARTBEAT = 3.0\nimport hardware.watchdog as w\n"
+                    "p.NumpyPolicy.act = lambda self, obs: (time.sleep(1000) if d.Path(hang).exists() else 0, "
+                    "act(self, obs))[1]\n")  # fmt: skip
+        live.wait_for_ticks()
+        (tmp_path / "hang").touch()
+        code, _, err = live.end()
+        assert code == -signal.SIGKILL and settle(server) == [0] * 6
+        assert "no heartbeat for 3 s" in err and "the program hangs: it is ended" in err
+        assert "torque is off, read back from every servo" in err and "Traceback" not in err
+    assert not (tmp_path / "runs/hardware/seen.json").exists()
 
 
 def test_exports_run_the_arm_where_torch_cannot_be_imported(tmp_path):
