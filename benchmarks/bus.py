@@ -30,7 +30,9 @@ from hardware.feetech import REGISTERS, Bus, SerialTransport, encode
 IDS = range(1, 7)
 RETURN_DELAY = REGISTERS["return_delay"][0]
 COLUMNS = ("what", "operation", "per_second", "range", "ratio", "lost")
-GOALS = {id: b"\xfe" + encode("goal_position", 2048) + b"\0\0" + encode("goal_speed", 978) for id in IDS}
+GOALS = {
+    id: b"\xfe" + encode("goal_position", 2048) + b"\0\0" + encode("goal_speed", 978) for id in IDS
+}
 
 
 def operations(bus: Bus) -> dict[str, tuple[Callable[[], object], int]]:
@@ -75,15 +77,22 @@ class Table:
         self.out, self.rows, self.baseline = out, [], None
         print(f"{'what':<24}{'operation':<40}{'per second':>11}{'ratio':>8}{'lost':>6}")
 
-    def add(self, what: str, operation: str, values: list[float] | None = None, lost: int | str = "") -> None:
+    def add(
+        self, what: str, operation: str, values: list[float] | None = None, lost: int | str = ""
+    ) -> None:
         row = dict.fromkeys(COLUMNS, "") | dict(what=what, operation=operation, lost=lost)
         if values:
             median = statistics.median(values)
             self.baseline = self.baseline or median
             spread = f"{min(values):,.4g} to {max(values):,.4g}" if len(values) > 1 else ""
-            row |= dict(per_second=f"{median:.4g}", ratio=f"{median / self.baseline:.3g}", range=spread)
+            row |= dict(
+                per_second=f"{median:.4g}", ratio=f"{median / self.baseline:.3g}", range=spread
+            )
         self.rows.append(row)
-        print(f"{what:<24}{operation:<40}{row['per_second']:>11}{row['ratio']:>8}{lost!s:>6}", flush=True)
+        print(
+            f"{what:<24}{operation:<40}{row['per_second']:>11}{row['ratio']:>8}{lost!s:>6}",
+            flush=True,
+        )
         if self.out:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             with self.out.open("w", newline="") as file:
@@ -93,14 +102,25 @@ class Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=3.0, help="time measured for a row (%(default)s)")
-    parser.add_argument("--blocks", type=int, default=5, help="parts that a row's time is divided into (%(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, help="time measured for a row (%(default)s)"
+    )
+    parser.add_argument(
+        "--blocks",
+        type=int,
+        default=5,
+        help="parts that a row's time is divided into (%(default)s)",
+    )
     parser.add_argument("--out", type=Path, help="CSV file to write")
     args = parser.parse_args()
     if args.seconds <= 0 or args.blocks < 1:
         sys.exit("--seconds must be above 0, --blocks at least 1")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     table = Table(args.out)
     options = "".join(f" --{name} {value}" for name, value in vars(args).items()
                       if name != "out" and value != parser.get_default(name))  # fmt: skip
@@ -130,7 +150,11 @@ def main() -> None:
 
     for servo in servos.servos.values():
         servo.load = 0.2  # nothing is at rest
-    table.add("emulator in process", "cycle and 0.1 s of six loaded motors", *speeds(tick, args.seconds, args.blocks))
+    table.add(
+        "emulator in process",
+        "cycle and 0.1 s of six loaded motors",
+        *speeds(tick, args.seconds, args.blocks),
+    )
 
 
 if __name__ == "__main__":

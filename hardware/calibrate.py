@@ -29,14 +29,27 @@ import numpy as np
 
 from hardware import so101, torque
 from hardware.feetech import REGISTERS, STEPS, Bus, BusError, SerialTransport, decode
-from hardware.so101 import JOINTS, ArmFault, Calibration, JointCalibration, check_motors, undo, write_eeprom
+from hardware.so101 import (
+    JOINTS,
+    ArmFault,
+    Calibration,
+    JointCalibration,
+    check_motors,
+    undo,
+    write_eeprom,
+)
 
 IDS = tuple(range(1, len(JOINTS) + 1))
 MIDDLE = 2047  # what a motor reads in the middle of its joint's range
 ROLL = JOINTS.index("wrist_roll")
 # Degrees from stop to stop: the limits of SO-ARM100's model; the jaw's, of its servo
-EXPECTED = dict(shoulder_pan=220.0, shoulder_lift=200.0, elbow_flex=193.7, wrist_flex=190.0, gripper=127.1)
-SHORT, UNUSUAL = 0.5, 15.0  # less than this share of it is refused; so many degrees more or less are pointed out
+EXPECTED = dict(
+    shoulder_pan=220.0, shoulder_lift=200.0, elbow_flex=193.7, wrist_flex=190.0, gripper=127.1
+)
+SHORT, UNUSUAL = (
+    0.5,
+    15.0,
+)  # less than this share of it is refused; so many degrees more or less are pointed out
 PATIENCE = 25  # reads in a row that a motor may leave unanswered
 TURNED = 50  # raw; 4 degrees: how far a hand must have turned a motor that is alone
 AGREES = 20  # raw; what a motor may read after the new offset besides what was computed
@@ -58,7 +71,8 @@ class Args:
         tasks = [self.out, self.check, self.write, self.read, self.assign_ids]
         new = self.out or self.read
         for message, wrong in {
-            "give one of --out, --check, --write, --read and --assign-ids": sum(map(bool, tasks)) != 1,
+            "give one of --out, --check, --write, --read and --assign-ids": sum(map(bool, tasks))
+            != 1,
             "give --port, or --emulate": bool(self.port) == self.emulate,
             f"{new} exists: choose another name, or move it away": bool(new) and Path(new).exists(),
         }.items():
@@ -89,7 +103,9 @@ class Person:
 class EmulatedPerson:
     """Moves the shafts of emulated servos: to the middle when asked for the first time, then from stop to stop."""
 
-    def __init__(self, servos, clock, middle=(2300, 1700, 2450, 1900, 2100, 1640), share: float = 1.0):
+    def __init__(
+        self, servos, clock, middle=(2300, 1700, 2450, 1900, 2100, 1640), share: float = 1.0
+    ):
         """middle: encoder in the middle of each joint's range. share: of the way to the stops that it goes."""
         self.servos, self.clock = list(servos.servos.values()), clock
         self.middle, self.share, self.moves = np.array(middle, float), share, None
@@ -121,7 +137,12 @@ class EmulatedPerson:
 
 
 # --- Calibration ------------------------------------------------------------------------------------------------------
-def calibrate(bus: Bus, person, sleep: Callable[[float], None] = time.sleep, show: Callable[[str], None] = print):
+def calibrate(
+    bus: Bus,
+    person,
+    sleep: Callable[[float], None] = time.sleep,
+    show: Callable[[str], None] = print,
+):
     """-> (Calibration, what a person should know of it: list of sentences). Writes nothing.
 
     Raises ArmFault or BusError if motors are missing or stay away, ValueError if what was shown cannot be right.
@@ -129,8 +150,10 @@ def calibrate(bus: Bus, person, sleep: Callable[[float], None] = time.sleep, sho
     let_go(bus, sleep)
     eeprom = check_motors(bus, IDS)
     old = np.array([eeprom[id]["homing_offset"] for id in IDS])
-    person.ask("Put all joints in the middle of their ranges: base straight ahead, upper arm upright, forearm and\n"
-               "hand level and straight ahead, jaw half open, its moving part above the other. Hold the arm there.")
+    person.ask(
+        "Put all joints in the middle of their ranges: base straight ahead, upper arm upright, forearm and\n"
+        "hand level and straight ahead, jaw half open, its moving part above the other. Hold the arm there."
+    )
     first, last_byte = REGISTERS["torque_enable"][0], sum(REGISTERS["present_position"])
     here, absent = np.zeros(len(IDS), int), np.full(len(IDS), PATIENCE)
 
@@ -141,11 +164,16 @@ def calibrate(bus: Bus, person, sleep: Callable[[float], None] = time.sleep, sho
             absent[at] += 1
             if id in answers:
                 if answers[id].data[0]:
-                    raise ArmFault(f"{JOINTS[at]} has torque again: it has restarted; check its cable", "restart")
+                    raise ArmFault(
+                        f"{JOINTS[at]} has torque again: it has restarted; check its cable",
+                        "restart",
+                    )
                 here[at] = (decode("present_position", answers[id].data, first) + old[at]) % STEPS
                 absent[at] = 0
         if names := [name for name, reads in zip(JOINTS, absent, strict=True) if reads > PATIENCE]:
-            raise ArmFault(f"no answer from {', '.join(names)}: check power and cable", "bus", names)
+            raise ArmFault(
+                f"no answer from {', '.join(names)}: check power and cable", "bus", names
+            )
         return here.copy()
 
     offsets = np.clip(encoders() - MIDDLE, -2047, 2047)
@@ -154,17 +182,24 @@ def calibrate(bus: Bus, person, sleep: Callable[[float], None] = time.sleep, sho
         return (encoders() - offsets) % STEPS  # with the new offsets
 
     last = low = high = readings()
-    show("Move every joint but wrist_roll slowly from stop to stop. Then press Enter. Degrees so far:")
+    show(
+        "Move every joint but wrist_roll slowly from stop to stop. Then press Enter. Degrees so far:"
+    )
     while not person.done():
         now = readings()
         jump = np.abs(now - last) > STEPS // 2
         jump[ROLL] = False
         if jump.any():
             name = JOINTS[int(jump.argmax())]
-            raise ValueError(f"{name} has passed the end of its encoder's turn: it did not start in the middle; again")
+            raise ValueError(
+                f"{name} has passed the end of its encoder's turn: it did not start in the middle; again"
+            )
         last, low, high = now, np.minimum(low, now), np.maximum(high, now)
         if sys.stdout.isatty():
-            spans = [f"{name} {(b - a) * DEGREES:.0f}" for name, a, b in zip(JOINTS, low, high, strict=True)]
+            spans = [
+                f"{name} {(b - a) * DEGREES:.0f}"
+                for name, a, b in zip(JOINTS, low, high, strict=True)
+            ]
             print("\r" + "   ".join(spans), end="    ", flush=True)
         sleep(0.02)
     show("")
@@ -180,11 +215,17 @@ def judge(offsets, low, high) -> tuple[Calibration, list[str]]:
             continue
         span, expected = (high[at] - low[at]) * DEGREES, EXPECTED[name]
         if span < SHORT * expected:
-            raise ValueError(f"{name} moved by {span:.0f} degrees of {expected:.0f}: move it from stop to stop")
+            raise ValueError(
+                f"{name} moved by {span:.0f} degrees of {expected:.0f}: move it from stop to stop"
+            )
         if low[at] < so101.WRAP or high[at] > STEPS - 1 - so101.WRAP:
-            raise ValueError(f"{name} comes within 10 degrees of its encoder's end: start nearer to its middle")
+            raise ValueError(
+                f"{name} comes within 10 degrees of its encoder's end: start nearer to its middle"
+            )
         if abs(span - expected) > UNUSUAL:
-            remarks.append(f"{name} moved by {span:.0f} degrees; the model's joint moves by {expected:.0f}")
+            remarks.append(
+                f"{name} moved by {span:.0f} degrees; the model's joint moves by {expected:.0f}"
+            )
     joints = {name: JointCalibration(id, 0, int(offset), int(a), int(b))
               for name, id, offset, a, b in zip(JOINTS, IDS, offsets, low, high, strict=True)}  # fmt: skip
     calibration = Calibration(joints)
@@ -208,7 +249,9 @@ def put(bus: Bus, calibration: Calibration, sleep: Callable[[float], None] = tim
     let_go(bus, sleep, calibration.ids)
     eeprom = check_motors(bus, calibration.ids)
     address, size = REGISTERS["present_position"]
-    before = {id: decode("present_position", bus.read(id, address, size).data) for id in calibration.ids}
+    before = {
+        id: decode("present_position", bus.read(id, address, size).data) for id in calibration.ids
+    }
     changes = write_eeprom(bus, calibration.eeprom(), sleep)
     try:
         for name, joint in calibration.joints.items():
@@ -229,7 +272,9 @@ def table(calibration: Calibration) -> str:
     for name, joint in calibration.joints.items():
         span = (joint.range_max - joint.range_min) * DEGREES
         place = f"{joint.range_min} to {joint.range_max}"
-        rows.append(f"{name:<14} {joint.id:>2}  {joint.homing_offset:>6}  {place:<13}  {span:>7.1f}")
+        rows.append(
+            f"{name:<14} {joint.id:>2}  {joint.homing_offset:>6}  {place:<13}  {span:>7.1f}"
+        )
     return "\n".join(rows)
 
 
@@ -249,7 +294,9 @@ def set_id(bus: Bus, old: int, new: int, sleep: Callable[[float], None] = time.s
             bus.sync_write(lock, {old: b"\x01", new: b"\x01"})
         sleep(0.01)
         if bus.read(new, address, 1).data[0] != new:
-            raise BusError(f"the motor answers to id {new}, but does not say so: try again", [new], "status")
+            raise BusError(
+                f"the motor answers to id {new}, but does not say so: try again", [new], "status"
+            )
         if bus.scan([old]):
             raise BusError(f"a motor still answers to id {old}: there are two", [old], "corrupt")
     except BaseException as error:
@@ -282,29 +329,47 @@ def check_alone(bus: Bus, id: int, person, name: str) -> None:
 
     try:
         before = position()
-        person.ask(f"Turn the horn of the motor of {name} by hand, by a quarter turn or so, and let it stand.")
+        person.ask(
+            f"Turn the horn of the motor of {name} by hand, by a quarter turn or so, and let it stand."
+        )
         turned = abs((position() - before + STEPS // 2) % STEPS - STEPS // 2)
     except BusError as error:
         if error.kind != "corrupt":
             raise
-        raise ArmFault(f"two motors answer to id {id}: connect that of {name} alone", "start") from None
+        raise ArmFault(
+            f"two motors answer to id {id}: connect that of {name} alone", "start"
+        ) from None
     if turned < TURNED:
-        raise ArmFault(f"the motor that answers was not turned: is it that of {name}, and is it alone?", "start")
+        raise ArmFault(
+            f"the motor that answers was not turned: is it that of {name}, and is it alone?",
+            "start",
+        )
 
 
-def assign_ids(bus: Bus, person, sleep: Callable[[float], None] = time.sleep, show: Callable[[str], None] = print):
+def assign_ids(
+    bus: Bus,
+    person,
+    sleep: Callable[[float], None] = time.sleep,
+    show: Callable[[str], None] = print,
+):
     """Ids 1 to 6 for new motors, each alone on the bus, the gripper's first. Raises ArmFault if several answer;
     whatever is raised has a note of the motors that have their id."""
-    done = []
+    done, found, id = [], [], None
     try:
         for id, name in reversed(list(zip(IDS, JOINTS, strict=True))):
-            person.ask(f"Connect the motor of {name} alone to the adapter, nothing behind it, and switch the power on.")
+            person.ask(
+                f"Connect the motor of {name} alone to the adapter, nothing behind it, and switch the power on."
+            )
+            found = []
             bus.broadcast_torque_off()
             found = bus.scan(range(254))
             if len(found) != 1:
-                what = f"motors {', '.join(map(str, found))} answer" if found else "no motor answers"
+                what = (
+                    f"motors {', '.join(map(str, found))} answer" if found else "no motor answers"
+                )
                 raise ArmFault(
-                    f"{what}: exactly one may be connected, with power, at 1 Mbaud; its id may be any", "start"
+                    f"{what}: exactly one may be connected, with power, at 1 Mbaud; its id may be any",
+                    "start",
                 )
             let_go(bus, sleep, found)
             check_alone(bus, found[0], person, name)
@@ -313,7 +378,20 @@ def assign_ids(bus: Bus, person, sleep: Callable[[float], None] = time.sleep, sh
             show(f"{name}: id {id}" + (f", was {found[0]}" if found[0] != id else ", as before"))
     except BaseException as error:
         error.add_note(f"ids that are given: {', '.join(done) or 'none'}")
+        error.add_note(one_off(bus, {*found, id} - {None}, sleep))
         raise
+
+
+def one_off(bus: Bus, ids, sleep: Callable[[float], None]) -> str:
+    """Torque off for whichever of these ids is connected, in a sentence. Never raises."""
+    try:
+        bus.broadcast_torque_off()
+        there = bus.scan(sorted(ids))
+    except BusError:
+        return "torque-off could not be sent: switch the power off"
+    if not there:
+        return "torque-off was sent, and no motor answered: switch the power off"
+    return torque.torque_off(bus, there, sleep).sentence()
 
 
 # --- Command ----------------------------------------------------------------------------------------------------------
@@ -331,13 +409,13 @@ def real(port: str) -> tuple[Bus, Person, Callable[[float], None]]:
     return Bus(SerialTransport(port), timeout=0.05), Person(), time.sleep
 
 
-def main(args: Args) -> None:
+def main(args: Args, bench: tuple | None = None) -> None:
     """Does what the arguments ask for. Raises ValueError, OSError, ArmFault or BusError, one sentence each; a note says
-    what became of the torque."""
+    what became of the torque. bench: a bus, a person and a clock's sleep in place of the arguments' own."""
     args.check_choices()
     file = args.check or args.write
     calibration = Calibration.from_json(file) if file else None
-    bus, person, sleep = emulated() if args.emulate else real(args.port)
+    bus, person, sleep = bench or (emulated() if args.emulate else real(args.port))
     ids = calibration.ids if calibration else IDS
     try:
         if args.assign_ids:
@@ -353,9 +431,13 @@ def main(args: Args) -> None:
         elif args.check:
             found = so101.differences(check_motors(bus, calibration.ids), calibration.eeprom())
             for id, name, have, wanted in found:
-                print(f"{JOINTS[calibration.ids.index(id)]}: {name} is {have} in the motor, {wanted} in the file")
+                print(
+                    f"{JOINTS[calibration.ids.index(id)]}: {name} is {have} in the motor, {wanted} in the file"
+                )
             if found:
-                raise ArmFault(f"{len(found)} values differ: --write puts the file into the motors", "start")
+                raise ArmFault(
+                    f"{len(found)} values differ: --write puts the file into the motors", "start"
+                )
             print(f"the motors have {args.check}")
         else:
             eeprom = check_motors(bus, IDS)
@@ -366,22 +448,11 @@ def main(args: Args) -> None:
     except BaseException as error:
         if args.check or args.read:
             error.add_note("nothing was written to the servos")
-        elif args.assign_ids:  # whichever motor hangs on the bus
-            bus_off(bus)
-            error.add_note("torque-off was sent to the motor that is connected")
-        else:
+        elif not args.assign_ids:  # which has said so already
             error.add_note(torque.torque_off(bus, ids, sleep).sentence())
         raise
     finally:
         bus.close()
-
-
-def bus_off(bus: Bus) -> None:
-    """Torque-off by broadcast. Never raises."""
-    try:
-        bus.broadcast_torque_off()
-    except BusError:
-        pass
 
 
 def make(bus: Bus, person, sleep: Callable[[float], None], out: str) -> None:

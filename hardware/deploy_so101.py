@@ -76,7 +76,9 @@ class Args:
     replay: str | None = None  # a recording: feed it to the policy again and compare the commands
     hold: bool = False  # go to the start pose and stay until stopped, the policy does not act: to align the camera
     allow_auto: bool = False  # accept a camera that does not lock its exposure or white balance
-    max_frame_age: float = FRAME_AGE  # s; a tick with an older image holds, three in a row stop the arm
+    max_frame_age: float = (
+        FRAME_AGE  # s; a tick with an older image holds, three in a row stop the arm
+    )
     keyboard: bool = True  # stop on space, q, Esc, and when the terminal goes away
 
     emulate: bool = False  # the emulated arm in place of port and camera
@@ -271,7 +273,10 @@ def real(args: Args, policy) -> dict:
         )
     if step and not args.keyboard:
         raise Refused("--step needs the keyboard")
-    steps, hz = args.steps or int(policy.spec["max_episode_steps"]), float(policy.spec["control_hz"])
+    steps, hz = (
+        args.steps or int(policy.spec["max_episode_steps"]),
+        float(policy.spec["control_hz"]),
+    )
     summary, recorder, dog, deployment = {"episodes": 0}, None, None, None
 
     def ending() -> str:
@@ -321,9 +326,7 @@ def real(args: Args, policy) -> dict:
                 frame_age=args.max_frame_age,
             )  # fmt: skip
             if step:
-                deployment.confirm = asker(
-                    dog.key if dog else lambda: "y", deployment.action_scale
-                )
+                deployment.confirm = asker(dog.key if dog else lambda: "y", deployment.action_scale)
             with deployment:
                 deployment.start()
                 deployment.move(policy.spec["start_pose"])
@@ -411,7 +414,9 @@ def main(args: Args) -> dict:
 def sentence(error: BaseException) -> str:
     """What has stopped the program, and what became of the torque."""
     what = str(error) or type(error).__name__
-    known = isinstance(error, Refused | PolicyError | Interrupted | Fault | ArmFault | BusError | CameraError)
+    known = isinstance(
+        error, Refused | PolicyError | Interrupted | Fault | ArmFault | BusError | CameraError
+    )
     what = what if known else f"{type(error).__name__}: {what}"
     notes = [note for note in getattr(error, "__notes__", ()) if note not in what]
     return "; ".join([f"error: {what}", *dict.fromkeys(notes)])

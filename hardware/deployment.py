@@ -15,11 +15,23 @@ from hardware.camera import Camera, CameraError
 from hardware.feetech import Bus, BusError
 from hardware.governor import Limits, govern
 from hardware.policy import PolicyError, load_policy
-from hardware.so101 import ARM_VELOCITY, JOINTS, SO101, ArmFault, Calibration, State, arm_limits
+from hardware.so101 import (
+    ARM_VELOCITY,
+    GRIPPER,
+    JOINTS,
+    SO101,
+    ArmFault,
+    Calibration,
+    State,
+    arm_limits,
+)
 
 MOVE_SPEED = 0.5  # rad/s, the fastest joint on the way to the start pose and back
 REACHED = 0.15  # rad from the start pose at which the arm counts as being there: gravity makes it hang a little
-LATE, LATE_TICKS = 0.25, 3  # periods by which a tick is late and is left out; so many in a row stop the arm
+LATE, LATE_TICKS = (
+    0.25,
+    3,
+)  # periods by which a tick is late and is left out; so many in a row stop the arm
 BAD_ACTIONS = 2  # that are no numbers, in a run: one may hold, the second stops
 # s: an image 33 ms late costs nothing, 66 ms a quarter of the success (docs/hardware.md). A tick without a newer one
 # holds, so many in a row stop the arm.
@@ -81,7 +93,11 @@ def check_policy(
     except KeyError as error:
         raise Refused(f"the policy's spec has no {error.args[0]}: train it again") from None
     except (TypeError, ValueError, AttributeError) as error:
-        raise Refused(str(error) if isinstance(error, ValueError) else f"the policy's spec is damaged: {error}") from None
+        raise Refused(
+            str(error)
+            if isinstance(error, ValueError)
+            else f"the policy's spec is damaged: {error}"
+        ) from None
 
 
 def _check_policy(spec: dict, cameras: tuple[str, ...] | None, measured: dict | None) -> Limits:
@@ -117,7 +133,9 @@ def _check_policy(spec: dict, cameras: tuple[str, ...] | None, measured: dict | 
             f"the policy may ask for {speed:.2f} rad/s, more than the {ARM_VELOCITY} that the arm allows"
         )
     if not 1 <= int(spec["max_episode_steps"]) <= LONGEST:
-        raise Refused(f"the policy's episodes have {spec['max_episode_steps']} steps; 1 to {LONGEST} are allowed")
+        raise Refused(
+            f"the policy's episodes have {spec['max_episode_steps']} steps; 1 to {LONGEST} are allowed"
+        )
     limits = arm_limits(spec)
     start = np.asarray(spec["start_pose"], float)
     inside = start.shape == (6,) and (start >= limits.low).all() and (start <= limits.high).all()
@@ -166,7 +184,9 @@ class Ticker:
             self.late += 1
             self.due += math.ceil(behind - 1e-6) * self.period
         if self.late >= LATE_TICKS:
-            raise Fault(f"{self.late} ticks in a row came too late: the computer is too slow or too busy")
+            raise Fault(
+                f"{self.late} ticks in a row came too late: the computer is too slow or too busy"
+            )
         self.sleep(self.due - self.clock())
 
 
@@ -205,7 +225,10 @@ class Deployment:
         self.clock, self.wait, self.beat = clock, sleep, beat
         self.confirm, self.each_tick = confirm, each_tick
         self.latency, self.scale, self.period = latency, scale, 1 / float(policy.spec["control_hz"])
-        arm.sleep, arm.period = self.sleep, self.period  # the heart beats during the arm's own waits too
+        arm.sleep, arm.period = (
+            self.sleep,
+            self.period,
+        )  # the heart beats during the arm's own waits too
         self.action_scale = np.asarray(policy.spec["action_scale"], np.float64)
         self.state, self.home, self.problem, self.torque = "idle", None, None, {}
         self.target, self.velocity = None, np.zeros(6)
@@ -263,7 +286,9 @@ class Deployment:
             self._command(way / self.action_scale, self.arm.read())
             ticker.wait()
         if steps:
-            off = np.abs(self.arm.read().position - goal)
+            off = self.arm.read().position - goal
+            off[GRIPPER] = min(off[GRIPPER], 0.0)  # a jaw that does not close holds something
+            off = np.abs(off)
             if off.max() > REACHED:
                 joint = JOINTS[int(off.argmax())]
                 raise Fault(
@@ -363,7 +388,9 @@ class Deployment:
         if not np.isfinite(action).all():
             self.bad_actions += 1
             if self.bad_actions >= BAD_ACTIONS:
-                raise Fault(f"the policy's action is no number, for the second time, at tick {self.tick}")
+                raise Fault(
+                    f"the policy's action is no number, for the second time, at tick {self.tick}"
+                )
         return action[0]
 
     def _wait_for_person(self, record: dict, present: State) -> State:
@@ -398,7 +425,7 @@ class Deployment:
         if any(state != "off" for state in self.torque.values()):
             raise Fault(self.ending())
         if self.bad_actions:
-            raise Fault(f"the policy's action was no number, {self.bad_actions} time; the arm held meanwhile")
+            raise Fault("the policy's action was no number once; the arm held for that tick")
 
     def __enter__(self) -> "Deployment":
         return self

@@ -11,7 +11,7 @@ measures a policy in closed loop over 64 episodes, beside the simulator's own ra
 only module of `hardware/` that imports a simulator.
 
 What is emulated and what is not: the servos' controllers, torque limits, protections and wire, and the arm's weight as
-a load on them; no flexibility, no backlash, and nothing that the arm touches pushes back (a jaw closes through a cube:
+a load on them, and if asked for the play of their gears; no flexibility, and nothing that the arm touches pushes back (a jaw closes through a cube:
 grasping cannot be judged here). The frame is drawn with one ray a pixel, without lens, blur or noise.
 """
 
@@ -330,6 +330,7 @@ class Args:
     )  # control periods between an observation and its command
     camera_delay: float = 0.0  # s that images are late, besides
     gravity: bool = True  # the arm's weight loads the servos
+    backlash: float = 0.0  # degrees of play in every gear; others measured about 1
     frame_size: int = 240  # pixels a side that the camera draws, one ray each; the training's own size: as in training
     simulator: bool = True  # measure the simulator on the same episodes too
     episodes: int = 64  # of those that the evaluation in training uses
@@ -418,7 +419,7 @@ def main(args: Args) -> None:
     scenes = episodes(policy.spec["env_id"], args.episodes)
     samples = policy.net.args.samples_per_pixel if args.frame_size == size else 1
     rig = EmulatedArm(policy.spec, frame_size=args.frame_size, samples=samples, camera_delay=args.camera_delay,
-                      gravity=args.gravity)  # fmt: skip
+                      gravity=args.gravity, backlash=args.backlash * STEPS / 360)  # fmt: skip
     calibration = Calibration.from_dict(rig.calibration())
     for latency in args.latency_periods:
         results, fired = [], {}

@@ -131,7 +131,9 @@ class Recorder:
             self.queue.put(None, timeout=10)
             self.thread.join(60)
         if self.lost and not self.problem:
-            self.problem = f"the recording lacks {self.lost} ticks: the computer was too slow to write them"
+            self.problem = (
+                f"the recording lacks {self.lost} ticks: the computer was too slow to write them"
+            )
             print(self.problem, file=sys.stderr, flush=True)
         with contextlib.suppress(OSError, ValueError):
             self.ticks.write(json.dumps({"end": summary | {"recording": self.problem}}) + "\n")
@@ -225,7 +227,9 @@ class ReplayCamera:
         tick = next(self.ticks)
         rgb = tick["rgb"]
         rgb = np.frombuffer(base64.b64decode(rgb["bytes"]), np.uint8).reshape(rgb["shape"])[0]
-        return Frame(rgb[..., 3 * self.index : 3 * self.index + 3], self.clock() - tick["frame_age"], 0)
+        return Frame(
+            rgb[..., 3 * self.index : 3 * self.index + 3], self.clock() - tick["frame_age"], 0
+        )
 
 
 def replay(policy, recording: Recording) -> list[str]:

@@ -56,14 +56,16 @@ WRAP = 114  # raw; 10 degrees: goals keep this distance from the encoder's ends,
 # What the arm itself allows, whatever a file says: radians, seconds. The limits of SO-ARM100's model, the jaw's of ours
 ARM_LOW = np.array([-1.92, -1.7454, -1.6901, -1.6582, -2.7439, -0.1746])
 ARM_HIGH = np.array([1.92, 1.7454, 1.6901, 1.6582, 2.8413, 2.0945])
-ARM_VELOCITY, ARM_ACCELERATION, ARM_TRACKING, ARM_MARGIN = 2.5, 50.0, 1.0, 0.5
+ARM_VELOCITY, ARM_ACCELERATION, ARM_TRACKING, ARM_MARGIN = 2.5, 125.0, 1.0, 0.5
 
 # Shares of the stall torque. A run's limit is below the servo's own overload threshold (80 %, of the jaw 25 % for 2 s),
 # which would let go on its own. What a servo powers up with is the same, plus the thousandth that gives it away.
 START_TORQUE, JAW_HOLD_TORQUE = 0.4, 0.24
 POWER_UP_TORQUE = np.array([700, 700, 700, 700, 700, 500])  # per mille
 RUN_TORQUE = (POWER_UP_TORQUE - 1) / 1000
-HOLD_TORQUE = np.array([START_TORQUE] * 5 + [JAW_HOLD_TORQUE])  # of a joint that presses on something
+HOLD_TORQUE = np.array(
+    [START_TORQUE] * 5 + [JAW_HOLD_TORQUE]
+)  # of a joint that presses on something
 
 # Kept without power; but for max_torque lerobot's, so that using both programs wears out nothing. A function: of the
 # old value
@@ -82,7 +84,10 @@ CALIBRATED = ("homing_offset", "min_position", "max_position")
 WALL_SPEED, WALL_ACCELERATION = 1.5, 4.0  # times the governor's: what the servo itself keeps to
 HOT_START, WARM, HOT = 50.0, 60.0, 65.0  # degrees Celsius: no start; a warning; a fault
 STALL_TIME = 1.0  # s that a joint may stand away from its goal; the jaw may for ever
-LOW_VOLTAGE, SAGGING = 0.55, 0.5  # share of the servo's highest voltage; s that it may be out of range
+LOW_VOLTAGE, SAGGING = (
+    0.55,
+    0.5,
+)  # share of the servo's highest voltage; s that it may be out of range
 JUMP_FACTOR, JUMP_SLACK = 4.0, 0.05  # a reading may move by so many times the speed limit, plus rad
 MISSES, MISS_SHARE, MISS_WINDOW = 3, 0.05, 5.0  # incomplete reads in a row, or a share of s
 UNTAKEN = 3  # reads in a row in which a servo has not taken what was sent
@@ -154,7 +159,9 @@ class Calibration:
             ):
                 raise ValueError(f"calibration: {name} is out of range ({values}): calibrate again")
             if min(joint.range_max, STEPS - 1 - WRAP) - max(joint.range_min, WRAP) < WRAP:
-                raise ValueError(f"calibration: {name} can move by less than 10 degrees ({values}): calibrate again")
+                raise ValueError(
+                    f"calibration: {name} can move by less than 10 degrees ({values}): calibrate again"
+                )
         half = np.array([joint.range_min + joint.range_max for joint in self.joints.values()]) / 2
         slope = np.full(len(JOINTS), math.radians(360 / (STEPS - 1)))  # radians a step
         (first, last), (closed, open_) = GRIPPER_SERVO, GRIPPER_JOINT
@@ -260,7 +267,9 @@ def arm_limits(spec: Mapping) -> Limits:
         over = values > np.broadcast_to(allowed, values.shape) + 1e-6
         if over.any():
             at = int(over.argmax())
-            wrong, most = (abs(float(np.broadcast_to(v, values.shape)[at])) for v in (values, allowed))
+            wrong, most = (
+                abs(float(np.broadcast_to(v, values.shape)[at])) for v in (values, allowed)
+            )
             raise ValueError(
                 f"the policy's spec: {name} of {JOINTS[at]} is {wrong:g}; the arm allows {most:g}"
             )
@@ -271,6 +280,7 @@ def reach(calibration: Calibration) -> list[str]:
     """What a person should know of the range that was recorded, compared with the model's joints."""
     said = []
     ends = np.degrees(calibration.angles([calibration.low, calibration.high]))[:, GRIPPER]
+    ends = np.round(ends) + 0.0  # no -0
     closed, opened = GRIPPER_JOINT
     if ends[0] > closed + JAW_SHORT or ends[1] < opened - JAW_SHORT:
         said.append(
@@ -317,7 +327,9 @@ def write_eeprom(
         left = differences(read_eeprom(bus, wanted), wanted)
         if left:
             id, name, there, value = left[0]
-            raise BusError(f"servo {id} does not keep {name} = {value}: it still has {there}", [id], "status")
+            raise BusError(
+                f"servo {id} does not keep {name} = {value}: it still has {there}", [id], "status"
+            )
     except BaseException as error:
         error.add_note(undo(bus, have, changes, sleep))
         raise
@@ -336,29 +348,35 @@ def _burn(bus: Bus, changes: list, sleep: Callable[[float], None]) -> None:
             sleep(0.01)
 
 
-def undo(bus: Bus, old: Mapping[int, Mapping], changes: list, sleep: Callable[[float], None]) -> str:
+def undo(
+    bus: Bus, old: Mapping[int, Mapping], changes: list, sleep: Callable[[float], None]
+) -> str:
     """Writes the old values back where they were changed, and says in a sentence what became of it. Never raises."""
-    wanted = {}
+    wanted, kept = {}, []
     for id, name, value, _ in changes:
         wanted.setdefault(id, {})[name] = value
-    state = dict.fromkeys(wanted, "do not answer")
+    blind = {
+        id: [(id, name, None, value) for name, value in old.items()] for id, old in wanted.items()
+    }
     for _ in range(3):
-        for id in [id for id, what in state.items() if what != "have"]:
+        for id in [id for id in wanted if id not in kept]:
             try:
-                left = differences(read_eeprom(bus, [id]), {id: wanted[id]})
-                if left:
-                    _burn(bus, left, sleep)
-                    left = differences(read_eeprom(bus, [id]), {id: wanted[id]})
-                state[id] = "do not have" if left else "have"
+                _burn(bus, blind[id], sleep)  # also where no answer comes
+                if not differences(read_eeprom(bus, [id]), {id: wanted[id]}):
+                    kept.append(id)
             except (Exception, KeyboardInterrupt):  # the next servo, and the next round
                 pass
-    if set(state.values()) == {"have"}:
+    if len(kept) == len(wanted):
         return "all servos have their old values"
-    said = []
-    for what in ("have", "do not have", "do not answer"):
-        if ids := [str(id) for id, found in state.items() if found == what]:
-            said.append(f"servos {', '.join(ids)} {what}" + " their old values" * (what != "do not answer"))
-    return "; ".join(said) + ": compare them with a file (hardware/calibrate.py --check)"
+    there = numbers(kept) if kept else "none"
+    lost = numbers([id for id in wanted if id not in kept])
+    return f"old values read back from {there}; {lost} may have new ones: compare (hardware/calibrate.py --check)"
+
+
+def numbers(ids: Iterable[int]) -> str:
+    """servo 3; servos 1, 2"""
+    ids = sorted(ids)
+    return f"servo{'s' * (len(ids) > 1)} {', '.join(map(str, ids))}"
 
 
 # --- What needs no calibration ----------------------------------------------------------------------------------------
@@ -432,7 +450,9 @@ class SO101:
         self.torque = dict.fromkeys(JOINTS, "unknown")  # what `stop` has found: off, on or silent
         self.outcome: torque.Outcome | None = None  # the same, by id
         self.effort = Effort.none(len(JOINTS))  # how hard the motors have worked
-        self.most = np.full(len(JOINTS), START_TORQUE)  # of the stall torque, that they may ever use
+        self.most = np.full(
+            len(JOINTS), START_TORQUE
+        )  # of the stall torque, that they may ever use
         self.shares = self.most  # and now
         self.sent: dict[str, np.ndarray] = {}  # what every servo must hold: raw, (6,) each
         self.untaken = np.zeros(len(JOINTS), int)  # reads in a row in which it did not
@@ -499,7 +519,8 @@ class SO101:
         seconds = next((time for time in times if time is not None), 0.0)
         if seconds < SLOW_ADAPTER:
             return
-        port = str(getattr(self.bus.transport, "port", "ttyUSB0")).rsplit("/", 1)[-1]
+        path = str(getattr(self.bus.transport, "port", ""))
+        port = path.rsplit("/", 1)[-1] if "/" in path else "ttyUSB0"
         text = (
             f"an answer takes {1000 * seconds:.0f} ms: the adapter collects bytes before it hands them over. Set its "
             f"latency timer to 1 ms: echo 1 | sudo tee /sys/bus/usb-serial/devices/{port}/latency_timer"
@@ -674,7 +695,9 @@ class SO101:
             if state.errors[at]:
                 text = f"{name} reports: {ft.describe_errors(int(state.errors[at]))}"
                 raise ArmFault(
-                    f"{text}; once its cause is gone, switch the power off and on", "error", [name]
+                    f"{text}; once its cause is gone, take its power away for a moment",
+                    "error",
+                    [name],
                 )
             if state.temperature[at] >= HOT:
                 raise ArmFault(
@@ -717,7 +740,7 @@ class SO101:
         """What a servo forgets when it restarts: raises ArmFault if one has, or does not take what is sent."""
         have = dict(zip(VOLATILE, self._values(answers, VOLATILE), strict=True))
         there = np.array([id in answers for id in self.ids])
-        lost = have["torque_limit"] == POWER_UP_TORQUE
+        lost = have["torque_limit"] >= POWER_UP_TORQUE
         for name in ("torque_enable", "acceleration", "goal_speed"):  # the same at every tick
             lost |= have[name] != self.sent[name]
         if (lost & there).any():

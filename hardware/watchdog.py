@@ -89,7 +89,10 @@ class Guarded:
         self.inner.close()
 
 
-TAKEN, LOOKED = 0, 1  # shared numbers: whether the watchdog has taken the bus, and when it last looked round
+TAKEN, LOOKED = (
+    0,
+    1,
+)  # shared numbers: whether the watchdog has taken the bus, and when it last looked round
 SHARED = 16  # bytes
 
 
@@ -134,7 +137,9 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if not hasattr(self.inner, "fileno"):
-            raise BusError("the watchdog needs a port with a file descriptor, which another process can share")
+            raise BusError(
+                "the watchdog needs a port with a file descriptor, which another process can share"
+            )
         self._shared = tempfile.TemporaryFile()
         self._shared.write(bytes(SHARED))
         self._shared.flush()
@@ -168,7 +173,9 @@ class Watchdog:
             select.select([self._reports], [], [], 0.1)
         if not self._ready:
             self._end()
-            raise BusError("the watchdog's process did not start: see its message above", kind="watchdog")
+            raise BusError(
+                "the watchdog's process did not start: see its message above", kind="watchdog"
+            )
         self.transport = Guarded(self.inner, self)
         return self
 
@@ -200,7 +207,9 @@ class Watchdog:
                 break
             except OSError:
                 if time.monotonic() > deadline:
-                    raise BusError("the watchdog does not give the bus back: stopping", kind="watchdog") from None
+                    raise BusError(
+                        "the watchdog does not give the bus back: stopping", kind="watchdog"
+                    ) from None
                 time.sleep(0.001)
         try:
             yield
@@ -211,7 +220,9 @@ class Watchdog:
         """Raises BusError(kind="stopped") once the watchdog has taken the bus."""
         if self._memory[TAKEN] and not self._is_frozen():
             self._listen()
-            raise BusError(f"stopped by the watchdog: {self.reason or 'it has taken the bus'}", kind="stopped")
+            raise BusError(
+                f"stopped by the watchdog: {self.reason or 'it has taken the bus'}", kind="stopped"
+            )
 
     def _is_frozen(self) -> bool:
         """Whether the process has not looked round for too long. It stays so: the program has the bus then."""
@@ -227,7 +238,9 @@ class Watchdog:
         if self._dead:
             raise BusError("the watchdog's process has died: stopping", kind="watchdog")
         if self._is_frozen():
-            raise BusError(f"the watchdog is frozen, for {self.frozen_after:g} s: stopping", kind="watchdog")
+            raise BusError(
+                f"the watchdog is frozen, for {self.frozen_after:g} s: stopping", kind="watchdog"
+            )
         self._beating = True
         self.alive()
 
@@ -242,7 +255,9 @@ class Watchdog:
         return self._keys.pop(0) if self._keys else None
 
     def _tell(self, what: bytes) -> None:
-        with contextlib.suppress(BlockingIOError, BrokenPipeError):  # full: beats enough; broken: seen at the next one
+        with contextlib.suppress(
+            BlockingIOError, BrokenPipeError
+        ):  # full: beats enough; broken: seen at the next one
             os.write(self._beats, what)
 
     def close(self, release: bool = True) -> None:
@@ -264,7 +279,9 @@ class Watchdog:
             except KeyboardInterrupt:  # do not wait for the port any longer
                 self._process.terminate()
         if self._process.poll() is None:  # it is not killed: it may be all that still stops the arm
-            print("the watchdog has not ended: check the arm, switch the power off", file=sys.stderr)
+            print(
+                "the watchdog has not ended: check the arm, switch the power off", file=sys.stderr
+            )
         self._listen()
         self._end()
 
@@ -325,6 +342,8 @@ class Descriptor:
 class Watch:
     """What the process does: waits for a reason to stop, then goes down the ladder."""
 
+    clock = staticmethod(time.monotonic)
+
     def __init__(self, port: int, beats: int, reports: int, shared: int, keyboard: int | None, path: str | None,
                  ids: list[int], timeout: float, bus_timeout: float, hangs: float, returns: float, program: int,
                  ladder: dict):  # fmt: skip
@@ -342,6 +361,14 @@ class Watch:
     def report(self, **what) -> None:
         with contextlib.suppress(OSError):
             os.write(self.reports, (json.dumps(what) + "\n").encode())
+
+    def say(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            print(f"watchdog: {text}", file=sys.stderr, flush=True)
+
+    def open_again(self):
+        """The port, if it is there again. Raises BusError."""
+        return SerialTransport(self.path)
 
     def look(self) -> None:
         """Tells the program that this process is awake."""
@@ -388,7 +415,10 @@ class Watch:
             keys = ""
         if not keys:
             self.keyboard = None
-            self.reason = self.reason or "the keyboard's input has ended (start in a terminal, or without the keyboard)"
+            self.reason = (
+                self.reason
+                or "the keyboard's input has ended (start in a terminal, or without the keyboard)"
+            )
         stops = [key for key in keys if key in STOP_KEYS]
         self.hurried = self.hurried or bool(stops and self.reason)  # pressed again: at once
         if stops:
@@ -439,17 +469,24 @@ class Watch:
 
     def sleep(self, seconds: float) -> None:
         """Listens meanwhile."""
-        end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0 and not self.hurried:
+        end = self.clock() + seconds
+        while (left := end - self.clock()) > 0 and not self.hurried:
             self.listen(min(left, REPEAT))
 
-    def stop(self) -> None:
+    def go_down(self) -> Outcome:
+        """Takes the bus and lets go of the arm."""
         self.report(stop=self.reason)
         self.take()
-        say(f"{self.reason}: the arm holds, becomes weak, and is let go")
-        outcome = let_go(self.bus, self.ids, **self.ladder, sleep=self.sleep, hurry=lambda: self.hurried)
+        self.say(f"{self.reason}: the arm holds, becomes weak, and is let go")
+        outcome = let_go(
+            self.bus, self.ids, **self.ladder, sleep=self.sleep, hurry=lambda: self.hurried
+        )
         outcome = self.back(outcome)
         self.report(outcome=vars(outcome))
+        return outcome
+
+    def stop(self) -> None:
+        outcome = self.go_down()
         now = time.monotonic()
         tell, end = now + TELL, now + self.hangs
         while not self.gone:  # a goal that the program had already handed over may arrive late
@@ -457,16 +494,16 @@ class Watch:
             with contextlib.suppress(BusError):
                 self.bus.broadcast_torque_off()
             if time.monotonic() > tell and not self.silent:
-                say(outcome.sentence())
+                self.say(outcome.sentence())
                 self.silent = True
             if time.monotonic() > end and not self.gone and os.getppid() == self.program:
-                say("the program hangs: it is ended")
+                self.say("the program hangs: it is ended")
                 os.kill(self.program, signal.SIGKILL)
                 end += self.hangs
         if not outcome.port:
             outcome = self.off()
         if not self.silent:
-            say(outcome.sentence())
+            self.say(outcome.sentence())
 
     def off(self) -> Outcome:
         """Torque off, also over a port that comes back."""
@@ -476,29 +513,28 @@ class Watch:
         """If the port has failed: opens it again as soon as it is there, and takes torque off."""
         if not outcome.port or outcome.known or not self.path:
             return outcome
-        say(f"{self.path} is gone, and torque may be on: switch the power off, or plug it in again")
+        self.say(
+            f"{self.path} is gone, and torque may be on: switch the power off, or plug it in again"
+        )
         with contextlib.suppress(OSError):
             os.close(self.port)  # else the port would come back under another name
-        end = time.monotonic() + self.returns
-        while outcome.port and time.monotonic() < end and not self.told_to_end:
+        end = self.clock() + self.returns
+        while outcome.port and self.clock() < end and not self.told_to_end:
             self.hurried = False
             self.listen(REPEAT)
             try:
-                transport = SerialTransport(self.path)
+                transport = self.open_again()
             except BusError:
                 continue
             self.bus.transport = transport
-            outcome = torque_off(self.bus, self.ids)
+            outcome = torque_off(self.bus, self.ids, self.sleep)
         return outcome
 
 
-def say(text: str) -> None:
-    with contextlib.suppress(OSError):
-        print(f"watchdog: {text}", file=sys.stderr, flush=True)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The process behind hardware.watchdog.Watchdog, which starts it.")
+    parser = argparse.ArgumentParser(
+        description="The process behind hardware.watchdog.Watchdog, which starts it."
+    )
     parser.add_argument("facts", help="what it needs to know, as JSON")
     Watch(**json.loads(parser.parse_args().facts)).run()
 

@@ -15,11 +15,27 @@ LIMITS, DT = Limits.from_spec(SPEC), 0.1
 SCALE = np.array(SPEC["action_scale"])
 
 
-def one(action=(0, 0, 0, 0, 0, 0), target=0.0, velocity=0.0, present=None, dt=DT, scale=SCALE, limits=LIMITS):
+def one(
+    action=(0, 0, 0, 0, 0, 0),
+    target=0.0,
+    velocity=0.0,
+    present=None,
+    dt=DT,
+    scale=SCALE,
+    limits=LIMITS,
+):
     target = np.broadcast_to(np.asarray(target, float), (6,))
     present = target if present is None else np.broadcast_to(np.asarray(present, float), (6,))
     velocity = np.broadcast_to(np.asarray(velocity, float), (6,))
-    return govern(np.broadcast_to(np.asarray(action, float), (6,)), target, velocity, present, dt, limits, scale)
+    return govern(
+        np.broadcast_to(np.asarray(action, float), (6,)),
+        target,
+        velocity,
+        present,
+        dt,
+        limits,
+        scale,
+    )
 
 
 # --- Each rule by hand ------------------------------------------------------------------------------------------------
@@ -33,7 +49,11 @@ def test_an_action_within_all_limits_is_the_integrator_of_training():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_an_action_that_is_not_finite_anywhere_moves_nothing(bad):
     command = one([1, bad, 1, 1, 1, 1], target=0.3, velocity=0.2)
-    assert command.rules == ("finite",) and (command.target == 0.3).all() and (command.velocity == 0).all()
+    assert (
+        command.rules == ("finite",)
+        and (command.target == 0.3).all()
+        and (command.velocity == 0).all()
+    )
 
 
 def test_without_finite_joint_readings_nothing_moves():
@@ -49,12 +69,19 @@ def test_actions_are_clipped_and_said_to_be():
 def test_speed_is_limited_in_radians_per_second_whatever_the_scale():
     command = one([1, 0, 0, 0, 0, -1], velocity=[1, 0, 0, 0, 0, -2], scale=1.0)
     np.testing.assert_allclose(command.target, [0.1, 0, 0, 0, 0, -0.2], atol=1e-12)
-    assert command.rules == ("tracking shoulder_pan", "tracking gripper", "velocity shoulder_pan", "velocity gripper")
+    assert command.rules == (
+        "tracking shoulder_pan",
+        "tracking gripper",
+        "velocity shoulder_pan",
+        "velocity gripper",
+    )
 
 
 def test_speed_builds_up_within_the_acceleration_limit_and_a_stop_is_free():
     command = one([1, 0, 0, 0, 0, 0])  # 5 rad/s^2 for 0.1 s
-    assert command.velocity[0] == pytest.approx(0.5) and command.rules == ("acceleration shoulder_pan",)
+    assert command.velocity[0] == pytest.approx(0.5) and command.rules == (
+        "acceleration shoulder_pan",
+    )
     command = one([1, 0, 0, 0, 0, 0], target=command.target, velocity=command.velocity)
     assert command.velocity[0] == pytest.approx(1.0) and command.rules == ()
     stopped = one(target=command.target, velocity=command.velocity)
@@ -65,7 +92,9 @@ def test_speed_builds_up_within_the_acceleration_limit_and_a_stop_is_free():
 
 
 def test_targets_stay_a_margin_away_from_the_joint_limits_and_come_in_slowly_from_outside():
-    command = one([1, -1, 0, 0, 0, 0], target=[0.85, -0.85, 0, 0, 0, 0], velocity=[1, -1, 0, 0, 0, 0])
+    command = one(
+        [1, -1, 0, 0, 0, 0], target=[0.85, -0.85, 0, 0, 0, 0], velocity=[1, -1, 0, 0, 0, 0]
+    )
     assert command.target[0] == 0.9 and command.target[1] == -0.9
     assert command.rules == ("joint shoulder_pan", "joint shoulder_lift")
     command = one(target=[2.0, 0, 0, 0, 0, 0], velocity=[-1.0, 0, 0, 0, 0, 0])
@@ -82,7 +111,11 @@ def test_the_target_of_a_blocked_joint_stays_near_it():
     # and follows one that is pushed away, no faster than allowed
     command = one(target=target, velocity=velocity, present=[-0.9, 0, 0, 0, 0, 0])
     assert command.target[0] == pytest.approx(0.25)
-    assert command.rules == ("tracking shoulder_pan", "velocity shoulder_pan", "acceleration shoulder_pan")
+    assert command.rules == (
+        "tracking shoulder_pan",
+        "velocity shoulder_pan",
+        "acceleration shoulder_pan",
+    )
 
 
 def test_what_cannot_be_held_on_to_is_an_error():
@@ -158,8 +191,13 @@ def test_one_arm_gets_what_many_get():
 # --- One source with training -----------------------------------------------------------------------------------------
 def test_limits_come_from_the_policys_spec():
     assert LIMITS.margin == 0.1 and LIMITS.joint_names == NAMES
-    assert (LIMITS.velocity == SPEC["velocity_limit"]).all() and (LIMITS.tracking_error == 0.3).all()
-    old = {key: SPEC[key] for key in ("joint_names", "joint_low", "joint_high", "action_scale", "control_hz")}
+    assert (LIMITS.velocity == SPEC["velocity_limit"]).all() and (
+        LIMITS.tracking_error == 0.3
+    ).all()
+    old = {
+        key: SPEC[key]
+        for key in ("joint_names", "joint_low", "joint_high", "action_scale", "control_hz")
+    }
     limits = Limits.from_spec(old)
     np.testing.assert_allclose(limits.velocity, [1, 1, 1, 1, 1, 2])
     np.testing.assert_allclose(limits.acceleration, [10, 10, 10, 10, 10, 20])
@@ -184,7 +222,9 @@ def test_a_spec_that_cannot_be_gets_one_line(change, message):
 
 def test_a_spec_without_joints_is_refused_by_name():
     with pytest.raises(ValueError, match="no joint_low, action_scale"):
-        Limits.from_spec({key: value for key, value in SPEC.items() if key not in ("joint_low", "action_scale")})
+        Limits.from_spec(
+            {key: value for key, value in SPEC.items() if key not in ("joint_low", "action_scale")}
+        )
 
 
 def test_the_training_environment_keeps_to_the_same_limits():
@@ -195,17 +235,28 @@ def test_the_training_environment_keeps_to_the_same_limits():
 
     env = so101.make("SO101ReachCube-v1", 8, "cpu", seed=0, stagger=False, images=False, threads=1)
     limits = Limits.from_spec(env.spec)
-    old = {key: value for key, value in env.spec.items() if not key.endswith(("limit", "error", "margin"))}
+    old = {
+        key: value
+        for key, value in env.spec.items()
+        if not key.endswith(("limit", "error", "margin"))
+    }
     for name in ("low", "high", "velocity", "acceleration", "tracking_error", "margin"):
-        np.testing.assert_allclose(getattr(Limits.from_spec(old), name), getattr(limits, name), err_msg=name)
+        np.testing.assert_allclose(
+            getattr(Limits.from_spec(old), name), getattr(limits, name), err_msg=name
+        )
     generator, seen = torch.Generator().manual_seed(0), set()
     velocity, stuck = np.zeros((8, 6)), torch.randn(8, 6, generator=generator).sign()
     for _ in range(49):
         actions = torch.rand(8, 6, generator=generator) * 2 - 1
         actions[::2] = stuck[::2]
-        target, present = env.target.double().numpy().copy(), env.qpos[:, :6].double().numpy().copy()
+        target, present = (
+            env.target.double().numpy().copy(),
+            env.qpos[:, :6].double().numpy().copy(),
+        )
         action, scale = actions.double().numpy(), so101.ACTION_SCALE
-        wanted, velocity, fired = limit_targets(action, target, velocity, present, DT, limits, scale)
+        wanted, velocity, fired = limit_targets(
+            action, target, velocity, present, DT, limits, scale
+        )
         env.step(actions)
         np.testing.assert_allclose(env.target.numpy(), wanted, atol=1e-6)
         velocity = (env.target.double().numpy() - target) / DT

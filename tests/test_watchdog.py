@@ -31,7 +31,13 @@ def holding(**options):
     clock = VirtualClock()
     servos = EmulatedBus(IDS, clock, **options)
     bus = Bus(EmulatedTransport(servos, clock), clock)
-    bus.sync_write(41, {id: b"\0" + encode("goal_position", 2448) + b"\0\0" + encode("goal_speed", 500) for id in IDS})
+    bus.sync_write(
+        41,
+        {
+            id: b"\0" + encode("goal_position", 2448) + b"\0\0" + encode("goal_speed", 500)
+            for id in IDS
+        },
+    )
     clock.sleep(0.3)
     servos.writes.clear()
     return bus, servos, clock
@@ -50,8 +56,13 @@ def test_hold_then_weak_then_off():
     clock.at(clock() + 0.8, lambda: marks.append(("weak", servos.servos[1].get("torque_limit"))))
     begin = clock()
     outcome = let_go(bus, IDS, hold=0.3, weak=1.0, weak_torque=150, sleep=clock.sleep)
-    assert outcome == Outcome(list(IDS), [], []) and outcome.sentence() == "torque is off, read back from every servo"
-    assert marks == [("hold", pytest.approx(before, abs=25)), ("weak", 150)], "far from the goal at 2448"
+    assert (
+        outcome == Outcome(list(IDS), [], [])
+        and outcome.sentence() == "torque is off, read back from every servo"
+    )
+    assert marks == [("hold", pytest.approx(before, abs=25)), ("weak", 150)], (
+        "far from the goal at 2448"
+    )
     assert names(servos.writes) == ["goal_position"] * 6 + ["torque_limit", "torque_enable"]
     assert servos.writes[-2][1] == servos.writes[-1][1] == 254, "broadcasts reach everyone"
     assert 1.3 <= clock() - begin <= 1.4
@@ -96,7 +107,9 @@ def test_torque_off_reaches_every_motor_whatever_one_of_them_has(trouble, blocks
     assert not any(servo.torque for servo in servos.servos.values())
     assert outcome.silent == silent and sorted(outcome.off + silent) == list(IDS) and not outcome.on
     assert ("switch the power off" in outcome.sentence()) == bool(silent)
-    assert not faulted & {id for _, id, _, _ in servos.written("goal_position")}, "no goal for a servo with errors"
+    assert not faulted & {id for _, id, _, _ in servos.written("goal_position")}, (
+        "no goal for a servo with errors"
+    )
     off = servos.written("torque_enable")[0][0]
     assert not servos.written("goal_position", since=off)
 
@@ -106,7 +119,9 @@ def test_a_servo_that_does_not_hear_is_named():
     servos.disconnect(5)
     outcome = let_go(bus, IDS, sleep=clock.sleep)
     assert outcome == Outcome([1, 2, 3, 4, 6], [5], []) and servos.servos[5].torque
-    assert outcome.sentence().endswith("torque-off was sent to servo 5, but no answer came: switch the power off")
+    assert outcome.sentence().endswith(
+        "torque-off was sent to servo 5, but no answer came: switch the power off"
+    )
 
 
 def test_a_lost_torque_off_is_repeated():
@@ -158,7 +173,10 @@ def server():
 
 
 def dog(transport, **options):
-    return Watchdog(transport, **(dict(timeout=SOON, returns=1.0, hold=0.05, weak=0.1, bus_timeout=0.1) | options))
+    return Watchdog(
+        transport,
+        **(dict(timeout=SOON, returns=1.0, hold=0.05, weak=0.1, bus_timeout=0.1) | options),
+    )
 
 
 def raise_goals(transport, goal=2600):
@@ -178,7 +196,11 @@ def test_a_calm_end_makes_sure_that_torque_is_off(server):
         bus = raise_goals(watchdog.transport)
         watchdog.beat()
         assert bus.read(1, *REGISTERS["torque_enable"]).data == b"\x01"
-    assert watchdog.outcome == Outcome(list(IDS), [], []) and watchdog.reason is None and all_off(server)
+    assert (
+        watchdog.outcome == Outcome(list(IDS), [], [])
+        and watchdog.reason is None
+        and all_off(server)
+    )
     assert server.state()[1]["torque_limit"] == 1000, "no ladder was needed"
     with pytest.raises(BusError, match="stopped by the watchdog"):
         bus.ping(1)
@@ -192,7 +214,10 @@ def ways_to_stop():
         "escape": (lambda keys, _: os.write(keys, b"\x1b"), "a stop key was pressed"),
         "keys end": (lambda keys, _: os.close(keys), "the keyboard's input has ended"),
         "heartbeat": (lambda keys, watchdog: watchdog.beat(), "no heartbeat for 0.3 s"),
-        "told to end": (lambda keys, watchdog: watchdog._process.send_signal(signal.SIGTERM), "was told to end"),
+        "told to end": (
+            lambda keys, watchdog: watchdog._process.send_signal(signal.SIGTERM),
+            "was told to end",
+        ),
     }
 
 
@@ -217,12 +242,18 @@ def test_reasons_to_stop(server, way, capfd):
             assert caught.value.kind == "stopped"
         off = server.ask(get="written", args=["torque_enable"])["writes"][0][0]
         assert not server.ask(get="written", args=["goal_position", off])["writes"]
-    assert reason in watchdog.reason and watchdog.outcome == Outcome([id for id in IDS if id not in silent], silent, [])
+    assert reason in watchdog.reason and watchdog.outcome == Outcome(
+        [id for id in IDS if id not in silent], silent, []
+    )
     assert all_off(server) and server.state()[1]["torque_limit"] == 150
     said = capfd.readouterr().err
-    assert reason in said and "torque" not in said, "how it ended is said by the program, and by it alone"
+    assert reason in said and "torque" not in said, (
+        "how it ended is said by the program, and by it alone"
+    )
     end = watchdog.outcome.sentence()
-    assert ("torque-off was sent to servo 3, but no answer came: switch the power off" in end) == bool(silent)
+    assert (
+        "torque-off was sent to servo 3, but no answer came: switch the power off" in end
+    ) == bool(silent)
     port.close()
 
 
@@ -305,7 +336,10 @@ def test_a_port_that_comes_back_finds_its_torque_taken_off(tmp_path, capfd):
 
 def test_a_frozen_watchdog_is_noticed_and_the_program_keeps_the_bus(server):
     port = SerialTransport(server.port)
-    with pytest.raises(BusError, match="the watchdog is frozen"), dog(port, timeout=0.2) as watchdog:
+    with (
+        pytest.raises(BusError, match="the watchdog is frozen"),
+        dog(port, timeout=0.2) as watchdog,
+    ):
         bus = raise_goals(watchdog.transport)
         watchdog._process.send_signal(signal.SIGSTOP)
         process = watchdog._process
