@@ -122,7 +122,8 @@ def facts_of(args: Args, policy, **more) -> dict:
     """What a recording begins with."""
     return {
         "format": 1, "policy": {"path": str(args.checkpoint), "digest": policy.digest, "algo": policy.algo},
-        "spec": policy.spec, "latency": args.latency_periods, "frame_age": args.max_frame_age, "dry": args.dry_run, "args": asdict(args),
+        "spec": policy.spec, "latency": args.latency_periods, "frame_age": args.max_frame_age,
+        "dry": args.dry_run, "args": asdict(args),
         "time": time.strftime("%Y-%m-%d %H:%M:%S"), **more,
     }  # fmt: skip
 

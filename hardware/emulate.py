@@ -11,8 +11,8 @@ measures a policy in closed loop over 64 episodes, beside the simulator's own ra
 only module of `hardware/` that imports a simulator.
 
 What is emulated and what is not: the servos' controllers, torque limits, protections and wire, and the arm's weight as
-a load on them, and if asked for the play of their gears; no flexibility, and nothing that the arm touches pushes back (a jaw closes through a cube:
-grasping cannot be judged here). The frame is drawn with one ray a pixel, without lens, blur or noise.
+a load on them, and if asked for the play of their gears; no flexibility, and nothing that the arm touches pushes back
+(a jaw closes through a cube: grasping cannot be judged here). The frame is drawn with one ray a pixel, without lens, blur or noise.
 """
 
 import csv

@@ -411,8 +411,8 @@ class EmulatedBus:
     ):
         """power_up_goal: what goal_position holds at first; None: the present position. position: of all shafts.
         readings_wrap: a position stays within 0 to 4095; if not, it is encoder - offset, below 0 and above 4095 too.
-        backlash: steps of play; 1 degree are 11.4. usb_latency: s that the adapter keeps replies. loss: share of replies
-        that get lost at random.
+        backlash: steps of play; 1 degree are 11.4. usb_latency: s that the adapter keeps replies. loss: share of the
+        replies that get lost at random.
         """
         self.clock = clock or VirtualClock()
         self.power_up_torque, self.power_up_goal, self.absent_blocks = (

@@ -4,8 +4,8 @@
     python -m hardware.jitter --out docs/results/hardware/jitter__cpu2.csv
 
 The arm is emulated servos behind a pseudo-terminal, in a process of its own, which needs the processor as well; a real
-arm does not. Where it comes too late to answer, a read is incomplete. The policy is a network of NumPy that takes about a millisecond. A row: the rate,
-how many processes keep a core busy meanwhile, and of the time from one tick to the next how far it is from the period:
+arm does not. Where it comes too late to answer, a read is incomplete. The policy is a network of NumPy that takes about
+a millisecond. A row: the rate, how many processes keep a core busy meanwhile, and of the time from one tick to the next how far it is from the period:
 half of the ticks, 95 % and 99 % of them, and the worst, in milliseconds; ticks that were left out because they came too
 late; reads that lacked a servo.
 """

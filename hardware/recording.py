@@ -27,8 +27,8 @@ SIDE = 320  # pixels of each view in the video
 class Recorder:
     """Every tick as a line of ticks.jsonl, and a video of what the cameras and the policy saw.
 
-    Files are written, and images encoded, in a thread of their own; everything slow about that happens before it
-    starts, so: before torque. When a file can no longer be written, the recording ends with a sentence (`problem`), what
+    Files are written, and images encoded, in a thread of their own; what is slow about its start happens here, before
+    torque. When a file can no longer be written, the recording ends with a sentence (`problem`), what
     there is of it can be used, and the control loop goes on.
 
     person: draws one more view, in the caller's thread. live: a full queue loses ticks instead of waiting.

@@ -47,7 +47,7 @@ from hardware.feetech import PORT_ERRORS, Bus, BusError, SerialTransport
 from hardware.torque import HOLD, WEAK, WEAK_TORQUE, Outcome, let_go, torque_off
 
 STOP_KEYS = " qQ\x1b"
-# What the program sends: a heartbeat; that all is well; that it says itself how it ended. The end of the pipe says the rest
+# What the program sends: a heartbeat; that all is well; that it says how it ended. The end of the pipe says the rest
 BEAT, RELEASE, TELLS = b".", b"Q", b"T"
 REPEAT = 0.1  # s between torque-offs while the program is still there, and between two looks round
 TELL = 2.0  # s after torque-off, until which the program may say how it ended
@@ -261,8 +261,10 @@ class Watchdog:
             os.write(self._beats, what)
 
     def close(self, release: bool = True) -> None:
-        """Ends the watchdog. release: nothing has gone wrong, so it only makes sure that torque is off. Closes the port,
-        so that one that has gone away can come back under its name."""
+        """Ends the watchdog, and closes the port, so that one that has gone away can come back under its name.
+
+        release: nothing has gone wrong, so it only makes sure that torque is off.
+        """
         if not self._process:
             return
         self._tell(RELEASE if release and not self.reason else TELLS)

@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from hardware.governor import JOINT_MARGIN, RULES, TRACKING_ERROR, Limits, govern, limit_targets
+from hardware.governor import (
+    JOINT_MARGIN,
+    RULES,
+    TRACKING_ERROR,
+    Effort,
+    Limits,
+    govern,
+    limit_targets,
+    spare_motors,
+)
 
 NAMES = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
 SPEC = dict(
@@ -262,3 +271,54 @@ def test_the_training_environment_keeps_to_the_same_limits():
         velocity = (env.target.double().numpy() - target) / DT
         seen |= {rule for rule, mask in fired.items() if mask.any()}
     assert {"joint", "tracking"} <= seen
+
+
+# --- Motors -----------------------------------------------------------------------------------------------------------
+RUN, HOLD = np.array([0.699] * 5 + [0.499]), np.array([0.4] * 5 + [0.24])
+
+
+def spared(seconds, current=0.0, temperature=30.0, error=0.0, speed=0.0, effort=None, dt=0.1):
+    """Shares after some time of the same."""
+    effort = effort or Effort.none(6)
+    for _ in range(round(seconds / dt)):
+        rows = (np.broadcast_to(np.asarray(x, float), 6) for x in (current, temperature, error, speed))
+        effort, shares = spare_motors(effort, *rows, dt, RUN, HOLD)
+    return effort, shares
+
+
+def test_a_motor_at_ease_may_use_all_its_torque():
+    assert (spared(60, current=0.5)[1] == RUN).all()
+
+
+def test_a_joint_that_presses_is_weak_after_a_moment_until_it_is_near_its_goal():
+    effort, shares = spared(0.2, error=0.2)
+    assert (shares == RUN).all()
+    effort, shares = spared(0.1, error=0.2, effort=effort)
+    assert (shares == HOLD).all()
+    effort, shares = spared(0.1, error=0.07, effort=effort)
+    assert (shares == HOLD).all(), "not at once"
+    assert (spared(0.1, error=0.03, effort=effort)[1] == RUN).all()
+    assert (spared(5, error=0.2, speed=0.5)[1] == RUN).all(), "on its way"
+
+
+def test_a_motor_that_works_hard_or_is_warm_is_weaker():
+    hard = [spared(seconds, current=1.2)[1][0] for seconds in (1, 3, 6, 30)]
+    assert hard[0] == RUN[0] and np.all(np.diff(hard) <= 0) and hard[-1] == HOLD[0]
+    warm = [spared(1, temperature=t)[1][0] for t in (49, 52, 55, 58, 60, 90)]
+    assert warm[0] == RUN[0] and np.all(np.diff(warm) <= 0) and warm[-2] == warm[-1] == HOLD[0]
+
+
+def test_a_million_steps_of_nonsense_never_leave_the_motors_limits():
+    random, effort = np.random.default_rng(3), Effort(np.zeros((1000, 6)), np.zeros((1000, 6)))
+    worst = [np.nan, np.inf, -np.inf, 1e300, -1e300, 0.0]
+    for _ in range(1000):
+        rows = random.normal(0, [[[2.0]], [[60.0]], [[0.3]], [[0.5]]], (4, 1000, 6))
+        wild = random.random(rows.shape) < 0.05
+        rows[wild] = random.choice(worst, wild.sum())
+        dt = float(random.choice([0.0, 0.02, 0.1, 1.0]))
+        with np.errstate(over="ignore"):
+            effort, shares = spare_motors(effort, *rows, dt, RUN, HOLD)
+        assert ((shares >= HOLD) & (shares <= RUN)).all() and np.isfinite(effort.heating).all()
+        assert (effort.heating <= 1).all() and (shares[effort.pressing >= 0.3] < 0.5).all()
+        unknown = ~np.isfinite(rows[1])
+        assert (shares[unknown] == np.broadcast_to(HOLD, shares.shape)[unknown]).mean() > 0.6

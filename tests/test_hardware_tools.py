@@ -170,6 +170,42 @@ def test_ids_are_given_one_by_one():
     )
 
 
+def test_two_motors_with_one_id_are_found_before_one_is_written():
+    """Equal in every bit of their answers, until a hand turns one of them."""
+    rig = Rig(ids=[1])
+    twin = rig.servos.duplicate(1)
+    rig.person.ask = lambda text: (
+        setattr(rig[1], "encoder", rig[1].encoder + 700) if text.startswith("Turn") else None
+    )
+    with pytest.raises(ArmFault, match="two motors answer to id 1") as error:
+        calibrate.assign_ids(rig.bus, rig.person, rig.sleep)
+    assert (rig[1].id, twin.id) == (1, 1) and not rig[1].eeprom_writes and not twin.eeprom_writes
+    assert error.value.__notes__[0] == "ids that are given: none"
+
+
+def test_a_motor_that_nobody_turns_is_not_written():
+    rig = Rig(ids=[1])
+    rig.person.ask = lambda text: None
+    with pytest.raises(ArmFault, match="was not turned: is it that of gripper"):
+        calibrate.assign_ids(rig.bus, rig.person, rig.sleep)
+    assert not rig[1].eeprom_writes
+
+
+def test_a_jaw_that_cannot_close_as_far_as_the_models_is_told():
+    """A range of 2030 to 3230 maps to 0 to 108 degrees; the model's is -10 to 120."""
+    low, high = np.array([800, 900, 900, 966, 0, 2030]), np.array([3299, 3200, 3100, 3100, 4095, 3230])
+    _, remarks = calibrate.judge([0] * 6, low, high)
+    assert any("the jaw goes from 0 to 108 degrees; the model's goes from -10 to 120" in r for r in remarks)
+
+
+def test_a_motor_that_restarts_with_torque_while_the_arm_is_moved_is_noticed():
+    rig = Rig()
+    rig.servos.power_up_torque = True
+    rig.clock.at(1.0, lambda: rig.servos.power_cycle(4))
+    with pytest.raises(ArmFault, match="wrist_flex has torque again"):
+        rig.calibrate()
+
+
 @pytest.mark.parametrize(
     ("connected", "message"), [((), "no motor answers"), ((2, 5), "motors 2, 5 answer")]
 )
