@@ -3,11 +3,11 @@
     python -m hardware.jitter
     python -m hardware.jitter --out docs/results/hardware/jitter__cpu2.csv
 
-The arm is emulated servos behind a pseudo-terminal, in a process of its own, which needs the processor as well; a real
-arm does not. Where it comes too late to answer, a read is incomplete. The policy is a network of NumPy that takes about
-a millisecond. A row: the rate, how many processes keep a core busy meanwhile, and of the time from one tick to the next how far it is from the period:
-half of the ticks, 95 % and 99 % of them, and the worst, in milliseconds; ticks that were left out because they came too
-late; reads that lacked a servo.
+The arm is emulated servos in the same process, with the line's time; computing them costs the loop about 3 % of a core,
+which a real arm does not. The policy is a network of NumPy that takes about a millisecond, and everything is recorded. A
+row: the rate, how many processes keep a core busy meanwhile, and of the time from one tick to the next how far it is from
+the period: half of the ticks, 95 % and 99 % of them, and the worst, in milliseconds; ticks that were left out because
+they came too late; reads that lacked a servo.
 """
 
 import argparse
@@ -24,10 +24,10 @@ import numpy as np
 
 from hardware import deployment, emulate, faults, so101
 from hardware.camera import ArraySource, Camera
-from hardware.emulator import PtyServer
-from hardware.feetech import Bus, SerialTransport
+from hardware.emulator import EmulatedBus, EmulatedTransport, RealClock
+from hardware.feetech import Bus
 from hardware.recording import Recorder
-from hardware.so101 import SO101, Calibration, arm_limits, write_eeprom
+from hardware.so101 import SO101, Calibration, arm_limits
 
 COLUMNS = (
     "hz",
@@ -65,13 +65,12 @@ def measure(hz: float, seconds: float, folder: Path) -> dict:
     spec = faults.SPEC | dict(control_hz=hz, action_scale=[1.0 / hz] * 5 + [2.0 / hz])
     calibration = Calibration.from_dict(emulate.recorded_calibration(spec))
     policy, limits, times = Network(spec), arm_limits(spec), []
-    with PtyServer(wire_time=False) as server, contextlib.ExitStack() as stack:
-        transport = SerialTransport(server.port)
-        stack.callback(transport.close)
-        bus = Bus(transport, timeout=0.2)
-        write_eeprom(bus, calibration.eeprom())
-        for id, encoder in enumerate(emulate.shafts(spec["start_pose"]), start=1):
-            server.ask(set="encoder", id=id, value=encoder)
+    clock = RealClock()
+    servos = EmulatedBus(range(1, 7), clock)
+    emulate.calibrate(servos, emulate.recorded_calibration(spec))
+    emulate.place(servos, spec["start_pose"])
+    bus = Bus(EmulatedTransport(servos, clock), clock, timeout=0.03)
+    with contextlib.ExitStack() as stack:
         arm = SO101(bus, calibration, limits)
         image = faults.Rig().image
         camera = Camera(ArraySource([image]), threaded=False, name="wrist")

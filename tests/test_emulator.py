@@ -599,7 +599,9 @@ def test_command_line_of_the_process(tmp_path):
 
 # --- Options of the line and the gears --------------------------------------------------------------------------------
 def moved_to(servos, clock, goal):
-    servos.servos[1].write(41, b"\0" + encode("goal_position", goal) + b"\0\0" + encode("goal_speed", 400))
+    servos.servos[1].write(
+        41, b"\0" + encode("goal_position", goal) + b"\0\0" + encode("goal_speed", 400)
+    )
     clock.sleep(2.0)
     servos.advance()
     return servos.servos[1]

@@ -38,9 +38,18 @@ def test_every_operation_has_its_faults():
     assert set(count) == {*faults.ALL, "calibrate", "assign ids"} and min(count.values()) >= 7
 
 
-@pytest.mark.parametrize("change", [dict(exit=0), dict(message="off"), dict(said="off", on=["gripper"])])
+@pytest.mark.parametrize(
+    "change", [dict(exit=0), dict(message="off"), dict(said="off", on=["gripper"])]
+)
 def test_a_row_that_breaks_the_promise_is_found(change):
     fault = faults.Fault("x")
-    good = dict(happened="stopped", said="off", on=[], exit=1, seconds=0.1, message="error: y; torque is off")
+    good = dict(
+        happened="stopped",
+        said="off",
+        on=[],
+        exit=1,
+        seconds=0.1,
+        message="error: y; torque is off",
+    )
     assert not faults.bad(faults.Row(fault, "run", **good))
     assert faults.bad(faults.Row(fault, "run", **good | change))

@@ -281,7 +281,9 @@ def spared(seconds, current=0.0, temperature=30.0, error=0.0, speed=0.0, effort=
     """Shares after some time of the same."""
     effort = effort or Effort.none(6)
     for _ in range(round(seconds / dt)):
-        rows = (np.broadcast_to(np.asarray(x, float), 6) for x in (current, temperature, error, speed))
+        rows = (
+            np.broadcast_to(np.asarray(x, float), 6) for x in (current, temperature, error, speed)
+        )
         effort, shares = spare_motors(effort, *rows, dt, RUN, HOLD)
     return effort, shares
 

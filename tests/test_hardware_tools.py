@@ -193,9 +193,14 @@ def test_a_motor_that_nobody_turns_is_not_written():
 
 def test_a_jaw_that_cannot_close_as_far_as_the_models_is_told():
     """A range of 2030 to 3230 maps to 0 to 108 degrees; the model's is -10 to 120."""
-    low, high = np.array([800, 900, 900, 966, 0, 2030]), np.array([3299, 3200, 3100, 3100, 4095, 3230])
+    low, high = (
+        np.array([800, 900, 900, 966, 0, 2030]),
+        np.array([3299, 3200, 3100, 3100, 4095, 3230]),
+    )
     _, remarks = calibrate.judge([0] * 6, low, high)
-    assert any("the jaw goes from 0 to 108 degrees; the model's goes from -10 to 120" in r for r in remarks)
+    assert any(
+        "the jaw goes from 0 to 108 degrees; the model's goes from -10 to 120" in r for r in remarks
+    )
 
 
 def test_a_motor_that_restarts_with_torque_while_the_arm_is_moved_is_noticed():
