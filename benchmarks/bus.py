@@ -9,7 +9,7 @@ Rows, the first of which is the baseline of the ratios:
     the line alone          what arithmetic says of that: an upper bound that no driver can exceed
     emulator in process     virtual time: operations a second of computing time, which is what the tests cost
 
-A cycle is what the arm does every tick: 15 bytes of each servo read at once, 7 bytes written to each. A row is the
+A cycle is what the arm does every tick: 31 bytes of each servo read at once, 7 bytes written to each. A row is the
 median of --blocks blocks, with the slowest and the fastest beside it. No servo was involved: a USB adapter adds a delay
 of its own, about which these numbers say nothing.
 """
@@ -39,7 +39,7 @@ def operations(bus: Bus) -> dict[str, tuple[Callable[[], object], int]]:
     """name -> (what one operation does, bytes that it takes on the line)."""
 
     def cycle():
-        answers = bus.sync_read(IDS, 56, 15)
+        answers = bus.sync_read(IDS, 40, 31)
         bus.sync_write(41, GOALS)
         return answers
 
@@ -48,7 +48,7 @@ def operations(bus: Bus) -> dict[str, tuple[Callable[[], object], int]]:
         bus.read(1, 55, 1)  # a sync write is not answered: without this only the queue would grow
 
     return {
-        "cycle: read 15 bytes x 6, write 7 x 6": (cycle, 14 + 6 * 21 + 8 + 6 * 8),
+        "cycle: read 31 bytes x 6, write 7 x 6": (cycle, 14 + 6 * 37 + 8 + 6 * 8),
         "sync read, 15 bytes x 6": (lambda: bus.sync_read(IDS, 56, 15), 14 + 6 * 21),
         "sync read, 2 bytes x 6": (lambda: bus.sync_read(IDS, 56, 2), 14 + 6 * 8),
         "sync write, 7 bytes x 6, read 1 byte": (sync_write, 8 + 6 * 8 + 8 + 7),
@@ -146,7 +146,7 @@ def main() -> None:
 
     def tick() -> dict:
         clock.sleep(0.1)
-        return operations(bus)["cycle: read 15 bytes x 6, write 7 x 6"][0]()
+        return operations(bus)["cycle: read 31 bytes x 6, write 7 x 6"][0]()
 
     for servo in servos.servos.values():
         servo.load = 0.2  # nothing is at rest

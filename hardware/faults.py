@@ -278,7 +278,7 @@ class Rig:
 
     def begin(self) -> None:
         if self.fault.standing:
-            self.injected = self.clock()
+            self.injected = self.injected or self.clock()
         else:
             self.clock.at(self.clock() + AT, self.strike)
 
@@ -428,6 +428,24 @@ def late_image(ticks: int) -> Callable:
         rig.camera.latest = late
 
     return inject
+
+
+def when_torque_comes(call: Callable) -> Callable:
+    """In the middle of the start: 50 ms after the first servo has got torque."""
+
+    def before(rig: Rig) -> None:
+        servo = rig.servos.servos[1]
+        write, left = servo.write, iter([True])
+
+        def watched(address: int, data: bytes) -> None:
+            write(address, data)
+            if servo.torque and next(left, False):
+                rig.injected = rig.clock() + 0.05
+                rig.clock.at(rig.injected, lambda: call(rig))
+
+        servo.write = watched
+
+    return before
 
 
 def push(rig: Rig) -> None:
@@ -588,6 +606,16 @@ FAULTS = [
     Fault("a servo restarts, without torque", lambda rig: rig.servos.power_cycle(3), RUNNING),
     Fault("a servo restarts, with torque and goal 0", lambda rig: rig.servos.power_cycle(3), RUNNING,
           options=dict(power_up_torque=True)),
+    Fault("a servo restarts when torque comes on", operations=("start",), options=dict(power_up_torque=True),
+          before=when_torque_comes(lambda rig: rig.servos.power_cycle(3))),
+    Fault("a servo falls silent when torque comes on", operations=("start",),
+          before=when_torque_comes(lambda rig: rig.servos.mute(3))),
+    Fault("the adapter is unplugged when torque comes on", operations=("start",),
+          before=when_torque_comes(lambda rig: rig.servos.unplug())),
+    Fault("Ctrl-C when torque comes on", operations=("start",), before=when_torque_comes(
+          lambda rig: setattr(rig.signals, "caught", signal.SIGINT))),
+    Fault("the program is killed when torque comes on", operations=("start",), before=when_torque_comes(
+          lambda rig: killed(rig))),
     Fault("all servos restart, with torque", lambda rig: rig.servos.power_cycle(), ("run", "step"),
           options=dict(power_up_torque=True)),
     Fault(OVERLOAD, lambda rig: rig.servos.error(3, 0x20), RUNNING),
@@ -793,7 +821,7 @@ def happened(rig: Rig, error: BaseException | None) -> str:
         )
     if isinstance(error, Killed):
         return (
-            "ended by the watchdog" if rig.fault.inject is not killed else "stopped by the watchdog"
+            "ended by the watchdog" if "killed" not in rig.fault.name else "stopped by the watchdog"
         )
     if error is None:
         return "went on"

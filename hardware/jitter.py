@@ -4,10 +4,10 @@
     python -m hardware.jitter --out docs/results/hardware/jitter__cpu2.csv
 
 The arm is emulated servos in the same process, with the line's time; computing them costs the loop about 3 % of a core,
-which a real arm does not. The policy is a network of NumPy that takes about a millisecond, and everything is recorded. A
-row: the rate, how many processes keep a core busy meanwhile, and of the time from one tick to the next how far it is from
-the period: half of the ticks, 95 % and 99 % of them, and the worst, in milliseconds; ticks that were left out because
-they came too late; reads that lacked a servo.
+which a real arm does not. The policy is a network of NumPy that takes about a millisecond, and everything is recorded.
+A row: the rate, how many processes keep a core busy meanwhile, and of the time from one tick to the next how far it is
+from the period: half of the ticks, 95 % and 99 % of them, and the worst, in milliseconds; ticks that were left out
+because they came too late; reads that lacked a servo.
 """
 
 import argparse

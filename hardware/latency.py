@@ -352,6 +352,10 @@ if __name__ == "__main__":
     except (ValueError, OSError, ArmFault, BusError, CameraError, PolicyError, Refused) as error:
         print("; ".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         sys.exit(2)
+    except Exception as error:  # the policy's, or not foreseen
+        text = f"error: {type(error).__name__}: {error}"
+        print("; ".join([text, *getattr(error, "__notes__", ())]), file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt as error:
         print("; ".join(["\nstopped by Ctrl-C", *getattr(error, "__notes__", ())]), file=sys.stderr)
         sys.exit(130)

@@ -19,7 +19,6 @@ from hardware.camera import Frame
 from hardware.deployment import Deployment, Refused, check_policy
 from hardware.so101 import State
 
-
 QUEUE = 64  # ticks that may wait to be written
 SIDE = 320  # pixels of each view in the video
 
