@@ -272,6 +272,9 @@ class Watchdog:
         self.inner.close()
         if self._frozen:  # the program has let go itself, and the process would never end
             self._process.kill()
+        before = None
+        with contextlib.suppress(ValueError):  # not in the main thread
+            before = signal.signal(signal.SIGINT, signal.default_int_handler)
         deadline = time.monotonic() + self.patience
         while self._process.poll() is None and time.monotonic() < deadline:
             try:
@@ -280,6 +283,8 @@ class Watchdog:
                 pass
             except KeyboardInterrupt:  # do not wait for the port any longer
                 self._process.terminate()
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
         if self._process.poll() is None:  # it is not killed: it may be all that still stops the arm
             print(
                 "the watchdog has not ended: check the arm, switch the power off", file=sys.stderr

@@ -334,6 +334,17 @@ def test_a_port_that_comes_back_finds_its_torque_taken_off(tmp_path, capfd):
         assert "is gone, and torque may be on" in capfd.readouterr().err
 
 
+def test_ctrl_c_ends_the_wait_for_a_port(server):
+    before = signal.getsignal(signal.SIGINT)
+    port = SerialTransport(server.port)
+    with pytest.raises(ZeroDivisionError), dog(port, returns=10 * SOON) as watchdog:
+        raise_goals(watchdog.transport)
+        server.do("unplug")
+        threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        1 / 0  # noqa: B018
+    assert watchdog.outcome.port and signal.getsignal(signal.SIGINT) is before
+
+
 def test_a_frozen_watchdog_is_noticed_and_the_program_keeps_the_bus(server):
     port = SerialTransport(server.port)
     with (
