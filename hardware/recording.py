@@ -65,10 +65,12 @@ class Recorder:
         logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)
         # In fragments: whatever there is of the file can be played, also after a crash or on a full disk.
         fragments = ["-movflags", "frag_keyframe+empty_moov", "-g", str(max(1, round(self.fps)))]
+        fragments += ["-preset", "veryfast"]  # the processor is the control loop's
         video = imageio_ffmpeg.write_frames(
             str(self.folder / "video.mp4"),
             (views * SIDE, SIDE),
             fps=self.fps,
+            codec="libx264",  # named, so that nothing is tried out
             macro_block_size=1,
             ffmpeg_log_level="quiet",
             output_params=fragments,
