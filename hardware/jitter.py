@@ -1,7 +1,7 @@
 """How evenly the control loop ticks beside a busy core: the deployer's own loop, in real time.
 
     python -m hardware.jitter
-    python -m hardware.jitter --out docs/results/hardware/jitter__cpu2.csv
+    python -m hardware.jitter --out docs/results/hardware/jitter/loop__cpu2.csv
 
 The arm is emulated servos in the same process, with the line's time; computing them costs the loop about 3 % of a core,
 which a real arm does not. The policy is a network of NumPy that takes about a millisecond, and everything is recorded.
