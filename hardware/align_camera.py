@@ -28,13 +28,35 @@ from pathlib import Path
 
 import numpy as np
 
-from hardware.camera import CAMERA_FILE, Camera, CameraError, FileSource, OpenCVSource, aligned_cameras
-from hardware.policy import PolicyError, load_policy, middle_square
+from hardware.camera import (
+    CAMERA_FILE,
+    Camera,
+    CameraError,
+    FileSource,
+    OpenCVSource,
+    aligned_cameras,
+)
+from hardware.deployment import trusted_policy
+from hardware.policy import PolicyError, middle_square
 
 SIDE = 360  # pixels of each of the three pictures
 STEP, TURN, ZOOM = 0.001, math.radians(0.5), 0.5  # metres, radians, degrees for a key
-MOVES = {"a": (-1, 0, 0), "d": (1, 0, 0), "w": (0, 1, 0), "s": (0, -1, 0), "r": (0, 0, -1), "f": (0, 0, 1)}
-TURNS = {"j": (0, 1, 0), "l": (0, -1, 0), "i": (1, 0, 0), "k": (-1, 0, 0), "u": (0, 0, 1), "o": (0, 0, -1)}
+MOVES = {
+    "a": (-1, 0, 0),
+    "d": (1, 0, 0),
+    "w": (0, 1, 0),
+    "s": (0, -1, 0),
+    "r": (0, 0, -1),
+    "f": (0, 0, 1),
+}
+TURNS = {
+    "j": (0, 1, 0),
+    "l": (0, -1, 0),
+    "i": (1, 0, 0),
+    "k": (-1, 0, 0),
+    "u": (0, 0, 1),
+    "o": (0, 0, -1),
+}
 FOVY = (20.0, 140.0)  # degrees, the narrowest and widest that make sense
 
 
@@ -44,15 +66,20 @@ class Args:
     image: str | None = None  # a picture or video in its place
     name: str = "wrist"  # of the camera in the task
     view: str | None = None  # an exported policy whose start view stands in for the simulator
-    checkpoint: str | None = None  # a policy whose task and start pose to draw; None: SO101ReachCube-v1
+    checkpoint: str | None = (
+        None  # a policy whose task and start pose to draw; None: SO101ReachCube-v1
+    )
     file: str = str(CAMERA_FILE)  # of the values: read if there, and written
     out: str | None = None  # write the panel to this PNG and leave, without a window
     keys: str = ""  # keys to press before anything is shown
     write: bool = False  # with --out: write the values to the file as well
     allow_auto: bool = False  # accept a camera that does not lock its exposure or white balance
 
+    checkpoint: str | None = (
+        None  # a policy whose task, start pose and camera to draw; None: SO101ReachCube-v1
+    )
 
-    checkpoint: str | None = None  # a policy whose task, start pose and camera to draw; None: SO101ReachCube-v1
+
 def quaternion_product(a, b) -> np.ndarray:
     """Of two quaternions (w, x, y, z)."""
     (aw, ax, ay, az), (bw, bx, by, bz) = a, b
@@ -74,7 +101,9 @@ def press(values: dict, key: str) -> dict:
     """
     values, quat = dict(values), np.asarray(values["quat_wxyz"], float)
     if key in MOVES:
-        values["pos"] = (np.asarray(values["pos"]) + STEP * rotate(quat, np.array(MOVES[key], float))).tolist()
+        values["pos"] = (
+            np.asarray(values["pos"]) + STEP * rotate(quat, np.array(MOVES[key], float))
+        ).tolist()
     elif key in TURNS:
         small = np.array((math.cos(TURN / 2), *(math.sin(TURN / 2) * np.array(TURNS[key], float))))
         turned = quaternion_product(quat, small)
@@ -132,9 +161,11 @@ class StoredView:
     def __init__(self, path: str):
         import imageio.v2 as imageio
 
-        view = getattr(load_policy(path), "meta", {}).get("start_view")
+        view = getattr(trusted_policy(path), "meta", {}).get("start_view")
         if view is None:
-            raise PolicyError(f"{path} holds no start view: export it with one (see hardware/export.py)")
+            raise PolicyError(
+                f"{path} holds no start view: export it with one (see hardware/export.py)"
+            )
         self.picture = np.asarray(imageio.imread(io.BytesIO(base64.b64decode(view))))[..., :3]
 
     def __call__(self, values: dict) -> np.ndarray:
@@ -144,14 +175,19 @@ class StoredView:
 def begin(args: Args) -> tuple[dict, object]:
     """The values to start from, and what draws the simulated picture. Values: aligned before, or as in training."""
     if args.view or args.checkpoint:
-        spec = load_policy(args.view or args.checkpoint).spec
+        spec = trusted_policy(args.view or args.checkpoint).spec
     else:
         from hardware.emulate import task_spec
 
         spec = task_spec("SO101ReachCube-v1", (args.name,))
     if args.name not in spec["cameras"]:
-        raise PolicyError(f"the task has no camera {args.name!r}; it has {', '.join(spec['cameras'])}")
-    values = aligned_cameras(args.file).get(args.name) or {**spec["cameras"][args.name], "quarter_turns": 0}
+        raise PolicyError(
+            f"the task has no camera {args.name!r}; it has {', '.join(spec['cameras'])}"
+        )
+    values = aligned_cameras(args.file).get(args.name) or {
+        **spec["cameras"][args.name],
+        "quarter_turns": 0,
+    }
     return values, StoredView(args.view) if args.view else SimulatedView(spec, args.name)
 
 
@@ -161,14 +197,21 @@ def main(args: Args) -> None:
     values, simulated = begin(args)
     for key in args.keys:
         values = press(values, key)
-    source = FileSource(args.image) if args.image else OpenCVSource(args.camera, allow_auto=args.allow_auto)
+    source = (
+        FileSource(args.image)
+        if args.image
+        else OpenCVSource(args.camera, allow_auto=args.allow_auto)
+    )
     camera = Camera(source, threaded=not args.image, name=args.name)
     try:
         camera.wait()
         if args.out:
             import imageio.v2 as imageio
 
-            imageio.imwrite(args.out, panel(camera.latest().rgb, simulated(values), 0.5, values["quarter_turns"]))
+            imageio.imwrite(
+                args.out,
+                panel(camera.latest().rgb, simulated(values), 0.5, values["quarter_turns"]),
+            )
             if args.write:
                 write_values(args.file, args.name, values)
             print(json.dumps({args.name: values}))
@@ -186,7 +229,9 @@ def window(args: Args, camera: Camera, simulated, values: dict) -> None:
     try:
         cv2.namedWindow(title)
     except cv2.error:
-        raise CameraError("no window can be opened here: use --out, or a computer with a screen") from None
+        raise CameraError(
+            "no window can be opened here: use --out, or a computer with a screen"
+        ) from None
     while True:
         picture = panel(camera.latest().rgb, simulated(values), blend, values["quarter_turns"])
         cv2.imshow(title, picture[..., ::-1])

@@ -21,7 +21,9 @@ import numpy as np
 WIDTH, HEIGHT, FPS = 640, 480, 30.0
 DARK = 2.0  # mean brightness, of 255, below which a picture counts as black
 SETTLE = 30  # frames that exposure and white balance get to settle before they are locked
-CAMERA_FILE = Path(__file__).resolve().parent.parent / "envs" / "so101_cameras.json"  # see aligned_cameras
+CAMERA_FILE = (
+    Path(__file__).resolve().parent.parent / "envs" / "so101_cameras.json"
+)  # see aligned_cameras
 VIDEO = (".mp4", ".avi", ".mkv", ".mov", ".webm")
 
 
@@ -54,7 +56,13 @@ class Camera:
         size: tuple[int, int] | None = None, max_age: float = 0.2, threaded: bool = True, need_colour: bool = False,
         frozen_after: float | None = None, name: str = "camera",
     ):  # fmt: skip
-        self.source, self.clock, self.size, self.max_age, self.name = source, clock, size, max_age, name
+        self.source, self.clock, self.size, self.max_age, self.name = (
+            source,
+            clock,
+            size,
+            max_age,
+            name,
+        )
         self.need_colour, self.frozen_after = need_colour, frozen_after
         self.frame, self.problem, self.changed, self.checked = None, None, None, -1
         self.arrival, self.closing, self.thread = threading.Condition(), False, None
@@ -70,7 +78,9 @@ class Camera:
                 problem = "gave no frame: is it still plugged in?"
         except CameraError as error:
             rgb, problem = None, str(error)
-        except Exception as error:  # whatever a driver raises, the arm must be stopped in an orderly way
+        except (
+            Exception
+        ) as error:  # whatever a driver raises, the arm must be stopped in an orderly way
             rgb, problem = None, f"failed: {type(error).__name__}: {error}"
         with self.arrival:
             now = self.clock()
@@ -86,13 +96,17 @@ class Camera:
 
     def _read_on(self) -> None:
         while not self.closing and self._read():
-            time.sleep(0.001)  # a source that never waits must not take the processor from the control loop
+            time.sleep(
+                0.001
+            )  # a source that never waits must not take the processor from the control loop
 
     def wait(self, timeout: float = 5.0) -> Frame:
         """The first usable frame; waits for it up to `timeout` real seconds. Raises CameraError as `latest` does."""
         if self.thread is not None:
             with self.arrival:
-                self.arrival.wait_for(lambda: self.frame is not None or self.problem is not None, timeout)
+                self.arrival.wait_for(
+                    lambda: self.frame is not None or self.problem is not None, timeout
+                )
         return self.latest()
 
     def latest(self) -> Frame:
@@ -110,16 +124,25 @@ class Camera:
         now = self.clock()
         if now - frame.time > self.max_age:
             age = f"{1000 * (now - frame.time):.0f} ms"
-            raise CameraError(f"{self.name}: the newest frame is {age} old, more than {1000 * self.max_age:.0f} ms")
+            raise CameraError(
+                f"{self.name}: the newest frame is {age} old, more than {1000 * self.max_age:.0f} ms"
+            )
         if self.frozen_after is not None and now - changed > self.frozen_after:
-            raise CameraError(f"{self.name}: the picture is frozen: no pixel has changed for {now - changed:.1f} s")
+            raise CameraError(
+                f"{self.name}: the picture is frozen: no pixel has changed for {now - changed:.1f} s"
+            )
         if frame.index != self.checked:
             self._check(frame.rgb)
             self.checked = frame.index
         return frame
 
     def _check(self, rgb: np.ndarray) -> None:
-        if not isinstance(rgb, np.ndarray) or rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
+        if (
+            not isinstance(rgb, np.ndarray)
+            or rgb.dtype != np.uint8
+            or rgb.ndim != 3
+            or rgb.shape[2] != 3
+        ):
             kind = f"{rgb.dtype} {rgb.shape}" if isinstance(rgb, np.ndarray) else type(rgb).__name__
             raise CameraError(f"{self.name}: a frame must be uint8 (height, width, 3), not {kind}")
         if self.size is None:
@@ -131,13 +154,17 @@ class Camera:
         if thin.mean() < DARK:
             raise CameraError(f"{self.name}: the picture is black: lens cap, exposure or cable?")
         if self.need_colour and (thin.max(2) - thin.min(2)).max() == 0:
-            raise CameraError(f"{self.name}: the picture has no colour, but the policy was trained on colours")
+            raise CameraError(
+                f"{self.name}: the picture has no colour, but the policy was trained on colours"
+            )
 
     def close(self) -> None:
         """Stops reading and closes the source; may be called twice."""
         self.closing = True
         if self.thread is not None:
-            self.thread.join(1.0)  # a driver that hangs in a read does not hold up the end: the thread is a daemon
+            self.thread.join(
+                1.0
+            )  # a driver that hangs in a read does not hold up the end: the thread is a daemon
         close = getattr(self.source, "close", None)
         if close is not None and not (self.thread and self.thread.is_alive()):
             close()
@@ -166,24 +193,42 @@ class OpenCVSource:
             raise CameraError('a camera needs OpenCV: pip install -e ".[hardware]"') from None
         device = int(device) if str(device).isdigit() else device
         self.device, self.turn, self.settings = device, turn, {}
-        v4l2 = hasattr(cv2, "CAP_V4L2") and Path("/dev").exists() and Path("/sys/class/video4linux").exists()
+        v4l2 = (
+            hasattr(cv2, "CAP_V4L2")
+            and Path("/dev").exists()
+            and Path("/sys/class/video4linux").exists()
+        )
         self.capture = cv2.VideoCapture(device, cv2.CAP_V4L2 if v4l2 else cv2.CAP_ANY)
         if not self.capture.isOpened():
-            raise CameraError(f"camera {device} cannot be opened: list them with `ls /dev/video*`; may you read it?")
+            raise CameraError(
+                f"camera {device} cannot be opened: list them with `ls /dev/video*`; may you read it?"
+            )
         try:
-            self._set_up(cv2, width, height, fps, exposure, white_balance, focus, allow_auto, settle)
+            self._set_up(
+                cv2, width, height, fps, exposure, white_balance, focus, allow_auto, settle
+            )
         except CameraError:
             self.close()
             raise
 
-    def _set_up(self, cv2, width, height, fps, exposure, white_balance, focus, allow_auto, settle) -> None:
+    def _set_up(
+        self, cv2, width, height, fps, exposure, white_balance, focus, allow_auto, settle
+    ) -> None:
         ask, tell = self.capture.get, self.capture.set
-        tell(cv2.CAP_PROP_FOURCC, cv2.VideoWriter_fourcc(*"MJPG"))  # raw pictures of two cameras fill one USB 2 bus
-        tell(cv2.CAP_PROP_FRAME_WIDTH, width), tell(cv2.CAP_PROP_FRAME_HEIGHT, height), tell(cv2.CAP_PROP_FPS, fps)
+        tell(
+            cv2.CAP_PROP_FOURCC, cv2.VideoWriter_fourcc(*"MJPG")
+        )  # raw pictures of two cameras fill one USB 2 bus
+        (
+            tell(cv2.CAP_PROP_FRAME_WIDTH, width),
+            tell(cv2.CAP_PROP_FRAME_HEIGHT, height),
+            tell(cv2.CAP_PROP_FPS, fps),
+        )
         tell(cv2.CAP_PROP_BUFFERSIZE, 1)  # an old frame is worth less than none
         got = int(ask(cv2.CAP_PROP_FRAME_WIDTH)), int(ask(cv2.CAP_PROP_FRAME_HEIGHT))
         if got != (width, height):
-            raise CameraError(f"camera {self.device} gives {got[0]} x {got[1]} pixels, not {width} x {height}")
+            raise CameraError(
+                f"camera {self.device} gives {got[0]} x {got[1]} pixels, not {width} x {height}"
+            )
         manual, auto = (1, 3) if self.capture.getBackendName() == "V4L2" else (0.25, 0.75)
         tell(cv2.CAP_PROP_AUTO_EXPOSURE, auto if exposure is None else manual)
         tell(cv2.CAP_PROP_AUTO_WB, 1 if white_balance is None else 0)
@@ -219,7 +264,14 @@ class OpenCVSource:
 class ArraySource:
     """Pictures in memory, (T, H, W, 3), shown at `fps` by the clock; the last one stays, or with `loop` they repeat."""
 
-    def __init__(self, frames, fps: float = FPS, clock: Callable[[], float] = time.monotonic, *, loop: bool = False):
+    def __init__(
+        self,
+        frames,
+        fps: float = FPS,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        loop: bool = False,
+    ):
         self.frames, self.fps, self.clock, self.loop, self.start = frames, fps, clock, loop, None
         if not len(frames):
             raise CameraError("there is no picture to show")
@@ -227,7 +279,9 @@ class ArraySource:
     def __call__(self) -> np.ndarray:
         self.start = self.clock() if self.start is None else self.start
         shown = int((self.clock() - self.start) * self.fps + 1e-6)
-        return self.frames[shown % len(self.frames) if self.loop else min(shown, len(self.frames) - 1)]
+        return self.frames[
+            shown % len(self.frames) if self.loop else min(shown, len(self.frames) - 1)
+        ]
 
 
 class FileSource(ArraySource):
@@ -258,7 +312,9 @@ class RenderSource:
     What it shows is `delay` seconds old, and as with a real camera nobody is told: `Frame.time` is the arrival.
     """
 
-    def __init__(self, render: Callable[[float], np.ndarray], clock: Callable[[], float], delay: float = 0.0):
+    def __init__(
+        self, render: Callable[[float], np.ndarray], clock: Callable[[], float], delay: float = 0.0
+    ):
         self.render, self.clock, self.delay = render, clock, delay
 
     def __call__(self) -> np.ndarray:
@@ -279,24 +335,37 @@ def aligned_cameras(path: str | Path = CAMERA_FILE) -> dict[str, dict]:
         content = json.loads(path.read_text())
         for values in content.values():
             numbers = [*values["pos"], *values["quat_wxyz"], values["fovy_degrees"]]
-            right = all(len(values[key]) == length for key, length in shapes.items()) and np.isfinite(numbers).all()
-            if not right or not isinstance(values["mount"], str) or values["quarter_turns"] not in (0, 1, 2, 3):
+            right = (
+                all(len(values[key]) == length for key, length in shapes.items())
+                and np.isfinite(numbers).all()
+            )
+            if (
+                not right
+                or not isinstance(values["mount"], str)
+                or values["quarter_turns"] not in (0, 1, 2, 3)
+            ):
                 raise ValueError("wrong values")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise CameraError(f"{path} is damaged: remove it and align again (hardware/align_camera.py)") from None
+        raise CameraError(
+            f"{path} is damaged: remove it and align again (hardware/align_camera.py)"
+        ) from None
     return content
 
 
-def frame_around(square: np.ndarray, height: int = HEIGHT, width: int = WIDTH, margin: int = 90) -> np.ndarray:
+def frame_around(
+    square: np.ndarray, height: int = HEIGHT, width: int = WIDTH, margin: int = 90
+) -> np.ndarray:
     """A camera's frame whose middle square is `square`, enlarged by repeating pixels; the sides are grey `margin`.
 
     Raises CameraError unless the frame's shorter side is a multiple of the square's.
     """
     side = min(height, width)
     if square.shape[0] != square.shape[1] or side % square.shape[0]:
-        raise CameraError(f"{square.shape[1]} x {square.shape[0]} pixels do not enlarge evenly to {side} x {side}")
+        raise CameraError(
+            f"{square.shape[1]} x {square.shape[0]} pixels do not enlarge evenly to {side} x {side}"
+        )
     times = side // square.shape[0]
     frame = np.full((height, width, 3), margin, np.uint8)
     top, left = (height - side) // 2, (width - side) // 2
-    frame[top:top + side, left:left + side] = square.repeat(times, 0).repeat(times, 1)
+    frame[top : top + side, left : left + side] = square.repeat(times, 0).repeat(times, 1)
     return frame

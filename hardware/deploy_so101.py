@@ -20,50 +20,40 @@ The first run of a policy on an arm asks before every step and moves at a quarte
 Exit status: 0 done, 1 a fault (torque is off unless the last line says else), 2 refused before anything moved, 130 and
 143 stopped by Ctrl-C or SIGTERM.
 """
-# ruff: noqa: E402  (the lines down to the imports must run before them)
 
-import importlib.util
-import os
-import sys
-from pathlib import Path
-
-VENV = Path(__file__).resolve().parent.parent / ".venv"
-if __name__ == "__main__" and importlib.util.find_spec("hardware") is None:
-    # `make` installs the project in .venv; going on in there lets `python hardware/deploy_so101.py` work as typed.
-    if Path(sys.prefix).resolve() == VENV or not (VENV / "bin/python").exists():
-        sys.exit(
-            f"cleanrobot is not installed for {sys.executable}: run `make setup` (or `pip install -e .`) first"
-        )
-    os.execv(VENV / "bin/python", [VENV / "bin/python", *sys.argv])
 import contextlib
 import json
+import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from hardware.camera import Camera, CameraError, FileSource, OpenCVSource, aligned_cameras
 from hardware.deployment import (
+    FRAME_AGE,
     Deployment,
     Fault,
     Interrupted,
     Refused,
     check_policy,
     emulated_episode,
+    trusted_policy,
 )
 from hardware.feetech import Bus, BusError, SerialTransport
-from hardware.policy import PolicyError, load_policy
+from hardware.policy import PolicyError
 from hardware.recording import Recorder, Recording, replay
 from hardware.so101 import JOINTS, SO101, ArmFault, Calibration
 
 FIRST_SCALE = 0.25  # of every action, in the first run of a policy on an arm
-BUS_TIMEOUT, HEARTBEAT = (
-    0.01,
-    0.25,
-)  # s: for a servo's answer; for the watchdog to wait for a sign of life
+BUS_TIMEOUT = 0.03  # s for a servo's answer, outside of ticks
+HEARTBEAT = 0.25  # s that the watchdog waits for a sign of life
+RETURN = 60.0  # s that a port which has gone may take to come back
 SEEN = Path("runs/hardware/seen.json")  # (policy, arm) pairs that have run without a fault
 
 
@@ -86,7 +76,9 @@ class Args:
     replay: str | None = None  # a recording: feed it to the policy again and compare the commands
     hold: bool = False  # go to the start pose and stay until stopped, the policy does not act: to align the camera
     allow_auto: bool = False  # accept a camera that does not lock its exposure or white balance
-    max_frame_age: float = 0.2  # s; an older frame stops the arm
+    max_frame_age: float = (
+        FRAME_AGE  # s; a tick with an older image holds, three in a row stop the arm
+    )
     keyboard: bool = True  # stop on space, q, Esc, and when the terminal goes away
 
     emulate: bool = False  # the emulated arm in place of port and camera
@@ -117,6 +109,7 @@ class Args:
             "--scale must be above 0 and not above 1": self.scale is not None
             and not 0 < self.scale <= 1,
             "--episodes and --steps must be at least 1": self.episodes < 1 or (self.steps or 1) < 1,
+            "--max-frame-age must be above 0 and at most 1 s": not 0 < self.max_frame_age <= 1,
             "--latency-periods must be 0 to 10": not 0 <= self.latency_periods <= 10,
             "--replay takes a recording alone": self.replay and (self.emulate or self.port),
         }.items():
@@ -129,7 +122,8 @@ def facts_of(args: Args, policy, **more) -> dict:
     """What a recording begins with."""
     return {
         "format": 1, "policy": {"path": str(args.checkpoint), "digest": policy.digest, "algo": policy.algo},
-        "spec": policy.spec, "latency": args.latency_periods, "dry": args.dry_run, "args": asdict(args),
+        "spec": policy.spec, "latency": args.latency_periods, "frame_age": args.max_frame_age,
+        "dry": args.dry_run, "args": asdict(args),
         "time": time.strftime("%Y-%m-%d %H:%M:%S"), **more,
     }  # fmt: skip
 
@@ -162,14 +156,11 @@ def open_cameras(args: Args, policy, aligned: dict) -> dict[str, Camera]:
     try:
         for name, device in named_cameras(args, policy).items():
             if Path(device).suffix and not device.startswith("/dev/"):
-                cameras[name] = Camera(
-                    FileSource(device), threaded=False, name=name, max_age=args.max_frame_age
-                )
+                cameras[name] = Camera(FileSource(device), threaded=False, name=name)
             else:
                 source = OpenCVSource(device, turn=aligned.get(name, {}).get("quarter_turns", 0),
                                       allow_auto=args.allow_auto)  # fmt: skip
-                cameras[name] = Camera(source, name=name, max_age=args.max_frame_age, need_colour=True,
-                                       frozen_after=1.0)  # fmt: skip
+                cameras[name] = Camera(source, name=name, need_colour=True, frozen_after=1.0)
             cameras[name].wait()
     except BaseException:
         for camera in cameras.values():
@@ -178,24 +169,20 @@ def open_cameras(args: Args, policy, aligned: dict) -> dict[str, Camera]:
     return cameras
 
 
-def seen_before(key: str) -> bool:
-    """Whether this policy has run on this arm without a fault."""
+def seen() -> dict[str, str]:
+    """(policy, arm) pairs that have run without a fault, and when."""
     try:
-        return key in json.loads(SEEN.read_text())
+        content = json.loads(SEEN.read_text())
     except (OSError, ValueError):
-        return False
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def remember(key: str) -> None:
-    """From now on `seen_before`."""
-    try:
-        known = json.loads(SEEN.read_text())
-    except (OSError, ValueError):
-        known = {}
+    """From now on it is `seen`."""
     SEEN.parent.mkdir(parents=True, exist_ok=True)
-    SEEN.with_suffix(".tmp").write_text(
-        json.dumps(known | {key: time.strftime("%Y-%m-%d %H:%M:%S")}, indent=1)
-    )
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    SEEN.with_suffix(".tmp").write_text(json.dumps(seen() | {key: now}, indent=1))
     os.replace(SEEN.with_suffix(".tmp"), SEEN)
 
 
@@ -225,24 +212,27 @@ class Signals:
             signal.signal(number, handler)
 
 
-def asker(
-    key: Callable[[], str | None], sleep: Callable[[float], None], action_scale
-) -> Callable[[dict], bool]:
-    """A `confirm` that shows the next command and waits for a key: enter or y for one tick, c for all, others stop."""
-    free = False
+def asker(key: Callable[[], str | None], action_scale) -> Callable[[dict], bool | None]:
+    """A `confirm` that shows the next command once, and says None until a key was pressed: enter or y for one tick, c
+    for all, others stop."""
+    free, shown = False, None
 
-    def confirm(record: dict) -> bool:
-        nonlocal free
+    def confirm(record: dict) -> bool | None:
+        nonlocal free, shown
         if free:
             return True
-        wish = np.degrees(record["asked"] * action_scale)
-        moves = ", ".join(f"{name} {move:+.1f}" for name, move in zip(JOINTS, wish, strict=True))
-        print(
-            f"tick {record['tick']}: {moves} degrees. Enter: do it; c: ask no more; other keys: stop",
-            flush=True,
-        )
-        while (pressed := key()) is None:
-            sleep(0.05)
+        if shown is not record:
+            shown = record
+            wish = np.degrees(record["asked"] * action_scale)
+            moves = ", ".join(
+                f"{name} {move:+.1f}" for name, move in zip(JOINTS, wish, strict=True)
+            )
+            print(
+                f"tick {record['tick']}: {moves} degrees. Enter: do it; c: ask no more; other keys: stop",
+                flush=True,
+            )
+        if (pressed := key()) is None:
+            return None
         free = pressed in "cC"
         return free or pressed in "\n\ryY"
 
@@ -274,7 +264,7 @@ def real(args: Args, policy) -> dict:
     except (ValueError, FileNotFoundError) as error:
         raise Refused(str(error)) from None
     key = f"{policy.digest} {calibration.hash}"
-    first = not (args.dry_run or args.hold or seen_before(key))
+    first = not (args.dry_run or args.hold or key in seen())
     scale = args.scale if args.scale is not None else FIRST_SCALE if first else 1.0
     step = first if args.step == "auto" else args.step == "yes"
     if first and (args.scale is None or args.step == "auto"):
@@ -284,46 +274,60 @@ def real(args: Args, policy) -> dict:
         )
     if step and not args.keyboard:
         raise Refused("--step needs the keyboard")
-    steps = args.steps or int(policy.spec["max_episode_steps"])
-    summary, recorder, dog = {"episodes": 0}, None, None
-    with contextlib.ExitStack() as stack:
-        try:
-            cameras = {} if args.hold else open_cameras(args, policy, aligned)
-            for camera in cameras.values():
-                stack.callback(camera.close)
-            transport = SerialTransport(args.port)
-            stack.callback(transport.close)
-        except (CameraError, BusError) as error:
-            raise Refused(str(error)) from None
-        asked = stack.enter_context(Signals())
-        if not args.dry_run:
-            dog = stack.enter_context(
-                Watchdog(transport, calibration.ids, HEARTBEAT, 0 if args.keyboard else None)
-            )
-        bus = Bus(dog.transport if dog else transport, timeout=BUS_TIMEOUT)
-        arm = SO101(bus, calibration, limits)
-        if not args.hold:
-            facts = facts_of(args, policy, scale=scale, calibration={name: asdict(joint) for name, joint in
-                             calibration.joints.items()}, arm=calibration.hash)  # fmt: skip
-            recorder = Recorder(folder_of(args, policy), facts, policy.spec["control_hz"])
-            stack.callback(
-                lambda: recorder.close({"problem": deployment.problem, "torque": deployment.torque})
-            )
+    steps, hz = (
+        args.steps or int(policy.spec["max_episode_steps"]),
+        float(policy.spec["control_hz"]),
+    )
+    summary, recorder, dog, deployment = {"episodes": 0}, None, None, None
 
-        def each_tick(record: dict) -> None:
-            recorder.add(record)
-            if args.dry_run:
-                report(record)
+    def ending() -> str:
+        """What became of the torque: what the watchdog found, who comes last; its own word if there is none."""
+        if dog and dog.outcome:
+            return dog.outcome.sentence(arm.names)
+        return deployment.ending()
 
-        deployment = Deployment(
-            policy, arm, cameras, limits, time.monotonic, time.sleep, latency=args.latency_periods, scale=scale,
-            beat=lambda: (asked.check(), dog and dog.beat()), each_tick=each_tick, dry=args.dry_run,
-        )  # fmt: skip
-        if step:
-            deployment.confirm = asker(
-                dog.key if dog else lambda: "y", deployment.sleep, deployment.action_scale
-            )
-        try:
+    def end_recording() -> None:
+        torque = deployment.torque if deployment else {}
+        if dog and dog.outcome and deployment:
+            for state in ("off", "silent", "on"):
+                torque |= {arm.names[id]: state for id in getattr(dog.outcome, state)}
+        recorder.close({"problem": deployment and deployment.problem, "torque": torque})
+
+    def each_tick(record: dict) -> None:
+        recorder.add(record)
+        if args.dry_run:
+            report(record)
+
+    try:
+        with contextlib.ExitStack() as stack:
+            try:
+                cameras = {} if args.hold else open_cameras(args, policy, aligned)
+                for camera in cameras.values():
+                    stack.callback(camera.close)
+                transport = SerialTransport(args.port)
+                stack.callback(transport.close)
+            except (CameraError, BusError) as error:
+                raise Refused(str(error)) from None
+            asked = stack.enter_context(Signals())
+            if not args.hold:
+                facts = facts_of(args, policy, scale=scale, calibration={name: asdict(joint) for name, joint in
+                                 calibration.joints.items()}, arm=calibration.hash)  # fmt: skip
+                recorder = Recorder(folder_of(args, policy), facts, hz, live=True)
+                stack.callback(end_recording)
+            if not args.dry_run:
+                keyboard = 0 if args.keyboard else None
+                dog = stack.enter_context(
+                    Watchdog(transport, calibration.ids, HEARTBEAT, keyboard, returns=RETURN)
+                )
+            bus = Bus(dog.transport if dog else transport, timeout=BUS_TIMEOUT)
+            arm = SO101(bus, calibration, limits, period=1 / hz)
+            deployment = Deployment(
+                policy, arm, cameras, limits, time.monotonic, time.sleep, latency=args.latency_periods, scale=scale,
+                beat=lambda: (asked.check(), dog and dog.beat()), each_tick=each_tick, dry=args.dry_run,
+                frame_age=args.max_frame_age,
+            )  # fmt: skip
+            if step:
+                deployment.confirm = asker(dog.key if dog else lambda: "y", deployment.action_scale)
             with deployment:
                 deployment.start()
                 deployment.move(policy.spec["start_pose"])
@@ -337,15 +341,16 @@ def real(args: Args, policy) -> dict:
                     deployment.run(steps)
                     last = episode == args.episodes - 1
                     deployment.move(deployment.home if last else policy.spec["start_pose"])
-        except BaseException as error:
-            if not (
-                isinstance(error, BusError) and error.kind == "stopped"
-            ):  # else the watchdog has said what it did
-                error.add_note(deployment.ending())
-            raise
-        if any(state != "off" for state in deployment.torque.values()):
-            raise Fault(deployment.ending())
-        summary |= {"episodes": args.episodes, "bus": bus.statistics, "warnings": arm.warnings}
+            deployment.check_whole()
+            summary |= {"episodes": args.episodes, "bus": bus.statistics, "warnings": arm.warnings}
+        if dog and dog.outcome and not dog.outcome.known:
+            raise Fault("the run is over")
+    except BaseException as error:
+        if deployment:
+            error.add_note(ending())
+        raise
+    if recorder and recorder.problem:
+        summary["recording_problem"] = recorder.problem
     if not args.dry_run and not args.hold:
         remember(key)
     return summary | {"recording": str(recorder.folder) if recorder else None}
@@ -390,18 +395,37 @@ def emulated(args: Args, policy) -> dict:
 def main(args: Args) -> dict:
     """What the arguments ask for. -> summary. Raises what `command` knows how to tell."""
     args.check()
-    policy = load_policy(args.checkpoint)
+    policy = trusted_policy(args.checkpoint)
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)  # one small network: more threads only make its time vary
     if args.replay:
         recording = Recording.load(args.replay)
-        differences = replay(policy, recording)
+        try:
+            differences = replay(policy, recording)
+        except (KeyError, TypeError, ValueError) as error:
+            raise Refused(f"{args.replay} is damaged ({type(error).__name__}: {error})") from None
         for line in differences[:5]:
             print(line)
         if differences:
             raise Fault(f"{len(differences)} values differ from the recording's")
         return {"replayed_ticks": len(recording.ticks), "identical": True}
     return emulated(args, policy) if args.emulate else real(args, policy)
+
+
+def sentence(error: BaseException) -> str:
+    """What has stopped the program, and what became of the torque."""
+    what = str(error) or type(error).__name__
+    known = isinstance(
+        error, Refused | PolicyError | Interrupted | Fault | ArmFault | BusError | CameraError
+    )
+    what = what if known else f"{type(error).__name__}: {what}"
+    notes = [note for note in getattr(error, "__notes__", ()) if note not in what]
+    return "; ".join([f"error: {what}", *dict.fromkeys(notes)])
+
+
+def status(error: BaseException) -> int:
+    """What the program exits with."""
+    return getattr(error, "status", 2 if isinstance(error, Refused | PolicyError) else 1)
 
 
 def command() -> int:
@@ -411,8 +435,14 @@ def command() -> int:
     try:
         print(json.dumps(main(tyro.cli(Args, description=__doc__.split("\n\n")[0]))))
     except (Refused, PolicyError, Interrupted, Fault, ArmFault, BusError, CameraError) as error:
-        print("; ".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
-        return getattr(error, "status", 2 if isinstance(error, Refused | PolicyError) else 1)
+        print(sentence(error), file=sys.stderr)
+        return status(error)
+    except Exception as error:  # not foreseen, but not without a sentence either
+        import traceback
+
+        traceback.print_exc()
+        print(sentence(error), file=sys.stderr)
+        return 1
     return 0
 
 

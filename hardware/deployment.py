@@ -4,20 +4,40 @@
 """
 
 import math
+import re
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
-from hardware.camera import Camera
+from hardware.camera import Camera, CameraError
 from hardware.feetech import Bus, BusError
 from hardware.governor import Limits, govern
-from hardware.so101 import JOINTS, SO101, ArmFault, Calibration, State
+from hardware.policy import PolicyError, load_policy
+from hardware.so101 import (
+    ARM_VELOCITY,
+    GRIPPER,
+    JOINTS,
+    SO101,
+    ArmFault,
+    Calibration,
+    State,
+    arm_limits,
+)
 
 MOVE_SPEED = 0.5  # rad/s, the fastest joint on the way to the start pose and back
 REACHED = 0.15  # rad from the start pose at which the arm counts as being there: gravity makes it hang a little
-LATE_TICKS = 3  # so many ticks in a row, each late by more than a period, stop the arm
-FASTEST = 2.5  # rad/s that a policy may ask of a joint; the servos end at about 4.7
+LATE, LATE_TICKS = (
+    0.25,
+    3,
+)  # periods by which a tick is late and is left out; so many in a row stop the arm
+BAD_ACTIONS = 2  # that are no numbers, in a run: one may hold, the second stops
+# s: an image 33 ms late costs nothing, 66 ms a quarter of the success (docs/hardware.md). A tick without a newer one
+# holds, so many in a row stop the arm.
+FRAME_AGE, LATE_FRAMES = 0.05, 3
+ALGORITHMS = ("drqv2", "sac_pixels", "squint_sac")  # of algos/, whose policies may drive the arm
+LONGEST = 100_000  # ticks of an episode
 SEMANTICS = "target += action * action_scale"
 LAYOUT = ["joint_position"] * 6 + ["joint_target"] * 6
 NEXT = {"idle": ("hold", "stop"), "hold": ("move", "run", "stop"), "move": ("hold", "stop"), "run": ("hold", "stop"),
@@ -41,6 +61,26 @@ class Interrupted(Exception):
 
 
 # ------------------------------------------------------------------------------------------------ what must fit -------
+def trusted_policy(path: str | Path):
+    """`load_policy`, for files of the algorithms above alone: no module is imported because a file names it.
+
+    Raises PolicyError.
+    """
+    path = Path(path)
+    if path.suffix == ".pt" and path.is_file():
+        try:
+            import torch
+
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception:  # load_policy says what is wrong
+            content = None
+        name = content.get("algo") if isinstance(content, dict) else None
+        if name is not None and name not in ALGORITHMS:
+            known = ", ".join(ALGORITHMS)
+            raise PolicyError(f"{path} names the algorithm {name!r}; the arm runs those of {known}")
+    return load_policy(path)
+
+
 def check_policy(
     policy, cameras: tuple[str, ...] | None = None, measured: dict | None = None
 ) -> Limits:
@@ -48,11 +88,25 @@ def check_policy(
 
     cameras: names of those given, if known. measured: what hardware/align_camera.py has written of this arm's cameras.
     """
-    spec = policy.spec
+    try:
+        return _check_policy(policy.spec, cameras, measured)
+    except KeyError as error:
+        raise Refused(f"the policy's spec has no {error.args[0]}: train it again") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise Refused(
+            str(error)
+            if isinstance(error, ValueError)
+            else f"the policy's spec is damaged: {error}"
+        ) from None
+
+
+def _check_policy(spec: dict, cameras: tuple[str, ...] | None, measured: dict | None) -> Limits:
     if spec.get("robot") != "so101":
         raise Refused(
             f"the policy was trained for {spec.get('robot') or spec.get('env_id', '?')}, not for an SO-101"
         )
+    if not re.fullmatch(r"[\w.-]{1,100}", str(spec["env_id"])):
+        raise Refused(f"the policy's task {str(spec['env_id'])[:100]!r} is no name of one")
     if tuple(spec["joint_names"]) != JOINTS:
         raise Refused(
             f"the policy's joints are {', '.join(spec['joint_names'])}; the arm's are {', '.join(JOINTS)}"
@@ -74,16 +128,18 @@ def check_policy(
         raise Refused(
             f"the policy was trained at {hz:g} Hz; the bus and a camera of 30 frames a second allow 1 to 50"
         )
-    if (speed := float((scale * hz).max())) > FASTEST:
+    if (speed := float((scale * hz).max())) > ARM_VELOCITY:
         raise Refused(
-            f"the policy may ask for {speed:.2f} rad/s, more than the {FASTEST} that the deployer allows"
+            f"the policy may ask for {speed:.2f} rad/s, more than the {ARM_VELOCITY} that the arm allows"
         )
-    try:
-        limits = Limits.from_spec(spec)
-    except ValueError as error:
-        raise Refused(str(error)) from None
+    if not 1 <= int(spec["max_episode_steps"]) <= LONGEST:
+        raise Refused(
+            f"the policy's episodes have {spec['max_episode_steps']} steps; 1 to {LONGEST} are allowed"
+        )
+    limits = arm_limits(spec)
     start = np.asarray(spec["start_pose"], float)
-    if start.shape != (6,) or (start < limits.low).any() or (start > limits.high).any():
+    inside = start.shape == (6,) and (start >= limits.low).all() and (start <= limits.high).all()
+    if not inside:  # NaN too
         raise Refused(f"the policy's start pose {spec['start_pose']} is outside its joint limits")
     if not spec["cameras"]:
         raise Refused("the policy was trained without a camera, on what only a simulator knows")
@@ -108,6 +164,32 @@ def check_policy(
 
 
 # ------------------------------------------------------------------------------------------------- the control loop ---
+class Ticker:
+    """Absolute deadlines, one a period. A tick that is late by more than LATE of a period is left out, not made up for.
+
+    late: such ticks in a row.
+    """
+
+    def __init__(self, clock: Callable[[], float], sleep: Callable[[float], None], period: float):
+        self.clock, self.sleep, self.period = clock, sleep, period
+        self.due, self.late = clock(), 0
+
+    def wait(self) -> None:
+        """Until the next deadline. Raises Fault after LATE_TICKS late ones in a row."""
+        self.due += self.period
+        behind = (self.clock() - self.due) / self.period
+        if behind <= LATE:
+            self.late = 0
+        else:
+            self.late += 1
+            self.due += math.ceil(behind - 1e-6) * self.period
+        if self.late >= LATE_TICKS:
+            raise Fault(
+                f"{self.late} ticks in a row came too late: the computer is too slow or too busy"
+            )
+        self.sleep(self.due - self.clock())
+
+
 class Deployment:
     """A policy in charge of an arm: see the states above. Leaving it as a context stops the arm, come what may.
 
@@ -115,7 +197,7 @@ class Deployment:
     cameras         {name: Camera}, in the order of the policy's
     clock, sleep    seconds, and how to let them pass
     latency         control periods by which every action is held back
-    confirm         asked before every tick of a run; False stops. None: not asked
+    confirm         asked before every tick of a run, again and again while it says None; False stops. None: not asked
     beat            called at least every 50 ms while torque may be on; may raise to stop
     each_tick       called with the record of every tick of a run, before the wait for the next one
     dry             torque stays off and nothing is written to the arm
@@ -136,26 +218,21 @@ class Deployment:
         beat: Callable[[], None] = lambda: None,
         each_tick: Callable[[dict], None] = lambda record: None,
         dry: bool = False,
+        frame_age: float = FRAME_AGE,
     ):
-        self.policy, self.arm, self.cameras, self.limits, self.dry = (
-            policy,
-            arm,
-            cameras,
-            limits,
-            dry,
-        )
-        self.clock, self.wait, self.beat, self.confirm, self.each_tick = (
-            clock,
-            sleep,
-            beat,
-            confirm,
-            each_tick,
-        )
+        self.policy, self.arm, self.cameras = policy, arm, cameras
+        self.limits, self.dry, self.frame_age = limits, dry, frame_age
+        self.clock, self.wait, self.beat = clock, sleep, beat
+        self.confirm, self.each_tick = confirm, each_tick
         self.latency, self.scale, self.period = latency, scale, 1 / float(policy.spec["control_hz"])
+        arm.sleep, arm.period = (
+            self.sleep,
+            self.period,
+        )  # the heart beats during the arm's own waits too
         self.action_scale = np.asarray(policy.spec["action_scale"], np.float64)
         self.state, self.home, self.problem, self.torque = "idle", None, None, {}
         self.target, self.velocity = None, np.zeros(6)
-        self.episode = self.tick = 0
+        self.episode = self.tick = self.bad_actions = self.late_frames = 0
 
     # States
     def _enter(self, state: str) -> None:
@@ -181,6 +258,7 @@ class Deployment:
             self._enter("hold")  # says why not
         for camera in self.cameras.values():
             camera.wait()
+        self.beat()
         (self.arm.identify if self.dry else self.arm.start)()
         present = self.arm.read()
         self._enter("hold")
@@ -201,15 +279,16 @@ class Deployment:
             else math.ceil(np.abs(goal - begin).max() * math.pi / 2 / MOVE_SPEED / self.period)
         )
         settle = math.ceil(0.5 / self.period)
-        deadline = self.clock()
+        ticker = Ticker(self.clock, self.sleep, self.period)
         for i in range(1, steps + settle + 1 if steps else 0):
             share = (1 - math.cos(math.pi * min(i / steps, 1))) / 2
             way = begin + share * (goal - begin) - self.target
-            self._command(way / self.action_scale, self.arm.read(self.period / 2))
-            deadline += self.period
-            self.sleep(deadline - self.clock())
+            self._command(way / self.action_scale, self.arm.read())
+            ticker.wait()
         if steps:
-            off = np.abs(self.arm.read(self.period / 2).position - goal)
+            off = self.arm.read().position - goal
+            off[GRIPPER] = min(off[GRIPPER], 0.0)  # a jaw that does not close holds something
+            off = np.abs(off)
             if off.max() > REACHED:
                 joint = JOINTS[int(off.argmax())]
                 raise Fault(
@@ -224,7 +303,7 @@ class Deployment:
         """hold: stands there, watched, for some time or until something stops it."""
         end = self.clock() + seconds
         while self.clock() < end:
-            self.arm.read(self.period / 2)
+            self.arm.read()
             self.sleep(min(self.period, end - self.clock()))
 
     def _command(self, action, present: State):
@@ -249,36 +328,26 @@ class Deployment:
     def run(self, steps: int) -> None:
         """hold -> run -> hold: the policy acts for `steps` ticks. Raises whatever stops it; the caller then stops."""
         self._enter("run")
-        self.policy.reset()
-        waiting, late, begin, due = deque(), 0, self.clock(), 0
+        self._ask(self.policy.reset)
+        waiting, ticker = deque(), Ticker(self.clock, self.sleep, self.period)
         for self.tick in range(steps):
-            late = late + 1 if self.clock() > begin + (due + 1) * self.period else 0
-            if late >= LATE_TICKS:
-                raise Fault(
-                    f"{late} ticks in a row came more than a period late: the computer is too slow or too busy"
-                )
-            due = max(
-                due, math.floor((self.clock() - begin) / self.period + 1e-6)
-            )  # missed ticks are not made up for
             self.beat()
-            begun, present = self.clock(), self.arm.read(self.period / 2)
+            begun, present = self.clock(), self.arm.read()
             frames = {name: camera.latest() for name, camera in self.cameras.items()}
-            rgb = np.concatenate(
-                [self.policy.preprocess(frame.rgb) for frame in frames.values()], -1
-            )
-            state = np.concatenate((present.position, self.target)).astype(np.float32)[None]
-            action = np.asarray(self.policy.act({"rgb": rgb, "state": state}), np.float64)[0]
+            age = max(self.clock() - frame.time for frame in frames.values())
+            images = [self._ask(self.policy.preprocess, frame.rgb) for frame in frames.values()]
+            rgb = np.concatenate(images, -1)
+            action = self._act(rgb, present, age)
             waiting.append(action)
             delayed = waiting.popleft() if len(waiting) > self.latency else np.zeros(6)
             record = dict(
                 episode=self.episode, tick=self.tick, time=begun, state=present, rgb=rgb, frames=frames, action=action,
-                frame_age=max(self.clock() - frame.time for frame in frames.values()), late=late,
-                target_before=self.target, velocity_before=self.velocity, asked=delayed * self.scale,
+                frame_age=age, late=ticker.late, target_before=self.target, velocity_before=self.velocity,
+                asked=delayed * self.scale,
             )  # fmt: skip
             if self.confirm is not None:
-                if not self.confirm(record):
-                    raise Interrupted("stopped by the operator")
-                begin, due = self.clock(), 0  # the pause does not count
+                present = self._wait_for_person(record, present)
+                ticker = Ticker(self.clock, self.sleep, self.period)  # the pause does not count
             command = self._command(delayed * self.scale, present)
             record |= dict(
                 target=command.target,
@@ -287,10 +356,51 @@ class Deployment:
                 sent=self.clock(),
             )
             self.each_tick(record)
-            due += 1
-            self.sleep(begin + due * self.period - self.clock())
+            ticker.wait()
         self.episode += 1
         self._enter("hold")
+
+    def _ask(self, call, *arguments):
+        """What the policy answers. Raises Fault for whatever it raises."""
+        try:
+            return call(*arguments)
+        except Exception as error:
+            what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+            raise Fault(f"the policy failed at tick {self.tick}: {what}") from error
+
+    def _act(self, rgb: np.ndarray, present: State, age: float) -> np.ndarray:
+        """The policy's action, (6,). One that is no number, or an image that is late, holds for a tick; more of them,
+        and whatever else is wrong with the policy, raise Fault or CameraError."""
+        if age > self.frame_age:
+            self.late_frames += 1
+            if self.late_frames >= LATE_FRAMES:
+                raise CameraError(
+                    f"the newest image is {1000 * age:.0f} ms old, {LATE_FRAMES} times in a row; more than "
+                    f"{1000 * self.frame_age:.0f} ms cost success. Is the camera slower than 30 frames a second?"
+                )
+            return np.zeros(6)
+        self.late_frames = 0
+        state = np.concatenate((present.position, self.target)).astype(np.float32)[None]
+        answer = self._ask(self.policy.act, {"rgb": rgb, "state": state})
+        action = self._ask(np.asarray, answer, np.float64)
+        if action.shape != (1, 6):
+            raise Fault(f"the policy's action has the shape {action.shape}, not (1, 6)")
+        if not np.isfinite(action).all():
+            self.bad_actions += 1
+            if self.bad_actions >= BAD_ACTIONS:
+                raise Fault(
+                    f"the policy's action is no number, for the second time, at tick {self.tick}"
+                )
+        return action[0]
+
+    def _wait_for_person(self, record: dict, present: State) -> State:
+        """Until `confirm` decides. The arm is watched meanwhile. -> its newest state. Raises Interrupted for a no."""
+        while (answer := self.confirm(record)) is None:
+            self.sleep(self.period)
+            present = self.arm.read()
+        if not answer:
+            raise Interrupted("stopped by the operator")
+        return present
 
     def stop(self, reason: str | None = None, hard: bool = False) -> dict[str, str]:
         """any -> stop, which is final. Hold, grow weak, let go; `hard`: let go at once. Never raises.
@@ -298,34 +408,32 @@ class Deployment:
         -> {joint: "off", "on" or "silent"}, as read back; also in `torque`.
         """
         self.problem = self.problem or reason
-        ladder = not hard and self.state in ("hold", "move", "run") and not self.dry
         self.state = "stop"
-        for action, pause in ((self.arm.hold, 0.3), (self.arm.low_torque, 1.0)) if ladder else ():
-            try:
-                action()
-                self.sleep(pause)
-            except Exception:  # whatever fails on the way down, the next step is tried
-                break
-        self.torque = {} if self.dry else self.arm.stop()
+        self.torque = {} if self.dry else self.arm.stop(gently=not hard)
         return self.torque
 
     def ending(self) -> str:
         """What became of the torque, in a sentence."""
         if self.dry:
             return "nothing was written to the servos"
-        left = [name for name, state in self.torque.items() if state != "off"]
-        return (
-            f"torque-off is not confirmed by {', '.join(left)}: switch the power off"
-            if left
-            else "torque is off"
-        )
+        if self.arm.outcome is None:
+            return "the arm has not started"
+        return self.arm.outcome.sentence(self.arm.names)
+
+    def check_whole(self) -> None:
+        """After the arm was let go: raises Fault if the run must not count as one without a fault."""
+        if any(state != "off" for state in self.torque.values()):
+            raise Fault(self.ending())
+        if self.bad_actions:
+            raise Fault("the policy's action was no number once; the arm held for that tick")
 
     def __enter__(self) -> "Deployment":
         return self
 
     def __exit__(self, kind, error, trace) -> None:
         # A hot servo can still hold; what has another fault, or a bus that fails, is not given another goal.
-        hard = isinstance(error, BusError) or isinstance(error, ArmFault) and error.kind != "heat"
+        hard = isinstance(error, BusError) and error.kind != "watchdog"
+        hard = hard or isinstance(error, ArmFault) and error.kind != "heat"
         self.stop(None if error is None else str(error) or kind.__name__, hard)
 
 
@@ -365,6 +473,5 @@ def emulated_episode(
         deployment.move(first)
         deployment.run(steps)
         success = rig.scene.success(deployment.target)
-    if any(state != "off" for state in deployment.torque.values()):
-        raise Fault(deployment.ending())
+    deployment.check_whole()
     return {"success": success, "success_once": success or any(once), "rules": fired}

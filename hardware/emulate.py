@@ -10,9 +10,10 @@ images through `hardware/camera.py`, exactly as with the real arm.
 measures a policy in closed loop over 64 episodes, beside the simulator's own rate on the same episodes. This is the
 only module of `hardware/` that imports a simulator.
 
-What is emulated and what is not: the servos' controllers, torque limits, protections and wire, and the arm's weight as
-a load on them; no flexibility, no backlash, and nothing that the arm touches pushes back (a jaw closes through a cube:
-grasping cannot be judged here). The frame is drawn with one ray a pixel, without lens, blur or noise.
+What is emulated and what is not: the servos' controllers, torque limits, protections and wire, the arm's weight as a
+load on them, and if asked for the play of their gears; no flexibility, and nothing that the arm touches pushes back (a
+jaw closes through a cube: grasping cannot be judged here). The frame is drawn with one ray a pixel, without lens, blur
+or noise.
 """
 
 import csv
@@ -26,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from hardware.camera import Camera, CameraError, RenderSource, aligned_cameras, frame_around
-from hardware.deployment import Refused, check_policy, emulated_episode
+from hardware.deployment import Refused, check_policy, emulated_episode, trusted_policy
 from hardware.emulator import EmulatedBus, EmulatedTransport, VirtualClock
 from hardware.feetech import STEPS
 from hardware.so101 import Calibration
@@ -330,6 +331,7 @@ class Args:
     )  # control periods between an observation and its command
     camera_delay: float = 0.0  # s that images are late, besides
     gravity: bool = True  # the arm's weight loads the servos
+    backlash: float = 0.0  # degrees of play in every gear; others measured about 1
     frame_size: int = 240  # pixels a side that the camera draws, one ray each; the training's own size: as in training
     simulator: bool = True  # measure the simulator on the same episodes too
     episodes: int = 64  # of those that the evaluation in training uses
@@ -376,10 +378,8 @@ def simulator_success(policy, count: int, noise: bool) -> tuple[np.ndarray, np.n
 def main(args: Args) -> None:
     import torch
 
-    from hardware.policy import TorchPolicy
-
     torch.set_num_threads(1)
-    policy = TorchPolicy(args.checkpoint)
+    policy = trusted_policy(args.checkpoint)
     limits, steps = (
         check_policy(policy, measured=aligned_cameras()),
         int(policy.spec["max_episode_steps"]),
@@ -415,7 +415,7 @@ def main(args: Args) -> None:
     scenes = episodes(policy.spec["env_id"], args.episodes)
     samples = policy.net.args.samples_per_pixel if args.frame_size == size else 1
     rig = EmulatedArm(policy.spec, frame_size=args.frame_size, samples=samples, camera_delay=args.camera_delay,
-                      gravity=args.gravity)  # fmt: skip
+                      gravity=args.gravity, backlash=args.backlash * STEPS / 360)  # fmt: skip
     calibration = Calibration.from_dict(rig.calibration())
     for latency in args.latency_periods:
         results, fired = [], {}

@@ -12,8 +12,9 @@ Written from the protocol's facts, not measured on a servo. What is modelled, al
 
 What nobody here could look up on a servo is an option of `EmulatedBus`, so that tests can try both answers: torque and
 goal at power-up, whether a silent servo stops the ones behind it in a sync read, whether errors go away by themselves,
-whether the goal reads back as it was limited, the sign of the current. Not modelled: backlash, noise of the encoder,
-modes 1 to 3, I, the least starting force, a request that runs into a reply on the line.
+whether the goal reads back as it was limited, the sign of the current, whether a reading stays within a turn. Play of
+the gears (others measured about 1 degree), an adapter's latency timer and a share of lost replies are options too. Not
+modelled: noise of the encoder, modes 1 to 3, I, the least starting force, a request that runs into a reply on the line.
 
     clock = VirtualClock()
     bus = Bus(EmulatedTransport(EmulatedBus(range(1, 7), clock), clock), clock)
@@ -29,6 +30,7 @@ import itertools
 import json
 import math
 import os
+import random
 import select
 import struct
 import subprocess
@@ -128,6 +130,7 @@ class Servo:
         self._goal = 0  # as limited
         self.eeprom_writes: Counter[int] = Counter()  # address -> how often its cell was written
         self.encoder, self.velocity = float(position), 0.0
+        self.slack = 0.0  # steps that the shaft is ahead of the gears, within half their play
         self.load: float | Callable[[Servo], float] = 0.0
         self.blocked = self.silent = self.deaf = False
         self.temperature, self.current, self.duty, self.forced_errors = options.ambient, 0.0, 0.0, 0
@@ -176,8 +179,11 @@ class Servo:
 
     def _present(self) -> float:
         s = self._settings()
-        position = self.encoder - s["homing_offset"]
-        return position if s["phase"] & 0x10 else position % ft.STEPS
+        if s["phase"] & 0x10:
+            return self.encoder - s["homing_offset"]
+        if self.options.readings_wrap:
+            return (self.encoder - s["homing_offset"]) % ft.STEPS
+        return self.encoder % ft.STEPS - s["homing_offset"]
 
     @position.setter
     def position(self, value: float) -> None:
@@ -223,7 +229,9 @@ class Servo:
     def _refresh(self) -> None:
         """Writes what is measured into the registers."""
         position, current = round(self._present()), round(self.current / ft.CURRENT_UNIT)
-        position = signed(position, 15) if self._settings()["phase"] & 0x10 else position % ft.STEPS
+        if self.options.readings_wrap and not self._settings()["phase"] & 0x10:
+            position %= ft.STEPS
+        position = signed(position, 15)
         current = signed(current, 15) if self.options.signed_current else abs(current)
         moving = abs(self.velocity) > 1 or self.setpoint_velocity != 0
         struct.pack_into(
@@ -323,10 +331,23 @@ class Servo:
             self.velocity = free / (1 + gain * brake / NO_LOAD_SPEED)
             if before * self.velocity < 0 and abs(push) <= FRICTION or abs(self.velocity) < 1e-3:
                 self.velocity = 0.0  # friction stops it, but does not turn it round
-            self.encoder += self.velocity * dt
+            self._drive(self.velocity * dt, push - self.duty * volts)
         self.current = (
             STALL_CURRENT * (self.duty * volts - self.velocity / NO_LOAD_SPEED) if driven else 0.0
         )
+
+    def _drive(self, steps: float, load: float) -> None:
+        """The gears turn by so many steps; the shaft follows once their play is taken up, at once where a load does."""
+        half = self.options.backlash / 2
+        if not half:
+            self.encoder += steps
+            return
+        gears = self.encoder - self.slack + steps
+        if abs(load) > FRICTION:
+            self.encoder = gears + math.copysign(half, load)
+        else:
+            self.encoder = max(gears - half, min(gears + half, self.encoder))
+        self.slack = self.encoder - gears
 
     def _protect(self, s: dict[str, int], dt: float) -> None:
         """Temperature, and the four protections: bits of `errors`."""
@@ -378,13 +399,21 @@ class EmulatedBus:
         errors_latch: bool = False,
         goal_reads_back_limited: bool = True,
         signed_current: bool = False,
+        readings_wrap: bool = True,
+        backlash: float = 0.0,
+        usb_latency: float = 0.0,
+        loss: float = 0.0,
         wire_time: bool = True,
         voltage: float = 7.4,
         nominal_voltage: float = 7.4,
         resistance: float = 0.02,
         ambient: float = 25.0,
     ):
-        """power_up_goal: what goal_position holds at first; None: the present position. position: of all shafts."""
+        """power_up_goal: what goal_position holds at first; None: the present position. position: of all shafts.
+        readings_wrap: a position stays within 0 to 4095; if not, it is encoder - offset, below 0 and above 4095 too.
+        backlash: steps of play; 1 degree are 11.4. usb_latency: s that the adapter keeps replies. loss: share of the
+        replies that get lost at random.
+        """
         self.clock = clock or VirtualClock()
         self.power_up_torque, self.power_up_goal, self.absent_blocks = (
             power_up_torque,
@@ -393,6 +422,8 @@ class EmulatedBus:
         )
         self.errors_latch, self.goal_reads_back_limited = errors_latch, goal_reads_back_limited
         self.signed_current, self.wire_time = signed_current, wire_time
+        self.readings_wrap, self.backlash = readings_wrap, backlash
+        self.usb_latency, self.loss, self.random = usb_latency, loss, random.Random(0)
         self.voltage = self.voltage_now = voltage
         self.nominal_voltage, self.resistance, self.ambient = nominal_voltage, resistance, ambient
         self.baud = 1_000_000  # that the host talks at
@@ -653,13 +684,14 @@ class EmulatedBus:
         if self._corrupt:
             self._corrupt -= 1
             message = message[:-1] + bytes((message[-1] ^ 0x55,))
-        if self._drop[id] > 0:
-            self._drop[id] -= 1
+        if self._drop[id] > 0 or self.random.random() < self.loss:
+            self._drop[id] = max(self._drop[id] - 1, 0)
             return True  # lost on the way to the host: the other servos have heard it
         if self._noise:
             message, self._noise = self._noise + message, b""
         if self._delay.get(id):
             begin += self._delay[id].pop(0)
+        begin += self.usb_latency
         if self._output:  # bytes keep their order
             last, before = self._output[-1]
             begin = max(begin, last + (len(before) - 1) * self._byte_time)

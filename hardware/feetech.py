@@ -12,8 +12,8 @@ What a caller may rely on:
     it needs, and a write, whose answer has no length to vary, follows such a read. This relies on adapters keeping
     bytes in order, and on a reply being at most `LATE` requests late.
  4. The error bits of every reply are in its `Status`, in the same call.
- 5. A call asks 1 + retries times and waits `timeout` for each; twice that where a write follows a lost answer. `ping`
-    listens for one more.
+ 5. A call asks 1 + retries times and waits `timeout` for each, or an equal share of its `budget`; twice that where a
+    write follows a lost answer. `ping` listens for one more.
 
     bus = Bus(SerialTransport("/dev/ttyACM0"))
     status = bus.sync_read(range(1, 7), *REGISTERS["present_position"])
@@ -29,13 +29,30 @@ from dataclasses import dataclass
 try:
     import termios
 
-    PORT_ERRORS: tuple[type[Exception], ...] = (OSError, termios.error)  # termios.error is not an OSError
+    PORT_ERRORS: tuple[type[Exception], ...] = (
+        OSError,
+        termios.error,
+    )  # termios.error is not an OSError
 except ImportError:  # Windows
     PORT_ERRORS = (OSError,)
 
 BROADCAST = 0xFE
-PING, READ, WRITE, REG_WRITE, ACTION, SYNC_READ, SYNC_WRITE = 0x01, 0x02, 0x03, 0x04, 0x05, 0x82, 0x83
-BAUD_RATES = (1_000_000, 500_000, 250_000, 128_000, 115_200)  # by code; the tables disagree about higher codes
+PING, READ, WRITE, REG_WRITE, ACTION, SYNC_READ, SYNC_WRITE = (
+    0x01,
+    0x02,
+    0x03,
+    0x04,
+    0x05,
+    0x82,
+    0x83,
+)
+BAUD_RATES = (
+    1_000_000,
+    500_000,
+    250_000,
+    128_000,
+    115_200,
+)  # by code; the tables disagree about higher codes
 STEPS = 4096  # of the encoder, a turn
 CURRENT_UNIT = 0.0065  # A a step of present_current and protection_current
 LATE = 8  # unanswered requests that a servo may still answer (3. above)
@@ -126,7 +143,9 @@ def describe_errors(error: int) -> str:
 def check(status: Status) -> Status:
     """Returns the status, or raises BusError(kind="status") if any of its error bits is set."""
     if status.error:
-        raise BusError(f"servo {status.id} reports: {describe_errors(status.error)}", [status.id], "status")
+        raise BusError(
+            f"servo {status.id} reports: {describe_errors(status.error)}", [status.id], "status"
+        )
     return status
 
 
@@ -171,7 +190,9 @@ class SerialTransport:
         self.port = port
         try:
             # Reads return after a millisecond: changing pyserial's time-out for each read would set up the port anew.
-            self.serial = serial.Serial(port, baud, timeout=0.001, write_timeout=0.1, exclusive=True)
+            self.serial = serial.Serial(
+                port, baud, timeout=0.001, write_timeout=0.1, exclusive=True
+            )
         except (*PORT_ERRORS, ValueError) as error:
             raise BusError(self._cannot_open(error)) from None
 
@@ -190,7 +211,9 @@ class SerialTransport:
 
     def _failed(self, error: Exception) -> BusError:
         text = error.args[-1] if error.args else type(error).__name__
-        return BusError(f"{self.port} failed ({text}): is the adapter still plugged in and powered?")
+        return BusError(
+            f"{self.port} failed ({text}): is the adapter still plugged in and powered?"
+        )
 
     def write(self, data: bytes) -> None:
         """Hands all bytes to the port."""
@@ -233,7 +256,13 @@ class SerialTransport:
 class Bus:
     """Requests and replies over a transport. Not for several threads at once."""
 
-    def __init__(self, transport, clock: Callable[[], float] = time.monotonic, timeout: float = 0.01, retries: int = 2):
+    def __init__(
+        self,
+        transport,
+        clock: Callable[[], float] = time.monotonic,
+        timeout: float = 0.01,
+        retries: int = 2,
+    ):
         """timeout: seconds that one request is waited for; retries: further requests after a failed one."""
         self.transport, self.clock, self.timeout, self.retries = transport, clock, timeout, retries
         self.statistics = dict(requests=0, retries=0, timeouts=0, corrupt=0)
@@ -248,22 +277,31 @@ class Bus:
             raise self._no_answer(id, garbled)
         return found[id]
 
-    def sync_read(self, ids: Iterable[int], address: int, size: int, budget: float | None = None) -> dict[int, Status]:
+    def sync_read(
+        self, ids: Iterable[int], address: int, size: int, budget: float | None = None
+    ) -> dict[int, Status]:
         """The same registers of several servos. Who has not answered after all retries is not in the result.
 
-        budget: seconds from now in which everything, retries included, has to be over; None: no limit but the retries.
+        budget: seconds in which everything, retries included, has to be over: each request waits for its share of it.
+        None: each waits for the bus's time-out.
         """
         return self._read(SYNC_READ, list(ids), address, size, budget)[0]
 
-    def _read(self, instruction: int, missing: list[int], address: int, size: int, budget: float | None):
-        if not missing or size < 1 or address < 0 or address + size > 128 or len(set(missing)) < len(missing):
+    def _read(
+        self, instruction: int, missing: list[int], address: int, size: int, budget: float | None
+    ):
+        if (
+            not missing
+            or size < 1
+            or address < 0
+            or address + size > 128
+            or len(set(missing)) < len(missing)
+        ):
             raise ValueError(f"cannot read {size} bytes at {address} of the servos {missing}")
-        end = None if budget is None else self.clock() + budget
+        timeout = self.timeout if budget is None else budget / (1 + self.retries)
         found: dict[int, Status] = {}
         garbled = False
         for attempt in range(1 + self.retries):
-            if attempt and end is not None and self.clock() + self.timeout > end:
-                break
             # A number of bytes that no reply on its way has.
             late = {length for id in missing for length in self._late[id]}
             asked = next((n for n in range(size, 128 - address + 1) if n not in late), size)
@@ -272,7 +310,7 @@ class Bus:
             else:
                 request = packet(BROADCAST, SYNC_READ, bytes((address, asked, *missing)))
             sent = self.clock()
-            answers, broken = self._exchange(request, missing, asked, retry=attempt > 0)
+            answers, broken = self._exchange(request, missing, asked, attempt > 0, timeout)
             garbled |= broken
             for id, (error, data) in answers.items():
                 found[id] = Status(id, error, data[:size], sent)
@@ -289,7 +327,11 @@ class Bus:
         status = self._confirmed(packet(id, PING), id)
         if self.transport.read(1, self.timeout):
             self.statistics["corrupt"] += 1
-            raise BusError(f"more than one answer to a ping of id {id}: do two servos have it?", [id], "corrupt")
+            raise BusError(
+                f"more than one answer to a ping of id {id}: do two servos have it?",
+                [id],
+                "corrupt",
+            )
         return status
 
     def write(self, id: int, address: int, data: bytes) -> Status:
@@ -308,7 +350,9 @@ class Bus:
         """Writes the same registers of several servos, each its own bytes. Nobody confirms."""
         sizes = {len(data) for data in values.values()}
         if len(sizes) != 1 or BROADCAST in values:
-            raise ValueError(f"sync_write: {len(values)} servos with {sorted(sizes)} bytes; all need as many")
+            raise ValueError(
+                f"sync_write: {len(values)} servos with {sorted(sizes)} bytes; all need as many"
+            )
         body = b"".join(bytes((id,)) + data for id, data in values.items())
         self._send(packet(BROADCAST, SYNC_WRITE, bytes((address, *sizes)) + body))
 
@@ -328,6 +372,17 @@ class Bus:
             if answers or garbled:
                 found.append(id)
         return found
+
+    def round_trip(self, id: int, patience: float = 0.1) -> float | None:
+        """Seconds from a request to its answer, the shortest of five; None where no answer comes within `patience`."""
+        times = []
+        for _ in range(5):
+            begin = self.clock()
+            if self._exchange(packet(id, PING), [id], 0, timeout=patience)[0]:
+                times.append(self.clock() - begin)
+            elif not times:
+                return None
+        return min(times)
 
     def close(self) -> None:
         self.transport.close()
@@ -354,7 +409,10 @@ class Bus:
         """Reads something of unmistakable length: behind its reply nothing old can come."""
         address = REGISTERS["id"][0]
         size = next(n for n in range(1, LATE + 2) if n not in self._late[id])
-        return id in self._exchange(packet(id, READ, bytes((address, size))), [id], size, retry=True)[0]
+        return (
+            id
+            in self._exchange(packet(id, READ, bytes((address, size))), [id], size, retry=True)[0]
+        )
 
     # The line
     def _send(self, request: bytes, retry: bool = False) -> None:
@@ -363,9 +421,16 @@ class Bus:
         self.transport.flush_input()
         self.transport.write(request)
 
-    def _exchange(self, request: bytes, ids: list[int], size: int, retry: bool = False):
+    def _exchange(
+        self,
+        request: bytes,
+        ids: list[int],
+        size: int,
+        retry: bool = False,
+        timeout: float | None = None,
+    ):
         """One request: the replies that came in time, {id: (error, data)}, and whether there were unusable bytes."""
-        deadline = self.clock() + self.timeout
+        deadline = self.clock() + (self.timeout if timeout is None else timeout)
         self._send(request, retry)
         buffer, found, rest = b"", {}, 0
         while len(found) < len(ids) and (left := deadline - self.clock()) > 0:
@@ -375,10 +440,14 @@ class Bus:
                 break
             buffer += data
             packets, rest = frames(buffer)
-            found = {id: (error, data) for id, error, data in packets if id in ids and len(data) == size}
+            found = {
+                id: (error, data) for id, error, data in packets if id in ids and len(data) == size
+            }
         for id in ids:
             if id in found:
-                self._late[id].clear()  # bytes keep their order: whatever was on its way has come before this reply
+                self._late[
+                    id
+                ].clear()  # bytes keep their order: whatever was on its way has come before this reply
             else:
                 self._late[id].append(size)
         if len(found) < len(ids):
@@ -387,6 +456,10 @@ class Bus:
 
     def _no_answer(self, id: int, garbled: bool) -> BusError:
         if garbled:
-            text = f"servo {id}: what comes back is garbled: a bad cable, or two servos with this id?"
+            text = (
+                f"servo {id}: what comes back is garbled: a bad cable, or two servos with this id?"
+            )
             return BusError(text, [id], "corrupt")
-        return BusError(f"servo {id} does not answer: check power, cable, id and baud rate", [id], "timeout")
+        return BusError(
+            f"servo {id} does not answer: check power, cable, id and baud rate", [id], "timeout"
+        )

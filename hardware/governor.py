@@ -15,7 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 
 RULES = ("finite", "present", "action", "tracking", "joint", "velocity", "acceleration")
-TRACKING_ERROR = (0.35, 0.35, 0.35, 0.35, 0.35, 0.6)  # for a checkpoint whose spec does not say; as envs/so101
+TRACKING_ERROR = (
+    0.35,
+    0.35,
+    0.35,
+    0.35,
+    0.35,
+    0.6,
+)  # for a checkpoint whose spec does not say; as envs/so101
 JOINT_MARGIN = 0.02  # likewise
 ROUNDING = 1e-9  # radians; a smaller change is not reported as a rule that fired
 
@@ -27,7 +34,9 @@ class Limits:
     low: np.ndarray  # joint limits, radians
     high: np.ndarray
     velocity: np.ndarray  # largest speed of a target, radians per second
-    acceleration: np.ndarray  # largest gain of speed, away from rest; a target may always stop. rad/s^2
+    acceleration: (
+        np.ndarray
+    )  # largest gain of speed, away from rest; a target may always stop. rad/s^2
     tracking_error: np.ndarray  # largest distance of a target from the measured joint, radians
     margin: float  # distance that targets keep from low and high, radians
     joint_names: tuple[str, ...]
@@ -41,7 +50,9 @@ class Limits:
         """
         needed = ("joint_names", "joint_low", "joint_high", "action_scale", "control_hz")
         if missing := [key for key in needed if key not in spec]:
-            raise ValueError(f"the policy's spec has no {', '.join(missing)}: train it again with an SO-101 task")
+            raise ValueError(
+                f"the policy's spec has no {', '.join(missing)}: train it again with an SO-101 task"
+            )
         names, hz = tuple(spec["joint_names"]), float(spec["control_hz"])
         speed = np.asarray(spec["action_scale"], float) * hz
         rows = {
@@ -53,12 +64,16 @@ class Limits:
         margin = float(spec.get("joint_margin", JOINT_MARGIN))
         for name, row in rows.items():
             if row.shape != (len(names),) or not np.isfinite(row).all():
-                raise ValueError(f"the policy's spec: {name} must be {len(names)} finite numbers, not {row.tolist()}")
+                raise ValueError(
+                    f"the policy's spec: {name} must be {len(names)} finite numbers, not {row.tolist()}"
+                )
             if name not in ("low", "high") and (row <= 0).any():
                 raise ValueError(f"the policy's spec: {name} must be positive, not {row.tolist()}")
             row.setflags(write=False)
         if not 0 <= margin < np.inf or (rows["low"] + 2 * margin >= rows["high"]).any():
-            raise ValueError(f"the policy's spec: a margin of {margin} leaves no room between the joint limits")
+            raise ValueError(
+                f"the policy's spec: a margin of {margin} leaves no room between the joint limits"
+            )
         return cls(**rows, margin=margin, joint_names=names)
 
 
@@ -67,8 +82,12 @@ class Command:
     """What to send, and why it is not what the policy asked for."""
 
     target: np.ndarray  # (J,) radians
-    velocity: np.ndarray  # (J,) of the target, radians per second: what `govern` wants at the next tick
-    rules: tuple[str, ...]  # those that changed something: "finite", "present", or "<rule> <joint>"; see RULES
+    velocity: (
+        np.ndarray
+    )  # (J,) of the target, radians per second: what `govern` wants at the next tick
+    rules: tuple[
+        str, ...
+    ]  # those that changed something: "finite", "present", or "<rule> <joint>"; see RULES
 
 
 def limit_targets(action, target, velocity, present, dt: float, limits: Limits, action_scale):
@@ -80,7 +99,11 @@ def limit_targets(action, target, velocity, present, dt: float, limits: Limits, 
     """
     target, velocity = np.asarray(target, np.float64), np.asarray(velocity, np.float64)
     action, present = np.asarray(action, np.float64), np.asarray(present, np.float64)
-    if not (np.isfinite(target).all() and np.isfinite(velocity).all() and np.isfinite(action_scale).all()):
+    if not (
+        np.isfinite(target).all()
+        and np.isfinite(velocity).all()
+        and np.isfinite(action_scale).all()
+    ):
         raise ValueError("governor: target, velocity and action scale must be finite")
     if not 0 < dt < np.inf:
         raise ValueError(f"governor: the period must be positive, not {dt}")
@@ -96,8 +119,12 @@ def limit_targets(action, target, velocity, present, dt: float, limits: Limits, 
     step = inside - target
     slow = np.clip(step, -limits.velocity * dt, limits.velocity * dt)
     gain = limits.acceleration * dt
-    calm = np.clip(slow, (np.minimum(velocity, 0) - gain) * dt, (np.maximum(velocity, 0) + gain) * dt)
-    following = np.where(calm == step, inside, target + calm)  # exactly the limit where it is reached
+    calm = np.clip(
+        slow, (np.minimum(velocity, 0) - gain) * dt, (np.maximum(velocity, 0) + gain) * dt
+    )
+    following = np.where(
+        calm == step, inside, target + calm
+    )  # exactly the limit where it is reached
     following = np.where(felt, following, target)
     with np.errstate(invalid="ignore"):  # where present is not finite
         changed = {
@@ -105,17 +132,80 @@ def limit_targets(action, target, velocity, present, dt: float, limits: Limits, 
             "joint": np.abs(inside - near) > ROUNDING, "velocity": np.abs(slow - step) > ROUNDING,
             "acceleration": np.abs(calm - slow) > ROUNDING,
         }  # fmt: skip
-    fired = {"finite": ~known, "present": ~felt} | {rule: mask & felt for rule, mask in changed.items()}
-    return following, (following - target) / dt, {rule: np.broadcast_to(mask, shape) for rule, mask in fired.items()}
+    fired = {"finite": ~known, "present": ~felt} | {
+        rule: mask & felt for rule, mask in changed.items()
+    }
+    return (
+        following,
+        (following - target) / dt,
+        {rule: np.broadcast_to(mask, shape) for rule, mask in fired.items()},
+    )
 
 
 def govern(action, target, velocity, present, dt: float, limits: Limits, action_scale) -> Command:
     """The next command of one arm; arguments and errors as in `limit_targets`."""
-    following, speed, fired = limit_targets(action, target, velocity, present, dt, limits, action_scale)
+    following, speed, fired = limit_targets(
+        action, target, velocity, present, dt, limits, action_scale
+    )
     rules = []
     for rule, mask in fired.items():
         if rule in ("finite", "present"):
             rules += [rule] * bool(mask.any())
         else:
-            rules += [f"{rule} {name}" for name, hit in zip(limits.joint_names, mask, strict=True) if hit]
+            rules += [
+                f"{rule} {name}" for name, hit in zip(limits.joint_names, mask, strict=True) if hit
+            ]
     return Command(following, speed, tuple(rules))
+
+
+# --- Motors -----------------------------------------------------------------------------------------------------------
+STALL_CURRENT = 2.4  # A, of an STS3215 at 7.4 V
+EFFORT_TIME = 10.0  # s over which the square of the current, which heats, is averaged
+EASY, HARD = (
+    0.06,
+    0.16,
+)  # of that average, as a share of the stall current's: full torque below, least above
+COOL, WARM = 50.0, 60.0  # degrees Celsius, likewise
+PRESSING, PRESSING_TIME = (
+    0.1,
+    0.3,
+)  # rad from its goal at which, and s after which, a still joint presses
+STILL = 0.2  # rad/s below which a joint is still
+STEP = 0.02  # of the stall torque: limits change in such steps, so that they are not sent at every tick
+
+
+@dataclass(frozen=True, eq=False)
+class Effort:
+    """How hard motors have worked so far, (J,) each."""
+
+    heating: np.ndarray  # average of (current / stall current)^2 over EFFORT_TIME
+    pressing: np.ndarray  # seconds that a joint has stood still away from its goal
+
+    @classmethod
+    def none(cls, joints: int) -> "Effort":
+        return cls(np.zeros(joints), np.zeros(joints))
+
+
+def spare_motors(effort: Effort, current, temperature, error, speed, dt: float, run, hold):
+    """Torque that motors may use, from what they have done: weaker before they get hot. -> Effort, shares (J,)
+
+    current: A. temperature: degrees Celsius. error: rad between goal and joint. speed: rad/s. dt: s since the last
+    call. run, hold: shares of the stall torque, most and least; the result is always between them. A joint that has
+    pressed for PRESSING_TIME gets the least until it is near its goal again. What is not finite counts as the worst.
+    """
+    current, temperature = np.asarray(current, float), np.asarray(temperature, float)
+    square = np.nan_to_num(np.square(current / STALL_CURRENT), nan=1.0, posinf=1.0)
+    heating = effort.heating + -np.expm1(-dt / EFFORT_TIME) * (
+        np.minimum(square, 1.0) - effort.heating
+    )
+    weak = effort.pressing >= PRESSING_TIME
+    near = np.where(weak, PRESSING / 2, PRESSING)
+    away = ~(np.asarray(error, float) <= near)
+    stands = weak | ~(np.abs(np.asarray(speed, float)) > STILL)
+    pressing = np.where(away & stands, effort.pressing + dt, 0.0)
+    warmth = np.nan_to_num(temperature, nan=WARM, posinf=WARM, neginf=WARM)
+    room = np.minimum((HARD - heating) / (HARD - EASY), (WARM - warmth) / (WARM - COOL))
+    room = np.where(pressing >= PRESSING_TIME, 0.0, np.clip(room, 0.0, 1.0))
+    steps = np.floor(room * (run - hold) / STEP + 1e-9) * STEP
+    shares = np.where(room >= 1.0, run, np.clip(hold + steps, np.minimum(run, hold), run))
+    return Effort(heating, pressing), shares

@@ -19,38 +19,31 @@ A frame shows the jaw past the middle when it is more like the picture after the
 that is not exactly half way, it is as much too late in one direction as too early in the other, so look at the median.
 The table is printed, and appended to a file of one JSON object a line.
 """
-# ruff: noqa: E402  (the lines down to the imports must run before them)
-
-import importlib.util
-import os
-import sys
-from pathlib import Path
-
-VENV = Path(__file__).resolve().parent.parent / ".venv"
-if __name__ == "__main__" and importlib.util.find_spec("hardware") is None:
-    # `make` installs the project in .venv; going on in there lets `python hardware/latency.py` work as typed.
-    if Path(sys.prefix).resolve() == VENV or not (VENV / "bin/python").exists():
-        sys.exit(f"cleanrobot is not installed for {sys.executable}: run `make setup` (or `pip install -e .`) first")
-    os.execv(VENV / "bin/python", [VENV / "bin/python", *sys.argv])
 
 import contextlib
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from hardware.camera import Camera, CameraError, Frame, OpenCVSource
+from hardware.deployment import Refused, check_policy, trusted_policy
 from hardware.feetech import Bus, BusError, SerialTransport
 from hardware.governor import Limits
-from hardware.policy import PolicyError, load_policy
+from hardware.policy import PolicyError
 from hardware.so101 import GRIPPER, JOINTS, SO101, ArmFault, Calibration
 
 STEP = 0.4  # rad of the jaw
 MOVING = 2  # raw steps of the encoder that count as a movement
-SEEN, BLOCK = 2.0, 16  # of 255, besides noise: change of a block of so many pixels a side that counts as seen
+SEEN, BLOCK = (
+    2.0,
+    16,
+)  # of 255, besides noise: change of a block of so many pixels a side that counts as seen
 WATCH = 1.5  # s after a step in which encoder and camera are watched
 # Speeds of the simulated task, for a measurement without a policy; the jaw's joint limits keep a margin from its stops
 SPEC = dict(joint_names=list(JOINTS), joint_low=[-3.0] * 5 + [0.0], joint_high=[3.0] * 5 + [1.6],
@@ -60,9 +53,13 @@ SPEC = dict(joint_names=list(JOINTS), joint_low=[-3.0] * 5 + [0.0], joint_high=[
 @dataclass
 class Args:
     port: str | None = None  # of the arm's adapter, such as /dev/ttyACM0
-    calibration: str | None = None  # the arm's calibration, lerobot's JSON: see hardware/calibrate.py
+    calibration: str | None = (
+        None  # the arm's calibration, lerobot's JSON: see hardware/calibrate.py
+    )
     camera: str | None = None  # number or device of the camera; none: only the bus is measured
-    checkpoint: str | None = None  # policy whose time is measured: a checkpoint (.pt) or an export (.onnx, .npz)
+    checkpoint: str | None = (
+        None  # policy whose time is measured: a checkpoint (.pt) or an export (.onnx, .npz)
+    )
     repeats: int = 5  # steps of the jaw in each direction
     ticks: int = 100  # reads and writes
     out: str = "runs/hardware/latency.jsonl"  # file to which the result is appended
@@ -73,8 +70,10 @@ class Args:
         """Raises ValueError for choices that cannot work together."""
         for message, wrong in {
             "give --port, or --emulate": bool(self.port) == self.emulate,
-            "--calibration is missing: make one with hardware/calibrate.py": self.port and not self.calibration,
-            "--emulate brings its own camera and calibration": self.emulate and (self.camera or self.calibration),
+            "--calibration is missing: make one with hardware/calibrate.py": self.port
+            and not self.calibration,
+            "--emulate brings its own camera and calibration": self.emulate
+            and (self.camera or self.calibration),
             "--repeats and --ticks must be at least 1": min(self.repeats, self.ticks) < 1,
             "--checkpoint needs a camera": self.checkpoint and not (self.camera or self.emulate),
             "--camera-delay must be 0 to 1 s": not 0 <= self.camera_delay <= 1,
@@ -87,7 +86,9 @@ class Args:
 def blocks(rgb: np.ndarray) -> np.ndarray:
     """Mean brightness of blocks of BLOCK x BLOCK pixels: uint8 (H, W, 3) -> (H / BLOCK, W / BLOCK)."""
     h, w = (side // BLOCK * BLOCK for side in rgb.shape[:2])
-    return rgb[:h, :w].reshape(h // BLOCK, BLOCK, w // BLOCK, BLOCK * 3).mean((1, 3), dtype=np.float32)
+    return (
+        rgb[:h, :w].reshape(h // BLOCK, BLOCK, w // BLOCK, BLOCK * 3).mean((1, 3), dtype=np.float32)
+    )
 
 
 class Latency:
@@ -132,7 +133,11 @@ class Latency:
 
     def step(self, radians: float) -> None:
         """command to encoder, encoder to frame."""
-        raw, seen, last = self.arm.read().raw[GRIPPER], [], self.camera.latest() if self.camera else None
+        raw, seen, last = (
+            self.arm.read().raw[GRIPPER],
+            [],
+            self.camera.latest() if self.camera else None,
+        )
         before = blocks(last.rgb) if last else None
         self.target[GRIPPER] += radians
         begin = self.clock()
@@ -150,17 +155,25 @@ class Latency:
         times, way = np.array(times), np.abs(np.array(path) - raw)
         half = abs(radians / self.arm.calibration.slope[GRIPPER]) / 2
         if way[-1] < half:
-            raise ArmFault("the jaw has not gone where it was sent: is something in its way?", "stall", ["gripper"])
+            raise ArmFault(
+                "the jaw has not gone where it was sent: is something in its way?",
+                "stall",
+                ["gripper"],
+            )
         self.add("command to encoder", times[way >= MOVING][0] - begin)
-        after = int(np.argmax(way > half))  # the middle lies between this reading and the one before
-        middle = np.interp(half, way[after - 1:after + 1], times[after - 1:after + 1])
+        after = int(
+            np.argmax(way > half)
+        )  # the middle lies between this reading and the one before
+        middle = np.interp(half, way[after - 1 : after + 1], times[after - 1 : after + 1])
         if self.camera is None:
             return
         end = seen[-1][1] if seen else before
         if np.abs(end - before).max() <= 3 * self.noise + SEEN:
             self.unseen += 1
             return
-        past = next(when for when, now in seen if np.abs(now - end).sum() < np.abs(now - before).sum())
+        past = next(
+            when for when, now in seen if np.abs(now - end).sum() < np.abs(now - before).sum()
+        )
         self.add("encoder to frame", past - middle)
 
     def tick(self, policy, ticks: int = 50) -> None:
@@ -194,7 +207,16 @@ class Latency:
         return rows
 
 
-def measure(arm: SO101, camera, clock, sleep, policy=None, repeats: int = 5, ticks: int = 100, beat=lambda: None):
+def measure(
+    arm: SO101,
+    camera,
+    clock,
+    sleep,
+    policy=None,
+    repeats: int = 5,
+    ticks: int = 100,
+    beat=lambda: None,
+):
     """Everything, on an arm that has started. -> Latency."""
     latency = Latency(arm, camera, clock, sleep, beat)
     latency.bus(ticks)
@@ -226,14 +248,19 @@ class DrawnCamera:
         index = math.floor((self.clock() - self.delay) * self.fps + 1e-9)
         if self.drawn is None or index != self.drawn.index:
             exposed = index / self.fps
-            position = next((p for when, p in reversed(self.past) if when <= exposed), self.past[0][1])
+            position = next(
+                (p for when, p in reversed(self.past) if when <= exposed), self.past[0][1]
+            )
             self.drawn = Frame(self._draw(position), exposed + self.delay, index)
         return self.drawn
 
     @staticmethod
     def _draw(position: float) -> np.ndarray:
         angle = position * 2 * math.pi / 4096
-        across = np.abs((np.arange(640) - 320) * math.sin(angle) - (np.arange(480) - 240)[:, None] * math.cos(angle))
+        across = np.abs(
+            (np.arange(640) - 320) * math.sin(angle)
+            - (np.arange(480) - 240)[:, None] * math.cos(angle)
+        )
         return np.repeat(np.where(across < 12, 220, 60).astype(np.uint8)[..., None], 3, 2)
 
 
@@ -251,7 +278,13 @@ def emulated(camera_delay: float):
         for name, value in registers.items():
             servos.servos[id]._set(name, value, servos.servos[id].eeprom)
     servos.power_cycle()
-    arm = SO101(Bus(EmulatedTransport(servos, clock), clock), calibration, Limits.from_spec(SPEC), clock, clock.sleep)
+    arm = SO101(
+        Bus(EmulatedTransport(servos, clock), clock),
+        calibration,
+        Limits.from_spec(SPEC),
+        clock,
+        clock.sleep,
+    )
     return arm, DrawnCamera(servos.servos[GRIPPER + 1], clock, camera_delay), clock, clock.sleep
 
 
@@ -259,7 +292,7 @@ def emulated(camera_delay: float):
 def main(args: Args) -> Latency:
     """Measures, prints and stores. Raises ValueError, OSError, ArmFault, BusError, CameraError or PolicyError."""
     args.check()
-    policy = load_policy(args.checkpoint) if args.checkpoint else None
+    policy = trusted_policy(args.checkpoint) if args.checkpoint else None
     if policy and "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)  # as when deploying
     with contextlib.ExitStack() as stack:
@@ -270,7 +303,11 @@ def main(args: Args) -> Latency:
         else:
             from hardware.watchdog import Watchdog
 
-            calibration, clock, sleep = Calibration.from_json(args.calibration), time.monotonic, time.sleep
+            calibration, clock, sleep = (
+                Calibration.from_json(args.calibration),
+                time.monotonic,
+                time.sleep,
+            )
             camera = None
             if args.camera:
                 camera = Camera(OpenCVSource(args.camera, allow_auto=True), clock)
@@ -279,19 +316,26 @@ def main(args: Args) -> Latency:
             port = SerialTransport(args.port)
             stack.callback(port.close)
             dog = stack.enter_context(Watchdog(port, calibration.ids))
-            spec = policy.spec if policy else SPEC
-            arm = SO101(Bus(dog.transport), calibration, Limits.from_spec(spec), clock, sleep)
+            limits = check_policy(policy) if policy else Limits.from_spec(SPEC)
+            arm = SO101(Bus(dog.transport), calibration, limits, clock)
+            arm.sleep = lambda seconds: (dog.beat(), sleep(seconds))
             name, beat = calibration.hash, dog.beat
-        with arm:
-            arm.start()
-            latency = measure(arm, camera, clock, sleep, policy, args.repeats, args.ticks, beat)
+        try:
+            with arm:
+                arm.start()
+                latency = measure(arm, camera, clock, sleep, policy, args.repeats, args.ticks, beat)
+        except BaseException as error:
+            error.add_note(arm.outcome.sentence(arm.names))
+            raise
     rows = latency.table()
     print(f"{'milliseconds':<24}{'median':>9}{'95 %':>9}{'largest':>9}{'of':>6}")
     for row in rows:
         numbers = "".join(f"{row[key]:>9.2f}" for key in ("median_ms", "p95_ms", "max_ms"))
         print(f"{row['what']:<24}{numbers}{row['n']:>6}")
     if latency.unseen:
-        print(f"the camera did not see {latency.unseen} of {2 * args.repeats} steps: does it look at the jaw?")
+        print(
+            f"the camera did not see {latency.unseen} of {2 * args.repeats} steps: does it look at the jaw?"
+        )
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a") as file:
@@ -305,9 +349,13 @@ if __name__ == "__main__":
 
     try:
         main(tyro.cli(Args, description=__doc__.split("\n\n")[0]))
-    except (ValueError, OSError, ArmFault, BusError, CameraError, PolicyError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, ArmFault, BusError, CameraError, PolicyError, Refused) as error:
+        print("; ".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C; torque is off", file=sys.stderr)
+    except Exception as error:  # the policy's, or not foreseen
+        text = f"error: {type(error).__name__}: {error}"
+        print("; ".join([text, *getattr(error, "__notes__", ())]), file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt as error:
+        print("; ".join(["\nstopped by Ctrl-C", *getattr(error, "__notes__", ())]), file=sys.stderr)
         sys.exit(130)

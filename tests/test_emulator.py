@@ -595,3 +595,56 @@ def test_command_line_of_the_process(tmp_path):
         [*command, "--options", '{"speed": 9}'], text=True, capture_output=True, cwd=ROOT
     )
     assert result.returncode == 1 and "speed" in result.stderr and result.stderr.count("\n") == 1
+
+
+# --- Options of the line and the gears --------------------------------------------------------------------------------
+def moved_to(servos, clock, goal):
+    servos.servos[1].write(
+        41, b"\0" + encode("goal_position", goal) + b"\0\0" + encode("goal_speed", 400)
+    )
+    clock.sleep(2.0)
+    servos.advance()
+    return servos.servos[1]
+
+
+def test_gears_with_play_leave_the_shaft_behind_on_the_way_back():
+    """A load takes the play up at once; without one the gears turn about 1 degree before the shaft does."""
+    clock = VirtualClock()
+    servos = EmulatedBus([1], clock, backlash=11.4)
+    servo = moved_to(servos, clock, 2200)
+    assert abs(servo.position - 2200) < 12 and servo.slack == pytest.approx(-5.7, abs=0.1)
+    gears = servo.encoder - servo.slack
+    servo = moved_to(servos, clock, 2195)
+    assert abs(servo.encoder - servo.slack - gears) > 5 or servo.slack > -5.7
+    servo = moved_to(servos, clock, 2000)
+    assert servo.slack == pytest.approx(5.7, abs=0.1), "taken up on the other side"
+    servo.load = -0.1
+    clock.sleep(0.5)
+    servos.advance()
+    assert servo.slack == pytest.approx(-5.7, abs=0.1)
+
+
+def test_readings_may_leave_the_turn():
+    clock = VirtualClock()
+    servos = EmulatedBus([1], clock, readings_wrap=False)
+    servo = servos.servos[1]
+    servo._set("homing_offset", 500, servo.eeprom), servo.power_up()
+    bus = Bus(EmulatedTransport(servos, clock), clock)
+    for encoder, reads in ((100, -400), (4000, 3500)):
+        servo.encoder = float(encoder)
+        assert decode("present_position", bus.read(1, 56, 2).data) == reads
+    servo._set("homing_offset", -500, servo.eeprom), servo.power_up()
+    assert decode("present_position", bus.read(1, 56, 2).data) == 4500
+
+
+def test_a_share_of_the_replies_is_lost_and_an_adapter_may_be_slow():
+    clock = VirtualClock()
+    servos = EmulatedBus([1], clock, loss=0.1)
+    bus = Bus(EmulatedTransport(servos, clock), clock, retries=0)
+    answered = sum(bool(bus.sync_read([1], 56, 2)) for _ in range(500))
+    assert 420 < answered < 480
+    servos = EmulatedBus([1], clock, usb_latency=0.016)
+    bus = Bus(EmulatedTransport(servos, clock), clock)
+    assert 0.016 < bus.round_trip(1) < 0.018
+    servos.mute(1)
+    assert bus.round_trip(1) is None

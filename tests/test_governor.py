@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from hardware.governor import JOINT_MARGIN, RULES, TRACKING_ERROR, Limits, govern, limit_targets
+from hardware.governor import (
+    JOINT_MARGIN,
+    RULES,
+    TRACKING_ERROR,
+    Effort,
+    Limits,
+    govern,
+    limit_targets,
+    spare_motors,
+)
 
 NAMES = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
 SPEC = dict(
@@ -15,11 +24,27 @@ LIMITS, DT = Limits.from_spec(SPEC), 0.1
 SCALE = np.array(SPEC["action_scale"])
 
 
-def one(action=(0, 0, 0, 0, 0, 0), target=0.0, velocity=0.0, present=None, dt=DT, scale=SCALE, limits=LIMITS):
+def one(
+    action=(0, 0, 0, 0, 0, 0),
+    target=0.0,
+    velocity=0.0,
+    present=None,
+    dt=DT,
+    scale=SCALE,
+    limits=LIMITS,
+):
     target = np.broadcast_to(np.asarray(target, float), (6,))
     present = target if present is None else np.broadcast_to(np.asarray(present, float), (6,))
     velocity = np.broadcast_to(np.asarray(velocity, float), (6,))
-    return govern(np.broadcast_to(np.asarray(action, float), (6,)), target, velocity, present, dt, limits, scale)
+    return govern(
+        np.broadcast_to(np.asarray(action, float), (6,)),
+        target,
+        velocity,
+        present,
+        dt,
+        limits,
+        scale,
+    )
 
 
 # --- Each rule by hand ------------------------------------------------------------------------------------------------
@@ -33,7 +58,11 @@ def test_an_action_within_all_limits_is_the_integrator_of_training():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_an_action_that_is_not_finite_anywhere_moves_nothing(bad):
     command = one([1, bad, 1, 1, 1, 1], target=0.3, velocity=0.2)
-    assert command.rules == ("finite",) and (command.target == 0.3).all() and (command.velocity == 0).all()
+    assert (
+        command.rules == ("finite",)
+        and (command.target == 0.3).all()
+        and (command.velocity == 0).all()
+    )
 
 
 def test_without_finite_joint_readings_nothing_moves():
@@ -49,12 +78,19 @@ def test_actions_are_clipped_and_said_to_be():
 def test_speed_is_limited_in_radians_per_second_whatever_the_scale():
     command = one([1, 0, 0, 0, 0, -1], velocity=[1, 0, 0, 0, 0, -2], scale=1.0)
     np.testing.assert_allclose(command.target, [0.1, 0, 0, 0, 0, -0.2], atol=1e-12)
-    assert command.rules == ("tracking shoulder_pan", "tracking gripper", "velocity shoulder_pan", "velocity gripper")
+    assert command.rules == (
+        "tracking shoulder_pan",
+        "tracking gripper",
+        "velocity shoulder_pan",
+        "velocity gripper",
+    )
 
 
 def test_speed_builds_up_within_the_acceleration_limit_and_a_stop_is_free():
     command = one([1, 0, 0, 0, 0, 0])  # 5 rad/s^2 for 0.1 s
-    assert command.velocity[0] == pytest.approx(0.5) and command.rules == ("acceleration shoulder_pan",)
+    assert command.velocity[0] == pytest.approx(0.5) and command.rules == (
+        "acceleration shoulder_pan",
+    )
     command = one([1, 0, 0, 0, 0, 0], target=command.target, velocity=command.velocity)
     assert command.velocity[0] == pytest.approx(1.0) and command.rules == ()
     stopped = one(target=command.target, velocity=command.velocity)
@@ -65,7 +101,9 @@ def test_speed_builds_up_within_the_acceleration_limit_and_a_stop_is_free():
 
 
 def test_targets_stay_a_margin_away_from_the_joint_limits_and_come_in_slowly_from_outside():
-    command = one([1, -1, 0, 0, 0, 0], target=[0.85, -0.85, 0, 0, 0, 0], velocity=[1, -1, 0, 0, 0, 0])
+    command = one(
+        [1, -1, 0, 0, 0, 0], target=[0.85, -0.85, 0, 0, 0, 0], velocity=[1, -1, 0, 0, 0, 0]
+    )
     assert command.target[0] == 0.9 and command.target[1] == -0.9
     assert command.rules == ("joint shoulder_pan", "joint shoulder_lift")
     command = one(target=[2.0, 0, 0, 0, 0, 0], velocity=[-1.0, 0, 0, 0, 0, 0])
@@ -82,7 +120,11 @@ def test_the_target_of_a_blocked_joint_stays_near_it():
     # and follows one that is pushed away, no faster than allowed
     command = one(target=target, velocity=velocity, present=[-0.9, 0, 0, 0, 0, 0])
     assert command.target[0] == pytest.approx(0.25)
-    assert command.rules == ("tracking shoulder_pan", "velocity shoulder_pan", "acceleration shoulder_pan")
+    assert command.rules == (
+        "tracking shoulder_pan",
+        "velocity shoulder_pan",
+        "acceleration shoulder_pan",
+    )
 
 
 def test_what_cannot_be_held_on_to_is_an_error():
@@ -158,8 +200,13 @@ def test_one_arm_gets_what_many_get():
 # --- One source with training -----------------------------------------------------------------------------------------
 def test_limits_come_from_the_policys_spec():
     assert LIMITS.margin == 0.1 and LIMITS.joint_names == NAMES
-    assert (LIMITS.velocity == SPEC["velocity_limit"]).all() and (LIMITS.tracking_error == 0.3).all()
-    old = {key: SPEC[key] for key in ("joint_names", "joint_low", "joint_high", "action_scale", "control_hz")}
+    assert (LIMITS.velocity == SPEC["velocity_limit"]).all() and (
+        LIMITS.tracking_error == 0.3
+    ).all()
+    old = {
+        key: SPEC[key]
+        for key in ("joint_names", "joint_low", "joint_high", "action_scale", "control_hz")
+    }
     limits = Limits.from_spec(old)
     np.testing.assert_allclose(limits.velocity, [1, 1, 1, 1, 1, 2])
     np.testing.assert_allclose(limits.acceleration, [10, 10, 10, 10, 10, 20])
@@ -184,7 +231,9 @@ def test_a_spec_that_cannot_be_gets_one_line(change, message):
 
 def test_a_spec_without_joints_is_refused_by_name():
     with pytest.raises(ValueError, match="no joint_low, action_scale"):
-        Limits.from_spec({key: value for key, value in SPEC.items() if key not in ("joint_low", "action_scale")})
+        Limits.from_spec(
+            {key: value for key, value in SPEC.items() if key not in ("joint_low", "action_scale")}
+        )
 
 
 def test_the_training_environment_keeps_to_the_same_limits():
@@ -195,19 +244,83 @@ def test_the_training_environment_keeps_to_the_same_limits():
 
     env = so101.make("SO101ReachCube-v1", 8, "cpu", seed=0, stagger=False, images=False, threads=1)
     limits = Limits.from_spec(env.spec)
-    old = {key: value for key, value in env.spec.items() if not key.endswith(("limit", "error", "margin"))}
+    old = {
+        key: value
+        for key, value in env.spec.items()
+        if not key.endswith(("limit", "error", "margin"))
+    }
     for name in ("low", "high", "velocity", "acceleration", "tracking_error", "margin"):
-        np.testing.assert_allclose(getattr(Limits.from_spec(old), name), getattr(limits, name), err_msg=name)
+        np.testing.assert_allclose(
+            getattr(Limits.from_spec(old), name), getattr(limits, name), err_msg=name
+        )
     generator, seen = torch.Generator().manual_seed(0), set()
     velocity, stuck = np.zeros((8, 6)), torch.randn(8, 6, generator=generator).sign()
     for _ in range(49):
         actions = torch.rand(8, 6, generator=generator) * 2 - 1
         actions[::2] = stuck[::2]
-        target, present = env.target.double().numpy().copy(), env.qpos[:, :6].double().numpy().copy()
+        target, present = (
+            env.target.double().numpy().copy(),
+            env.qpos[:, :6].double().numpy().copy(),
+        )
         action, scale = actions.double().numpy(), so101.ACTION_SCALE
-        wanted, velocity, fired = limit_targets(action, target, velocity, present, DT, limits, scale)
+        wanted, velocity, fired = limit_targets(
+            action, target, velocity, present, DT, limits, scale
+        )
         env.step(actions)
         np.testing.assert_allclose(env.target.numpy(), wanted, atol=1e-6)
         velocity = (env.target.double().numpy() - target) / DT
         seen |= {rule for rule, mask in fired.items() if mask.any()}
     assert {"joint", "tracking"} <= seen
+
+
+# --- Motors -----------------------------------------------------------------------------------------------------------
+RUN, HOLD = np.array([0.699] * 5 + [0.499]), np.array([0.4] * 5 + [0.24])
+
+
+def spared(seconds, current=0.0, temperature=30.0, error=0.0, speed=0.0, effort=None, dt=0.1):
+    """Shares after some time of the same."""
+    effort = effort or Effort.none(6)
+    for _ in range(round(seconds / dt)):
+        rows = (
+            np.broadcast_to(np.asarray(x, float), 6) for x in (current, temperature, error, speed)
+        )
+        effort, shares = spare_motors(effort, *rows, dt, RUN, HOLD)
+    return effort, shares
+
+
+def test_a_motor_at_ease_may_use_all_its_torque():
+    assert (spared(60, current=0.5)[1] == RUN).all()
+
+
+def test_a_joint_that_presses_is_weak_after_a_moment_until_it_is_near_its_goal():
+    effort, shares = spared(0.2, error=0.2)
+    assert (shares == RUN).all()
+    effort, shares = spared(0.1, error=0.2, effort=effort)
+    assert (shares == HOLD).all()
+    effort, shares = spared(0.1, error=0.07, effort=effort)
+    assert (shares == HOLD).all(), "not at once"
+    assert (spared(0.1, error=0.03, effort=effort)[1] == RUN).all()
+    assert (spared(5, error=0.2, speed=0.5)[1] == RUN).all(), "on its way"
+
+
+def test_a_motor_that_works_hard_or_is_warm_is_weaker():
+    hard = [spared(seconds, current=1.2)[1][0] for seconds in (1, 3, 6, 30)]
+    assert hard[0] == RUN[0] and np.all(np.diff(hard) <= 0) and hard[-1] == HOLD[0]
+    warm = [spared(1, temperature=t)[1][0] for t in (49, 52, 55, 58, 60, 90)]
+    assert warm[0] == RUN[0] and np.all(np.diff(warm) <= 0) and warm[-2] == warm[-1] == HOLD[0]
+
+
+def test_a_million_steps_of_nonsense_never_leave_the_motors_limits():
+    random, effort = np.random.default_rng(3), Effort(np.zeros((1000, 6)), np.zeros((1000, 6)))
+    worst = [np.nan, np.inf, -np.inf, 1e300, -1e300, 0.0]
+    for _ in range(1000):
+        rows = random.normal(0, [[[2.0]], [[60.0]], [[0.3]], [[0.5]]], (4, 1000, 6))
+        wild = random.random(rows.shape) < 0.05
+        rows[wild] = random.choice(worst, wild.sum())
+        dt = float(random.choice([0.0, 0.02, 0.1, 1.0]))
+        with np.errstate(over="ignore"):
+            effort, shares = spare_motors(effort, *rows, dt, RUN, HOLD)
+        assert ((shares >= HOLD) & (shares <= RUN)).all() and np.isfinite(effort.heating).all()
+        assert (effort.heating <= 1).all() and (shares[effort.pressing >= 0.3] < 0.5).all()
+        unknown = ~np.isfinite(rows[1])
+        assert (shares[unknown] == np.broadcast_to(HOLD, shares.shape)[unknown]).mean() > 0.6

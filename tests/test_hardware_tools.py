@@ -132,9 +132,10 @@ def test_an_arm_that_is_moved_while_it_is_written_to_gets_its_old_values_back():
         rig[6].encoder += 30
 
     with pytest.raises(
-        ArmFault, match="gripper reads .* with its new offset, not .*: the old values are back"
-    ):
+        ArmFault, match="gripper reads .* with its new offset, not .* Was the arm moved"
+    ) as error:
         calibrate.put(rig.bus, calibration, jolt)
+    assert error.value.__notes__ == ["all servos have their old values"]
     assert rig[2].get("homing_offset") == 55 and rig[6].get("max_position") == 4095
 
 
@@ -149,10 +150,13 @@ def test_ids_are_given_one_by_one():
         turn = iter(range(6))
 
         def ask(self, text):
-            now = next(self.turn)
-            assert JOINTS[5 - now] in text
+            if text.startswith("Turn"):
+                motors[self.now].encoder += 900
+                return
+            self.now = next(self.turn)
+            assert JOINTS[5 - self.now] in text
             for at, servo in enumerate(motors):
-                servo.deaf = at != now
+                servo.deaf = at != self.now
 
     said = []
     calibrate.assign_ids(rig.bus, Hands(), rig.sleep, said.append)
@@ -164,6 +168,47 @@ def test_ids_are_given_one_by_one():
     assert [servo.id for servo in motors] == [6, 5, 4, 3, 2, 1] and all(
         servo.get("lock") == 1 for servo in motors
     )
+
+
+def test_two_motors_with_one_id_are_found_before_one_is_written():
+    """Equal in every bit of their answers, until a hand turns one of them."""
+    rig = Rig(ids=[1])
+    twin = rig.servos.duplicate(1)
+    rig.person.ask = lambda text: (
+        setattr(rig[1], "encoder", rig[1].encoder + 700) if text.startswith("Turn") else None
+    )
+    with pytest.raises(ArmFault, match="two motors answer to id 1") as error:
+        calibrate.assign_ids(rig.bus, rig.person, rig.sleep)
+    assert (rig[1].id, twin.id) == (1, 1) and not rig[1].eeprom_writes and not twin.eeprom_writes
+    assert error.value.__notes__[0] == "ids that are given: none"
+
+
+def test_a_motor_that_nobody_turns_is_not_written():
+    rig = Rig(ids=[1])
+    rig.person.ask = lambda text: None
+    with pytest.raises(ArmFault, match="was not turned: is it that of gripper"):
+        calibrate.assign_ids(rig.bus, rig.person, rig.sleep)
+    assert not rig[1].eeprom_writes
+
+
+def test_a_jaw_that_cannot_close_as_far_as_the_models_is_told():
+    """A range of 2030 to 3230 maps to 0 to 108 degrees; the model's is -10 to 120."""
+    low, high = (
+        np.array([800, 900, 900, 966, 0, 2030]),
+        np.array([3299, 3200, 3100, 3100, 4095, 3230]),
+    )
+    _, remarks = calibrate.judge([0] * 6, low, high)
+    assert any(
+        "the jaw goes from 0 to 108 degrees; the model's goes from -10 to 120" in r for r in remarks
+    )
+
+
+def test_a_motor_that_restarts_with_torque_while_the_arm_is_moved_is_noticed():
+    rig = Rig()
+    rig.servos.power_up_torque = True
+    rig.clock.at(1.0, lambda: rig.servos.power_cycle(4))
+    with pytest.raises(ArmFault, match="wrist_flex has torque again"):
+        rig.calibrate()
 
 
 @pytest.mark.parametrize(
@@ -259,8 +304,8 @@ def test_the_cameras_delay_is_found(delay):
     # the delay, and half a frame interval of waiting for the exposure, give or take the other half
     assert abs(rows["encoder to frame"]["median_ms"] - 1000 * delay - 1000 / 60) <= 1000 / 60 + 3
     assert rows["frame interval"]["median_ms"] == pytest.approx(1000 / 30)
-    # a read of 6 x 15 bytes: 14 + 6 x 21 bytes of 10 bits each
-    assert rows["read"]["median_ms"] == pytest.approx(1.4, abs=0.05) and rows["read"]["n"] == 5
+    # a read of 6 x 31 bytes: 14 + 6 x 37 bytes of 10 bits each
+    assert rows["read"]["median_ms"] == pytest.approx(2.36, abs=0.05) and rows["read"]["n"] == 5
     assert 10 < rows["command to encoder"]["median_ms"] < 60
     assert max(np.diff(beats)) < 0.2  # a watchdog would be content
     assert arm.torque == dict.fromkeys(JOINTS, "off")

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -16,7 +17,8 @@ from hardware.emulator import EmulatedBus, EmulatedTransport, PtyServer, Virtual
 from hardware.feetech import REGISTERS, Bus, BusError, SerialTransport, encode
 
 pytest.importorskip("termios", reason="the watchdog needs Linux or macOS")
-from hardware.watchdog import Outcome, Watchdog, let_go, torque_off  # noqa: E402
+from hardware.torque import Outcome, let_go, torque_off  # noqa: E402
+from hardware.watchdog import Watchdog  # noqa: E402
 
 IDS = range(1, 7)
 GOAL = REGISTERS["goal_position"][0]
@@ -29,7 +31,13 @@ def holding(**options):
     clock = VirtualClock()
     servos = EmulatedBus(IDS, clock, **options)
     bus = Bus(EmulatedTransport(servos, clock), clock)
-    bus.sync_write(41, {id: b"\0" + encode("goal_position", 2448) + b"\0\0" + encode("goal_speed", 500) for id in IDS})
+    bus.sync_write(
+        41,
+        {
+            id: b"\0" + encode("goal_position", 2448) + b"\0\0" + encode("goal_speed", 500)
+            for id in IDS
+        },
+    )
     clock.sleep(0.3)
     servos.writes.clear()
     return bus, servos, clock
@@ -47,9 +55,14 @@ def test_hold_then_weak_then_off():
     clock.at(clock() + 0.25, lambda: marks.append(("hold", servos.servos[1].position)))
     clock.at(clock() + 0.8, lambda: marks.append(("weak", servos.servos[1].get("torque_limit"))))
     begin = clock()
-    outcome = let_go(bus, IDS, hold=0.3, low=1.0, low_torque=150, sleep=clock.sleep)
-    assert outcome == Outcome(list(IDS), [], []) and outcome.sentence() == "torque is off on the servos 1 2 3 4 5 6"
-    assert marks == [("hold", pytest.approx(before, abs=25)), ("weak", 150)], "far from the goal at 2448"
+    outcome = let_go(bus, IDS, hold=0.3, weak=1.0, weak_torque=150, sleep=clock.sleep)
+    assert (
+        outcome == Outcome(list(IDS), [], [])
+        and outcome.sentence() == "torque is off, read back from every servo"
+    )
+    assert marks == [("hold", pytest.approx(before, abs=25)), ("weak", 150)], (
+        "far from the goal at 2448"
+    )
     assert names(servos.writes) == ["goal_position"] * 6 + ["torque_limit", "torque_enable"]
     assert servos.writes[-2][1] == servos.writes[-1][1] == 254, "broadcasts reach everyone"
     assert 1.3 <= clock() - begin <= 1.4
@@ -94,7 +107,9 @@ def test_torque_off_reaches_every_motor_whatever_one_of_them_has(trouble, blocks
     assert not any(servo.torque for servo in servos.servos.values())
     assert outcome.silent == silent and sorted(outcome.off + silent) == list(IDS) and not outcome.on
     assert ("switch the power off" in outcome.sentence()) == bool(silent)
-    assert not faulted & {id for _, id, _, _ in servos.written("goal_position")}, "no goal for a servo with errors"
+    assert not faulted & {id for _, id, _, _ in servos.written("goal_position")}, (
+        "no goal for a servo with errors"
+    )
     off = servos.written("torque_enable")[0][0]
     assert not servos.written("goal_position", since=off)
 
@@ -104,19 +119,21 @@ def test_a_servo_that_does_not_hear_is_named():
     servos.disconnect(5)
     outcome = let_go(bus, IDS, sleep=clock.sleep)
     assert outcome == Outcome([1, 2, 3, 4, 6], [5], []) and servos.servos[5].torque
-    assert outcome.sentence().endswith("no answer from 5 (torque-off was sent): switch the power off")
+    assert outcome.sentence().endswith(
+        "torque-off was sent to servo 5, but no answer came: switch the power off"
+    )
 
 
 def test_a_lost_torque_off_is_repeated():
     bus, servos, clock = holding()
     servos.lose(1)
     assert torque_off(bus, IDS, sleep=clock.sleep).off == list(IDS)
-    assert len(servos.written("torque_enable")) == 1, "the one that arrived"
+    assert servos.written("torque_enable"), "the one that arrived"
     stubborn = Outcome([1, 3, 4, 5, 6], [], [2])
     servos.servos[2].write = lambda address, data: None
     servos.servos[2].registers[40] = 1
     assert torque_off(bus, IDS, sleep=clock.sleep) == stubborn
-    assert "still on: 2: switch the power off" in stubborn.sentence()
+    assert "torque is still on on servo 2: switch the power off" in stubborn.sentence()
 
 
 def test_a_port_that_is_gone_is_said_and_not_raised():
@@ -127,7 +144,7 @@ def test_a_port_that_is_gone_is_said_and_not_raised():
         clock.sleep(0.0)
         outcome = let_go(bus, IDS, sleep=clock.sleep)
         if when < 1.31:
-            assert "Torque-off could not be sent: switch the power off" in outcome.sentence()
+            assert "torque-off could not be sent: switch the power off" in outcome.sentence()
         assert clock() - begin < 2.0
 
 
@@ -156,7 +173,10 @@ def server():
 
 
 def dog(transport, **options):
-    return Watchdog(transport, **(dict(timeout=SOON, hold=0.05, low=0.1, bus_timeout=0.1) | options))
+    return Watchdog(
+        transport,
+        **(dict(timeout=SOON, returns=1.0, hold=0.05, weak=0.1, bus_timeout=0.1) | options),
+    )
 
 
 def raise_goals(transport, goal=2600):
@@ -176,7 +196,11 @@ def test_a_calm_end_makes_sure_that_torque_is_off(server):
         bus = raise_goals(watchdog.transport)
         watchdog.beat()
         assert bus.read(1, *REGISTERS["torque_enable"]).data == b"\x01"
-    assert watchdog.outcome == Outcome(list(IDS), [], []) and watchdog.reason is None and all_off(server)
+    assert (
+        watchdog.outcome == Outcome(list(IDS), [], [])
+        and watchdog.reason is None
+        and all_off(server)
+    )
     assert server.state()[1]["torque_limit"] == 1000, "no ladder was needed"
     with pytest.raises(BusError, match="stopped by the watchdog"):
         bus.ping(1)
@@ -190,7 +214,10 @@ def ways_to_stop():
         "escape": (lambda keys, _: os.write(keys, b"\x1b"), "a stop key was pressed"),
         "keys end": (lambda keys, _: os.close(keys), "the keyboard's input has ended"),
         "heartbeat": (lambda keys, watchdog: watchdog.beat(), "no heartbeat for 0.3 s"),
-        "told to end": (lambda keys, watchdog: watchdog._process.send_signal(signal.SIGTERM), "was told to end"),
+        "told to end": (
+            lambda keys, watchdog: watchdog._process.send_signal(signal.SIGTERM),
+            "was told to end",
+        ),
     }
 
 
@@ -215,10 +242,18 @@ def test_reasons_to_stop(server, way, capfd):
             assert caught.value.kind == "stopped"
         off = server.ask(get="written", args=["torque_enable"])["writes"][0][0]
         assert not server.ask(get="written", args=["goal_position", off])["writes"]
-    assert reason in watchdog.reason and watchdog.outcome == Outcome([id for id in IDS if id not in silent], silent, [])
+    assert reason in watchdog.reason and watchdog.outcome == Outcome(
+        [id for id in IDS if id not in silent], silent, []
+    )
     assert all_off(server) and server.state()[1]["torque_limit"] == 150
     said = capfd.readouterr().err
-    assert reason in said and ("no answer from 3 (torque-off was sent): switch the power off" in said) == bool(silent)
+    assert reason in said and "torque" not in said, (
+        "how it ended is said by the program, and by it alone"
+    )
+    end = watchdog.outcome.sentence()
+    assert (
+        "torque-off was sent to servo 3, but no answer came: switch the power off" in end
+    ) == bool(silent)
     port.close()
 
 
@@ -259,17 +294,6 @@ def test_an_exception_goes_down_the_ladder(server):
     port.close()
 
 
-def test_rest_needs_no_heartbeat(server):
-    port = SerialTransport(server.port)
-    with dog(port, timeout=0.2) as watchdog:
-        for _ in range(3):
-            watchdog.beat()
-        watchdog.rest()
-        time.sleep(1.0)
-        assert watchdog._listen() and watchdog.reason is None
-    port.close()
-
-
 def test_a_watchdog_that_dies_is_noticed(server):
     port = SerialTransport(server.port)
     with dog(port) as watchdog:
@@ -291,9 +315,57 @@ def test_a_port_that_goes_away(server, capfd):
         server.do("unplug")
         os.write(keys, b"q")
         wait_for(lambda: watchdog._listen() and watchdog.outcome, "the outcome")
-    assert "Torque-off could not be sent: switch the power off" in watchdog.outcome.sentence()
+    assert "torque-off could not be sent: switch the power off" in watchdog.outcome.sentence()
     assert "switch the power off" in capfd.readouterr().err
     port.close()
+
+
+def test_a_port_that_comes_back_finds_its_torque_taken_off(tmp_path, capfd):
+    """The adapter goes, the program ends, the adapter is plugged in again under its name."""
+    with PtyServer(link=str(tmp_path / "arm")) as server:
+        port = SerialTransport(server.port)
+        with pytest.raises(ZeroDivisionError), dog(port, returns=SOON) as watchdog:
+            raise_goals(watchdog.transport)
+            server.do("unplug")
+            assert not all_off(server)
+            threading.Timer(0.5, lambda: server.do("unplug", False)).start()
+            1 / 0  # noqa: B018
+        assert watchdog.outcome == Outcome(list(IDS), [], []) and all_off(server)
+        assert "is gone, and torque may be on" in capfd.readouterr().err
+
+
+def test_ctrl_c_ends_the_wait_for_a_port(server):
+    before = signal.getsignal(signal.SIGINT)
+    port = SerialTransport(server.port)
+    with pytest.raises(ZeroDivisionError), dog(port, returns=10 * SOON) as watchdog:
+        raise_goals(watchdog.transport)
+        server.do("unplug")
+        threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        1 / 0  # noqa: B018
+    assert watchdog.outcome.port and signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_frozen_watchdog_is_noticed_and_the_program_keeps_the_bus(server):
+    port = SerialTransport(server.port)
+    with (
+        pytest.raises(BusError, match="the watchdog is frozen"),
+        dog(port, timeout=0.2) as watchdog,
+    ):
+        bus = raise_goals(watchdog.transport)
+        watchdog._process.send_signal(signal.SIGSTOP)
+        process = watchdog._process
+        try:
+            while True:
+                time.sleep(0.02)
+                watchdog.beat()
+        finally:
+            assert torque_off(bus, IDS).known
+    assert watchdog.outcome is None and process.poll() == -signal.SIGKILL and all_off(server)
+
+
+def test_a_program_that_hangs_is_ended_once_torque_is_off(server):
+    program = start(server, 0.3, hang=True)
+    assert program.wait(SOON) == -signal.SIGKILL and all_off(server)
 
 
 def test_what_cannot_be_shared_is_refused():
@@ -311,13 +383,16 @@ from hardware.watchdog import Watchdog
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 port = SerialTransport(sys.argv[1])
-with Watchdog(port, timeout=float(sys.argv[2]), hold=0.05, low=0.1, bus_timeout=0.1) as dog:
+with Watchdog(port, timeout=float(sys.argv[2]), hold=0.05, weak=0.1, bus_timeout=0.1,
+              hangs=0.5 if len(sys.argv) > 3 else 60) as dog:
     bus = Bus(dog.transport, timeout=1.0)
     dog.beat()
     for id in range(1, 7):
         bus.write(id, 42, encode("goal_position", 2600))
         dog.beat()
     print("moving", flush=True)
+    if len(sys.argv) > 3:
+        time.sleep(1000)
     try:
         while True:
             dog.beat()
@@ -329,8 +404,8 @@ with Watchdog(port, timeout=float(sys.argv[2]), hold=0.05, low=0.1, bus_timeout=
 """
 
 
-def start(server, timeout):
-    command = [sys.executable, "-c", PROGRAM, server.port, str(timeout)]
+def start(server, timeout, hang=False):
+    command = [sys.executable, "-c", PROGRAM, server.port, str(timeout), *["hang"] * hang]
     program = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert program.stdout.readline() == "moving\n"
     assert not all_off(server)
