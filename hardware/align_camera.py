@@ -36,8 +36,7 @@ from hardware.camera import (
     OpenCVSource,
     aligned_cameras,
 )
-from hardware.deployment import trusted_policy
-from hardware.policy import PolicyError, middle_square
+from hardware.policy import PolicyError, load_policy, middle_square
 
 SIDE = 360  # pixels of each of the three pictures
 STEP, TURN, ZOOM = 0.001, math.radians(0.5), 0.5  # metres, radians, degrees for a key
@@ -161,7 +160,7 @@ class StoredView:
     def __init__(self, path: str):
         import imageio.v2 as imageio
 
-        view = getattr(trusted_policy(path), "meta", {}).get("start_view")
+        view = getattr(load_policy(path), "meta", {}).get("start_view")
         if view is None:
             raise PolicyError(
                 f"{path} holds no start view: export it with one (see hardware/export.py)"
@@ -175,7 +174,7 @@ class StoredView:
 def begin(args: Args) -> tuple[dict, object]:
     """The values to start from, and what draws the simulated picture. Values: aligned before, or as in training."""
     if args.view or args.checkpoint:
-        spec = trusted_policy(args.view or args.checkpoint).spec
+        spec = load_policy(args.view or args.checkpoint).spec
     else:
         from hardware.emulate import task_spec
 

@@ -43,10 +43,9 @@ from hardware.deployment import (
     Refused,
     check_policy,
     emulated_episode,
-    trusted_policy,
 )
 from hardware.feetech import Bus, BusError, SerialTransport
-from hardware.policy import PolicyError
+from hardware.policy import PolicyError, load_policy
 from hardware.recording import Recorder, Recording, replay
 from hardware.so101 import JOINTS, SO101, ArmFault, Calibration
 
@@ -395,7 +394,7 @@ def emulated(args: Args, policy) -> dict:
 def main(args: Args) -> dict:
     """What the arguments ask for. -> summary. Raises what `command` knows how to tell."""
     args.check()
-    policy = trusted_policy(args.checkpoint)
+    policy = load_policy(args.checkpoint)
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)  # one small network: more threads only make its time vary
     if args.replay:

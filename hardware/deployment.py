@@ -7,14 +7,12 @@ import math
 import re
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
 from hardware.camera import Camera, CameraError
 from hardware.feetech import Bus, BusError
 from hardware.governor import Limits, govern
-from hardware.policy import PolicyError, load_policy
 from hardware.so101 import (
     ARM_VELOCITY,
     GRIPPER,
@@ -36,7 +34,6 @@ BAD_ACTIONS = 2  # that are no numbers, in a run: one may hold, the second stops
 # s: an image 33 ms late costs nothing, 66 ms a quarter of the success (docs/hardware.md). A tick without a newer one
 # holds, so many in a row stop the arm.
 FRAME_AGE, LATE_FRAMES = 0.05, 3
-ALGORITHMS = ("drqv2", "sac_pixels", "squint_sac")  # of algos/, whose policies may drive the arm
 LONGEST = 100_000  # ticks of an episode
 SEMANTICS = "target += action * action_scale"
 LAYOUT = ["joint_position"] * 6 + ["joint_target"] * 6
@@ -61,26 +58,6 @@ class Interrupted(Exception):
 
 
 # ------------------------------------------------------------------------------------------------ what must fit -------
-def trusted_policy(path: str | Path):
-    """`load_policy`, for files of the algorithms above alone: no module is imported because a file names it.
-
-    Raises PolicyError.
-    """
-    path = Path(path)
-    if path.suffix == ".pt" and path.is_file():
-        try:
-            import torch
-
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception:  # load_policy says what is wrong
-            content = None
-        name = content.get("algo") if isinstance(content, dict) else None
-        if name is not None and name not in ALGORITHMS:
-            known = ", ".join(ALGORITHMS)
-            raise PolicyError(f"{path} names the algorithm {name!r}; the arm runs those of {known}")
-    return load_policy(path)
-
-
 def check_policy(
     policy, cameras: tuple[str, ...] | None = None, measured: dict | None = None
 ) -> Limits:

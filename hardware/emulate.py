@@ -27,9 +27,10 @@ from pathlib import Path
 import numpy as np
 
 from hardware.camera import Camera, CameraError, RenderSource, aligned_cameras, frame_around
-from hardware.deployment import Refused, check_policy, emulated_episode, trusted_policy
+from hardware.deployment import Refused, check_policy, emulated_episode
 from hardware.emulator import EmulatedBus, EmulatedTransport, VirtualClock
 from hardware.feetech import STEPS
+from hardware.policy import load_policy
 from hardware.so101 import Calibration
 
 EVAL_SEED = 10_000  # of the episodes that algos/ evaluate on
@@ -379,7 +380,7 @@ def main(args: Args) -> None:
     import torch
 
     torch.set_num_threads(1)
-    policy = trusted_policy(args.checkpoint)
+    policy = load_policy(args.checkpoint)
     limits, steps = (
         check_policy(policy, measured=aligned_cameras()),
         int(policy.spec["max_episode_steps"]),

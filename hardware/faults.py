@@ -35,11 +35,11 @@ import numpy as np
 from hardware import calibrate, emulate
 from hardware.camera import ArraySource, Camera, frame_around
 from hardware.deploy_so101 import Signals, sentence, status
-from hardware.deployment import Deployment, check_policy, trusted_policy
+from hardware.deployment import Deployment, check_policy
 from hardware.deployment import Fault as deployment_fault  # noqa: N813
 from hardware.emulator import EmulatedBus, EmulatedTransport, VirtualClock
 from hardware.feetech import REGISTERS, Bus, BusError, encode
-from hardware.policy import area_mean, middle_square
+from hardware.policy import area_mean, load_policy, middle_square
 from hardware.recording import Recorder
 from hardware.so101 import JOINTS, SO101, Calibration
 from hardware.torque import Outcome
@@ -531,7 +531,7 @@ def checkpoint(algo: str) -> Callable:
         path = Path(tempfile.mkdtemp()) / "best.pt"
         torch.save({"algo": algo, "spec": rig.spec}, path)
         os.chdir(path.parent)
-        trusted_policy("best.pt")
+        load_policy("best.pt")
 
     return before
 

@@ -32,10 +32,10 @@ from pathlib import Path
 import numpy as np
 
 from hardware.camera import Camera, CameraError, Frame, OpenCVSource
-from hardware.deployment import Refused, check_policy, trusted_policy
+from hardware.deployment import Refused, check_policy
 from hardware.feetech import Bus, BusError, SerialTransport
 from hardware.governor import Limits
-from hardware.policy import PolicyError
+from hardware.policy import PolicyError, load_policy
 from hardware.so101 import GRIPPER, JOINTS, SO101, ArmFault, Calibration
 
 STEP = 0.4  # rad of the jaw
@@ -292,7 +292,7 @@ def emulated(camera_delay: float):
 def main(args: Args) -> Latency:
     """Measures, prints and stores. Raises ValueError, OSError, ArmFault, BusError, CameraError or PolicyError."""
     args.check()
-    policy = trusted_policy(args.checkpoint) if args.checkpoint else None
+    policy = load_policy(args.checkpoint) if args.checkpoint else None
     if policy and "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)  # as when deploying
     with contextlib.ExitStack() as stack:

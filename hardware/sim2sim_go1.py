@@ -100,7 +100,7 @@ class Policy:
     def export(self, path: str | Path) -> None:
         """The same function as ONNX: "obs" float32 (batch, F) -> "actions" (batch, 12), with the normalisation inside.
 
-        `spec` is the model's description. Raises Sim2SimError without onnx, or if this is an export already.
+        `spec` is its metadata, as in export.py. Raises Sim2SimError without onnx, or if this is an export already.
         """
         if self.path.suffix != ".npz":
             raise Sim2SimError(
@@ -132,8 +132,9 @@ class Policy:
             numpy_helper.from_array(np.asarray(v, np.float32), k) for k, v in constants.items()
         ]
         graph = helper.make_graph(nodes, "policy", [obs], [actions], tensors)
-        opset, description = [helper.make_opsetid("", 17)], json.dumps(self.spec)
-        model = helper.make_model(graph, opset_imports=opset, ir_version=8, doc_string=description)
+        opset = [helper.make_opsetid("", 17)]
+        model = helper.make_model(graph, opset_imports=opset, ir_version=8)
+        helper.set_model_props(model, {"cleanrobot": json.dumps(self.spec)})  # as hardware/export.py
         checker.check_model(model)
         save_onnx(model, str(path))
 
@@ -149,7 +150,7 @@ class Policy:
             session = onnxruntime.InferenceSession(
                 str(self.path), options, providers=["CPUExecutionProvider"]
             )
-            spec = json.loads(session.get_modelmeta().description)
+            spec = json.loads(session.get_modelmeta().custom_metadata_map["cleanrobot"])
             self.size = session.get_inputs()[0].shape[1]
         except Exception:  # its exceptions share no base class
             raise Sim2SimError(f"{self.path} was not written by sim2sim_go1.py --export") from None

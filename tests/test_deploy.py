@@ -25,6 +25,7 @@ from fake_checkpoint import SPEC, write_checkpoint
 
 from hardware import deploy_so101 as deploy
 from hardware import deployment, export
+from hardware import policy as hardware_policy
 from hardware.camera import ArraySource, Camera, CameraError, frame_around
 from hardware.deploy_so101 import (
     Args,
@@ -268,9 +269,9 @@ def test_nothing_is_imported_because_a_file_names_it(tmp_path, monkeypatch):
     """Not even another file of algos/."""
     for name in ("resfit", "os", "../evil", 3):
         torch.save({"algo": name, "spec": SPEC}, tmp_path / "best.pt")
-        monkeypatch.setattr(deployment, "load_policy", lambda path: 1 / 0)
+        monkeypatch.setattr(hardware_policy.importlib.util, "module_from_spec", lambda spec: 1 / 0)
         with pytest.raises(PolicyError, match="names the algorithm"):
-            deployment.trusted_policy(tmp_path / "best.pt")
+            load_policy(tmp_path / "best.pt")
 
 
 @pytest.mark.parametrize("periods", [0, 1, 3])
