@@ -38,6 +38,7 @@ check: $(STAMP)  ## say which simulators and renderers work here
 
 lint: $(STAMP)  ## ruff
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 
 reproduce: $(STAMP)  ## run what benchmarks/matrix.toml lists and docs/results lacks (ARGS=--list shows it)
 	$(PY) benchmarks/reproduce.py $(ARGS)

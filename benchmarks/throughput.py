@@ -76,18 +76,32 @@ class Args:
     def check(self) -> None:
         """Raises ValueError at the first choice that cannot work. (In __post_init__ tyro would reword it.)"""
         for wrong, message in (
-            (self.env_id not in so101.TASKS, f"--env-id {self.env_id}: known are {', '.join(so101.TASKS)}"),
-            (self.seconds <= 0 or self.blocks < 1, "--seconds must be above 0, --blocks at least 1"),
+            (
+                self.env_id not in so101.TASKS,
+                f"--env-id {self.env_id}: known are {', '.join(so101.TASKS)}",
+            ),
+            (
+                self.seconds <= 0 or self.blocks < 1,
+                "--seconds must be above 0, --blocks at least 1",
+            ),
             (self.num_envs is not None and self.num_envs < 1, "--num-envs must be at least 1"),
-            (self.device.startswith("cuda") and not torch.cuda.is_available(), "no CUDA device here: use --device cpu"),
+            (
+                self.device.startswith("cuda") and not torch.cuda.is_available(),
+                "no CUDA device here: use --device cpu",
+            ),
         ):
             if wrong:
                 raise ValueError(message)
 
 
 # --- Timing and the table ---------------------------------------------------------------------------------------------
-def speeds(work: Callable[[], None], amount: int, args: Args, prepare: Callable[[], None] | None = None,
-           most: int | None = None) -> list[float]:
+def speeds(
+    work: Callable[[], None],
+    amount: int,
+    args: Args,
+    prepare: Callable[[], None] | None = None,
+    most: int | None = None,
+) -> list[float]:
     """Amount per second of calls of `work`, one number a block.
 
     amount: what one call does. prepare: called before each block, outside its time. most: calls that one `prepare`
@@ -111,7 +125,10 @@ def speeds(work: Callable[[], None], amount: int, args: Args, prepare: Callable[
         calls = min(2 * calls, most or 1 << 20)
         seconds = stretch(calls)
     stretches = max(1, round(args.seconds / args.blocks / seconds))
-    return [stretches * calls * amount / sum(stretch(calls) for _ in range(stretches)) for _ in range(args.blocks)]
+    return [
+        stretches * calls * amount / sum(stretch(calls) for _ in range(stretches))
+        for _ in range(args.blocks)
+    ]
 
 
 def wait(device: str) -> None:
@@ -130,7 +147,9 @@ class Table:
         for what, text in facts.items():
             self._add(part="machine", what=what, at=text)
 
-    def measured(self, part: str, what: str, at: str, unit: str, values: list[float], remark: str = "") -> None:
+    def measured(
+        self, part: str, what: str, at: str, unit: str, values: list[float], remark: str = ""
+    ) -> None:
         """Adds a row; a part's first one is the baseline of its ratios (in learning, of each size)."""
         key, median = (part, at if part == "learning" else ""), statistics.median(values)
         first = key not in self.baseline
@@ -148,8 +167,11 @@ class Table:
     def _add(self, **cells: str) -> None:
         row = {name: cells.get(name, "") for name in COLUMNS}
         self.rows.append(row)
-        print(f"{row['part']:<12}{row['what']:<50}{row['at']:<34}{row['per_second']:>12}{row['ratio']:>8}  "
-              f"{row['remark']}", flush=True)
+        print(
+            f"{row['part']:<12}{row['what']:<50}{row['at']:<34}{row['per_second']:>12}{row['ratio']:>8}  "
+            f"{row['remark']}",
+            flush=True,
+        )
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("w", newline="") as file:
@@ -160,20 +182,39 @@ class Table:
 
 def machine(args: Args) -> dict[str, str]:
     """What the numbers depend on: processor, device, versions, command."""
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-             if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else []
+    names = (
+        [
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if Path("/proc/cpuinfo").exists()
+        else []
+    )
     processor = names[0] if names else platform.processor() or platform.machine()
     threads = torch.get_num_threads()
-    facts = {"processor": f"{processor}, {cores()} cores; torch uses {threads} thread{'s' * (threads > 1)}"}
+    facts = {
+        "processor": f"{processor}, {cores()} cores; torch uses {threads} thread{'s' * (threads > 1)}"
+    }
     if args.device.startswith("cuda"):
         facts["device"] = torch.cuda.get_device_name(args.device)
-    facts["versions"] = ", ".join(f"{name} {version(name)}" for name in ("torch", "mujoco", "mujoco-warp", "warp-lang"))
-    git = lambda *words: subprocess.run(("git", *words), cwd=ROOT, capture_output=True, text=True).stdout  # noqa: E731
+    facts["versions"] = ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "mujoco", "mujoco-warp", "warp-lang")
+    )
+
+    def git(*words: str) -> str:
+        return subprocess.run(("git", *words), cwd=ROOT, capture_output=True, text=True).stdout
+
     if shutil.which("git") and (commit := git("rev-parse", "--short", "HEAD").strip()):
-        changed = " with changes" if git("status", "--porcelain", "--untracked-files=no").strip() else ""
+        changed = (
+            " with changes" if git("status", "--porcelain", "--untracked-files=no").strip() else ""
+        )
         facts["commit"] = commit + changed
-    options = [f"--{f.name.replace('_', '-')} {' '.join(value) if isinstance(value, tuple) else value}"
-               for f in fields(args) if f.name != "out" and (value := getattr(args, f.name)) != f.default]
+    options = [
+        f"--{f.name.replace('_', '-')} {' '.join(value) if isinstance(value, tuple) else value}"
+        for f in fields(args)
+        if f.name != "out" and (value := getattr(args, f.name)) != f.default
+    ]
     facts["command"] = " ".join(["python benchmarks/throughput.py", *options])
     return facts
 
@@ -186,7 +227,9 @@ def cores() -> int:
 # --- Physics and images -----------------------------------------------------------------------------------------------
 def make_env(args: Args, device: str, **options) -> so101.SO101Env:
     """The task's environment with equal starts whatever the options; it draws only when asked to."""
-    return so101.make(args.env_id, args.num_envs, device, seed=args.seed, stagger=False, images=False, **options)
+    return so101.make(
+        args.env_id, args.num_envs, device, seed=args.seed, stagger=False, images=False, **options
+    )
 
 
 def random_targets(env: so101.SO101Env, seed: int) -> torch.Tensor:
@@ -195,15 +238,19 @@ def random_targets(env: so101.SO101Env, seed: int) -> torch.Tensor:
     targets = [env.target.clone()]
     for _ in range(so101.HORIZON):
         actions = torch.rand(targets[0].shape, generator=generator, device=env.device) * 2 - 1
-        targets.append((targets[-1] + actions * env.action_scale).clamp(env.joint_low, env.joint_high))
+        targets.append(
+            (targets[-1] + actions * env.action_scale).clamp(env.joint_low, env.joint_high)
+        )
     return torch.stack(targets)
 
 
 def physics(args: Args, table: Table) -> None:
     """Control steps per second of each engine, an episode of random actions after another."""
-    engines = [("MuJoCo C, 1 thread", "cpu", dict(engine="mujoco", threads=1)),
-               (f"MuJoCo C, {cores()} threads", "cpu", dict(engine="mujoco", threads=cores())),
-               (f"MuJoCo Warp, {torch.device(args.device).type}", args.device, dict(engine="warp"))]
+    engines = [
+        ("MuJoCo C, 1 thread", "cpu", dict(engine="mujoco", threads=1)),
+        (f"MuJoCo C, {cores()} threads", "cpu", dict(engine="mujoco", threads=cores())),
+        (f"MuJoCo Warp, {torch.device(args.device).type}", args.device, dict(engine="warp")),
+    ]
     for what, device, options in engines:
         env = make_env(args, device, **options)
         targets, step = random_targets(env, args.seed), [0]
@@ -222,7 +269,9 @@ def physics(args: Args, table: Table) -> None:
         table.measured("physics", what, f"{args.num_envs} environments", "control steps", values)
         env.close()
     if torch.device(args.device).type == "cpu":
-        table.missing("physics", "MuJoCo Warp, cuda", f"{args.num_envs} environments", "no CUDA device here")
+        table.missing(
+            "physics", "MuJoCo Warp, cuda", f"{args.num_envs} environments", "no CUDA device here"
+        )
 
 
 def images(args: Args, table: Table) -> None:
@@ -246,7 +295,9 @@ def images(args: Args, table: Table) -> None:
     for rays in (1, 4, 16):
         fine = scene(SMALL, rays)
         values = speeds(fine.draw, args.num_envs, args)
-        table.measured("images", f"{SMALL} px, {rays} ray{'s' * (rays > 1)} a pixel", at, unit, values)
+        table.measured(
+            "images", f"{SMALL} px, {rays} ray{'s' * (rays > 1)} a pixel", at, unit, values
+        )
     for per_axis in (2, 4):
         fine = scene(SMALL, 1)
         draw = own_samples(fine, per_axis)
@@ -288,12 +339,19 @@ def learner(hyper: squint_sac.Args) -> Callable[[], dict]:
     """A function that does one block of updates, sampling included, on a full buffer of random transitions."""
     torch.manual_seed(hyper.seed)
     n, device = hyper.num_envs, hyper.device
-    shapes = dict(channels=3, state=so101.SO101Env.state_dim, privileged=0, action=so101.SO101Env.action_dim)
+    shapes = dict(
+        channels=3, state=so101.SO101Env.state_dim, privileged=0, action=so101.SO101Env.action_dim
+    )
     obs = {"rgb": torch.zeros((n, SMALL, SMALL, 3), dtype=torch.uint8, device=device),
            "state": torch.zeros((n, shapes["state"]), device=device)}  # fmt: skip
     obs["critic_state"] = obs["state"]
-    actions, rewards = torch.zeros((n, shapes["action"]), device=device), torch.zeros(n, device=device)
-    replay = squint_sac.Replay(squint_sac.transition(obs, obs, actions, rewards), hyper.buffer_size // n)
+    actions, rewards = (
+        torch.zeros((n, shapes["action"]), device=device),
+        torch.zeros(n, device=device),
+    )
+    replay = squint_sac.Replay(
+        squint_sac.transition(obs, obs, actions, rewards), hyper.buffer_size // n
+    )
     for value in replay.data.values():
         value.random_(0, 256) if value.dtype == torch.uint8 else value.uniform_(-1, 1)
     replay.added = replay.rows
@@ -304,8 +362,11 @@ def learner(hyper: squint_sac.Args) -> Callable[[], dict]:
 def learning(args: Args, table: Table) -> None:
     """Critic updates per second, plain and by each of the faster routes."""
     cuda = args.device.startswith("cuda")
-    no_compiler = "" if cuda or shutil.which("g++") or shutil.which("clang++") else \
-        "torch.compile needs a C++ compiler on a CPU: install g++"
+    no_compiler = (
+        ""
+        if cuda or shutil.which("g++") or shutil.which("clang++")
+        else "torch.compile needs a C++ compiler on a CPU: install g++"
+    )
     no_cuda = "" if cuda else "CUDA graphs need a CUDA device"
     routes = [
         ("plain, float32", dict(), ""),
@@ -313,11 +374,20 @@ def learning(args: Args, table: Table) -> None:
         ("compiled", dict(compile=True), no_compiler),
         ("compiled, bfloat16", dict(compile=True, amp=True), no_compiler),
         ("CUDA graph", dict(cudagraphs=True), no_cuda),
-        ("CUDA graph, compiled, bfloat16", dict(cudagraphs=True, compile=True, amp=True), no_cuda or no_compiler),
+        (
+            "CUDA graph, compiled, bfloat16",
+            dict(cudagraphs=True, compile=True, amp=True),
+            no_cuda or no_compiler,
+        ),
     ]
     defaults = training_args(args)
-    published = replace(defaults, batch_size=squint_sac.Args.batch_size, critic_hidden=squint_sac.Args.critic_hidden)
-    sizes = {f"batch {hyper.batch_size}, critic {hyper.critic_hidden}": hyper for hyper in (published, defaults)}
+    published = replace(
+        defaults, batch_size=squint_sac.Args.batch_size, critic_hidden=squint_sac.Args.critic_hidden
+    )
+    sizes = {
+        f"batch {hyper.batch_size}, critic {hyper.critic_hidden}": hyper
+        for hyper in (published, defaults)
+    }
     for at, hyper in sizes.items():
         for what, route, why_not in routes:
             if why_not:
@@ -341,18 +411,34 @@ def learning(args: Args, table: Table) -> None:
 def environment(args: Args, table: Table) -> None:
     """env.step as training uses it, at the size that this device renders by default and at the published one."""
     hyper = training_args(args)
-    for size, rays in dict.fromkeys(((hyper.render_size, hyper.samples_per_pixel), (LARGE, 1), (SMALL, 4))):
+    for size, rays in dict.fromkeys(
+        ((hyper.render_size, hyper.samples_per_pixel), (LARGE, 1), (SMALL, 4))
+    ):
         env = so101.make(args.env_id, args.num_envs, args.device, seed=args.seed, render_size=size,
                          samples_per_pixel=rays, stagger=True)  # fmt: skip
         generator = torch.Generator(env.device).manual_seed(args.seed)
 
         def work(env=env, generator=generator):
-            env.step(torch.rand((env.num_envs, env.action_dim), generator=generator, device=env.device) * 2 - 1)
+            env.step(
+                torch.rand((env.num_envs, env.action_dim), generator=generator, device=env.device)
+                * 2
+                - 1
+            )
 
-        default = "what training uses" if (size, rays) == (hyper.render_size, hyper.samples_per_pixel) else ""
+        default = (
+            "what training uses"
+            if (size, rays) == (hyper.render_size, hyper.samples_per_pixel)
+            else ""
+        )
         what = f"env.step, engine {env.engine}, {size} px, {rays} ray{'s' * (rays > 1)} a pixel"
-        table.measured("environment", what, f"{args.num_envs} environments", "environment steps",
-                       speeds(work, args.num_envs, args), default)
+        table.measured(
+            "environment",
+            what,
+            f"{args.num_envs} environments",
+            "environment steps",
+            speeds(work, args.num_envs, args),
+            default,
+        )
         env.close()
 
 
@@ -374,16 +460,24 @@ def training(args: Args, table: Table) -> None:
 def loop(hyper: squint_sac.Args, blocks: int, vector_steps: int = 4) -> list[float]:
     """Environment steps per second of `blocks` blocks of training, after the learning starts and one more block."""
     block = vector_steps * hyper.num_envs
-    first = -(-hyper.learning_starts // block) * block + block  # compiling and capturing fall into the block before
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), \
-            contextlib.redirect_stderr(io.StringIO()):
+    first = (
+        -(-hyper.learning_starts // block) * block + block
+    )  # compiling and capturing fall into the block before
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         run = Path(folder) / "run"
         squint_sac.train(replace(
             hyper, name=str(run), total_timesteps=first + blocks * block, log_freq=block, eval_freq=1 << 60,
             eval_episodes=1, eval_envs=1, capture_video=False, track=False, save_buffer=False,
         ))  # fmt: skip
         with (run / "metrics.csv").open() as file:
-            times = {int(float(row["global_step"])): float(row["train_time"]) for row in csv.DictReader(file)}
+            times = {
+                int(float(row["global_step"])): float(row["train_time"])
+                for row in csv.DictReader(file)
+            }
     marks = [first + k * block for k in range(blocks + 1)]
     return [block / (times[b] - times[a]) for a, b in zip(marks, marks[1:], strict=False)]
 

@@ -94,7 +94,13 @@ from inspect import Parameter, signature
 SIMULATORS = (
     ("dot_reach", "dot-reach", "dot_reach", "torch", "pip install -e ."),
     ("SO101*", "SO-101", "so101", "mujoco_warp", 'pip install -e ".[so101]"'),
-    ("robosuite/*", "robosuite", "robosuite", "robosuite", "make robosuite, an environment of its own"),
+    (
+        "robosuite/*",
+        "robosuite",
+        "robosuite",
+        "robosuite",
+        "make robosuite, an environment of its own",
+    ),
     ("*-v[0-9]*", "ManiSkill", "maniskill", "mani_skill", 'pip install -e ".[maniskill]"'),
     ("[a-z]*_[a-z]*", "DeepMind Control", "dmc", "dm_control", 'pip install -e ".[dmc]"'),
     ("*", "differentiable simulation", "rewarped", "warp", 'pip install -e ".[rewarped]"'),
@@ -108,8 +114,12 @@ def make(env_id: str, num_envs: int, device="cpu", **options):
     have, and where something is not installed.
     """
     if env_id.startswith("Go1"):
-        raise ValueError(f"{env_id} is an environment in JAX, made by envs.go1.make: see algos/ppo_mjx_go1.py")
-    name, module, package, install = next(row[1:] for row in SIMULATORS if fnmatchcase(env_id, row[0]))
+        raise ValueError(
+            f"{env_id} is an environment in JAX, made by envs.go1.make: see algos/ppo_mjx_go1.py"
+        )
+    name, module, package, install = next(
+        row[1:] for row in SIMULATORS if fnmatchcase(env_id, row[0])
+    )
     if not installed(package):
         raise ValueError(f"{env_id} ({name}) needs {package}: {install}")
     given = {option: value for option, value in options.items() if value is not None}
@@ -118,9 +128,14 @@ def make(env_id: str, num_envs: int, device="cpu", **options):
         known = options_of(simulator.make)
         unknown = [option for option in given if known and option not in known]
         if unknown:
-            raise ValueError(f"{env_id} ({name}) has no option {', '.join(unknown)}; it has {', '.join(known)}")
+            raise ValueError(
+                f"{env_id} ({name}) has no option {', '.join(unknown)}; it has {', '.join(known)}"
+            )
         return simulator.make(env_id, num_envs, device, **given)
-    except (ImportError, RuntimeError) as error:  # the simulators' own messages, which say what to do
+    except (
+        ImportError,
+        RuntimeError,
+    ) as error:  # the simulators' own messages, which say what to do
         raise ValueError(str(error)) from error
     except TypeError as error:  # of a `make` that does not list its options
         if "unexpected keyword argument" not in str(error):
@@ -141,7 +156,11 @@ def options_of(make) -> list[str]:
     parameters = signature(make).parameters.values()
     if any(parameter.kind == Parameter.VAR_KEYWORD for parameter in parameters):
         return []
-    return [parameter.name for parameter in parameters if parameter.name not in ("env_id", "num_envs", "device")]
+    return [
+        parameter.name
+        for parameter in parameters
+        if parameter.name not in ("env_id", "num_envs", "device")
+    ]
 
 
 def usable_cpus() -> int:

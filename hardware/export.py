@@ -39,9 +39,13 @@ class ExportError(Exception):
 @dataclass
 class Args:
     checkpoint: str  # file to export
-    out: str | None = None  # where to write, without ending; None: beside the checkpoint, with its name
+    out: str | None = (
+        None  # where to write, without ending; None: beside the checkpoint, with its name
+    )
     format: Literal["both", "onnx", "numpy"] = "both"
-    start_view: bool = True  # put the simulator's image of the start pose into the description (SO-101)
+    start_view: bool = (
+        True  # put the simulator's image of the start pose into the description (SO-101)
+    )
     repeats: int = 200  # actions timed for the table
 
 
@@ -68,13 +72,27 @@ def sequential(module, register: str, weights: dict, name: str) -> list[dict]:
             step("elu")
         elif isinstance(layer, nn.Linear) and layer.bias is not None:
             step("linear", (keep(f"{at}.weight", layer.weight.T), keep(f"{at}.bias", layer.bias)))
-        elif isinstance(layer, nn.LayerNorm) and layer.bias is not None and len(layer.normalized_shape) == 1:
-            step("norm", (keep(f"{at}.weight", layer.weight), keep(f"{at}.bias", layer.bias)), eps=layer.eps)
+        elif (
+            isinstance(layer, nn.LayerNorm)
+            and layer.bias is not None
+            and len(layer.normalized_shape) == 1
+        ):
+            step(
+                "norm",
+                (keep(f"{at}.weight", layer.weight), keep(f"{at}.bias", layer.bias)),
+                eps=layer.eps,
+            )
         elif (isinstance(layer, nn.Conv2d) and layer.padding == (0, 0) and layer.dilation == (1, 1)
               and layer.groups == 1 and layer.bias is not None and len(set(layer.stride)) == 1):  # fmt: skip
-            step("conv", (keep(f"{at}.weight", layer.weight), keep(f"{at}.bias", layer.bias)), stride=layer.stride[0])
+            step(
+                "conv",
+                (keep(f"{at}.weight", layer.weight), keep(f"{at}.bias", layer.bias)),
+                stride=layer.stride[0],
+            )
         else:
-            raise ExportError(f"NumPy does not know the layer {layer} of {name}: export with --format onnx")
+            raise ExportError(
+                f"NumPy does not know the layer {layer} of {name}: export with --format onnx"
+            )
     return steps
 
 
@@ -122,7 +140,9 @@ def torch_network(policy: TorchPolicy):
     )
 
 
-def example(policy: TorchPolicy, names: tuple[str, ...], batch: int, seed: int = 0) -> dict[str, np.ndarray]:
+def example(
+    policy: TorchPolicy, names: tuple[str, ...], batch: int, seed: int = 0
+) -> dict[str, np.ndarray]:
     """Random inputs of the network: images over all bytes, states of a few radians."""
     draw, spec = np.random.default_rng(seed), policy.spec
     inputs = {"state": draw.normal(0, 1.5, (batch, len(spec["state_layout"]))).astype(np.float32)}
@@ -175,7 +195,11 @@ def servo_maps() -> dict:
 
     gripper = dict(servo_degrees=so101.GRIPPER_SERVO, joint_degrees=so101.GRIPPER_JOINT)
     joints = "degrees = (present_position - middle of the recorded range) * 360 / 4095"
-    return {"joints": joints, "gripper": gripper, "gains": {key: so101.SETTINGS[key] for key in ("p", "i", "d")}}
+    return {
+        "joints": joints,
+        "gripper": gripper,
+        "gains": {key: so101.SETTINGS[key] for key in ("p", "i", "d")},
+    }
 
 
 def describe(policy: TorchPolicy, names: tuple[str, ...], view: str | None) -> dict:
@@ -201,7 +225,9 @@ def write_onnx(path: Path, network, inputs: dict[str, np.ndarray], meta: dict) -
     except ImportError as error:
         raise ExportError(f'writing ONNX needs {error.name}: pip install -e ".[export]"') from None
     names = [name for name in ("rgb", "state") if name in inputs]
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports every package that is not installed
+    logging.getLogger("torch.onnx").setLevel(
+        logging.ERROR
+    )  # it reports every package that is not installed
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -240,7 +266,9 @@ def export(args: Args) -> dict[str, float]:
     if source is None:
         raise PolicyError(f"there is no policy {args.checkpoint}")
     network, names = torch_network(source)
-    view = start_view(source.spec) if args.start_view and source.spec.get("robot") == "so101" else None
+    view = (
+        start_view(source.spec) if args.start_view and source.spec.get("robot") == "so101" else None
+    )
     meta = describe(source, names, view)
     stem = Path(args.out) if args.out else Path(args.checkpoint).with_suffix("")
     stem.parent.mkdir(parents=True, exist_ok=True)
@@ -257,7 +285,9 @@ def export(args: Args) -> dict[str, float]:
                 write_numpy(unchecked, *numpy_program(source), meta)
             difference = largest_difference(source, network, names, kind(unchecked))
             if not difference <= TOLERANCE:
-                raise ExportError(f"{path.name} differs from the checkpoint by {difference:.1e}, more than {TOLERANCE}")
+                raise ExportError(
+                    f"{path.name} differs from the checkpoint by {difference:.1e}, more than {TOLERANCE}"
+                )
             os.replace(unchecked, path)
         finally:
             unchecked.unlink(missing_ok=True)
@@ -268,7 +298,9 @@ def export(args: Args) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------------- latency ---
 def latency_table(policies: dict[str, object], repeats: int) -> str:
     """Microseconds for one image and one action, batch 1: a frame of 640 x 480, then `act` on what comes of it."""
-    lines = [f"{'us on one thread':24}{'preprocess: min':>16}{'median':>8}{'act: min':>16}{'median':>8}"]
+    lines = [
+        f"{'us on one thread':24}{'preprocess: min':>16}{'median':>8}{'act: min':>16}{'median':>8}"
+    ]
     frame = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
     for name, policy in policies.items():
         cameras = len(policy.spec["cameras"])
@@ -278,7 +310,10 @@ def latency_table(policies: dict[str, object], repeats: int) -> str:
             return np.concatenate([policy.preprocess(frame)] * cameras, -1)
 
         columns = []
-        for pixels, call in ((True, prepare), (False, lambda policy=policy, obs=obs: policy.act(obs))):
+        for pixels, call in (
+            (True, prepare),
+            (False, lambda policy=policy, obs=obs: policy.act(obs)),
+        ):
             if pixels and not cameras:
                 columns.append(f"{'-':>24}")
                 continue
@@ -302,7 +337,9 @@ def main(args: Args) -> None:
     for path, difference in differences.items():
         kind = OnnxPolicy if path.endswith(".onnx") else NumpyPolicy
         policies[{OnnxPolicy: "ONNX Runtime", NumpyPolicy: "NumPy"}[kind]] = kind(path)
-        print(f"{path}: {os.path.getsize(path) / 1e6:.2f} MB, differs from the checkpoint by {difference:.1e} at most")
+        print(
+            f"{path}: {os.path.getsize(path) / 1e6:.2f} MB, differs from the checkpoint by {difference:.1e} at most"
+        )
     print(latency_table(policies, args.repeats))
 
 

@@ -59,7 +59,9 @@ def area_mean(rgb: np.ndarray, size: int) -> np.ndarray:
     i = np.arange(size)
     (top, bottom), (left, right) = ((i * m // size, -(-(i + 1) * m // size)) for m in (h, w))
     # reduceat adds from each index up to the next: every second sum is a window, and the last runs to the edge
-    rows = np.add.reduceat(rgb, np.stack((top, bottom), 1).ravel()[:-1], axis=1, dtype=np.uint32)[:, ::2]
+    rows = np.add.reduceat(rgb, np.stack((top, bottom), 1).ravel()[:-1], axis=1, dtype=np.uint32)[
+        :, ::2
+    ]
     sums = np.add.reduceat(rows, np.stack((left, right), 1).ravel()[:-1], axis=2)[:, :, ::2]
     mean = sums.astype(np.float32) / (bottom - top).astype(np.float32)[:, None, None]
     return np.rint(mean / (right - left).astype(np.float32)[:, None]).astype(np.uint8)
@@ -69,10 +71,10 @@ def middle_square(frame: np.ndarray) -> np.ndarray:
     """The middle square of an image (H, W, C)."""
     side = min(frame.shape[:2])
     top, left = (frame.shape[0] - side) // 2, (frame.shape[1] - side) // 2
-    return frame[top:top + side, left:left + side]
+    return frame[top : top + side, left : left + side]
+
 
 ALGORITHMS = ("squint_sac", "drqv2", "sac_pixels")  # of algos/: those whose policies see by cameras
-
 
 
 # ------------------------------------------------------------------------------------------------- from checkpoints ---
@@ -80,7 +82,9 @@ def algorithm(name: str):
     """The module `algos/<name>.py`, which is no package. Raises PolicyError where there is none."""
     if name not in ALGORITHMS:  # no module is imported because a file names it
         known = ", ".join(ALGORITHMS)
-        raise PolicyError(f"the checkpoint names the algorithm {name!r}; the arm runs those of {known}")
+        raise PolicyError(
+            f"the checkpoint names the algorithm {name!r}; the arm runs those of {known}"
+        )
     path = ALGOS / f"{name}.py"
     known = sys.modules.get(name)
     if known is not None and Path(getattr(known, "__file__", None) or "").resolve() == path:
@@ -93,7 +97,9 @@ def algorithm(name: str):
     except BaseException as error:
         sys.modules.pop(name, None)
         if isinstance(error, ImportError):
-            raise PolicyError(f"algos/{name}.py needs {error.name}: run `pip install -e .`") from None
+            raise PolicyError(
+                f"algos/{name}.py needs {error.name}: run `pip install -e .`"
+            ) from None
         raise
     return module
 
@@ -105,19 +111,29 @@ class TorchPolicy:
         try:
             import torch
         except ImportError:
-            raise PolicyError(f"{path} needs torch; an exported policy does not: see hardware/export.py") from None
+            raise PolicyError(
+                f"{path} needs torch; an exported policy does not: see hardware/export.py"
+            ) from None
         try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
+            checkpoint = torch.load(
+                path, map_location="cpu", weights_only=True
+            )  # runs no code from the file
         except Exception:  # torch names many kinds of damage; the reader needs one line
-            raise PolicyError(f"{path} cannot be read as a checkpoint: it is damaged or another kind of file") from None
+            raise PolicyError(
+                f"{path} cannot be read as a checkpoint: it is damaged or another kind of file"
+            ) from None
         if not isinstance(checkpoint, dict) or "algo" not in checkpoint or "spec" not in checkpoint:
-            raise PolicyError(f"{path} is not a checkpoint of algos/: it names no algorithm or no robot")
+            raise PolicyError(
+                f"{path} is not a checkpoint of algos/: it names no algorithm or no robot"
+            )
         self.algo, self.spec = checkpoint["algo"], checkpoint["spec"]
         try:
             self.net = algorithm(self.algo).Policy(checkpoint, device)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise PolicyError(f"{path} does not fit algos/{self.algo}.py of this version: {reason}") from None
+            raise PolicyError(
+                f"{path} does not fit algos/{self.algo}.py of this version: {reason}"
+            ) from None
         if not hasattr(self.net, "preprocess"):
             raise PolicyError(f"{path}: the policy of {self.algo} does not take a camera's image")
         self.path, self.digest, self.view = Path(path), file_digest(path), None
@@ -145,11 +161,17 @@ class ExportedPolicy:
         try:
             meta = json.loads(meta or "")
         except ValueError:
-            raise PolicyError(f"{path} was not written by hardware/export.py: it has no description") from None
+            raise PolicyError(
+                f"{path} was not written by hardware/export.py: it has no description"
+            ) from None
         if meta.get("format") != FORMAT:
-            raise PolicyError(f"{path} has format {meta.get('format')}, this version reads {FORMAT}: export it again")
+            raise PolicyError(
+                f"{path} has format {meta.get('format')}, this version reads {FORMAT}: export it again"
+            )
         if meta["preprocess"] != PREPROCESS:
-            raise PolicyError(f"{path} wants images prepared by {meta['preprocess']!r}, which is unknown here")
+            raise PolicyError(
+                f"{path} wants images prepared by {meta['preprocess']!r}, which is unknown here"
+            )
         self.path, self.digest, self.meta = Path(path), file_digest(path), meta
         self.algo, self.spec = meta["algo"], meta["spec"]
         self.image_size, self.view = meta["image_size"], None  # image_size: None without a camera
@@ -180,13 +202,19 @@ class OnnxPolicy(ExportedPolicy):
         try:
             import onnxruntime
         except ImportError:
-            raise PolicyError(f"{path} needs ONNX Runtime: pip install onnxruntime; or export to .npz") from None
+            raise PolicyError(
+                f"{path} needs ONNX Runtime: pip install onnxruntime; or export to .npz"
+            ) from None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self.session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
         except Exception as error:  # its exceptions share no base class
-            raise PolicyError(f"{path} cannot be read as ONNX: {str(error).splitlines()[0]}") from None
+            raise PolicyError(
+                f"{path} cannot be read as ONNX: {str(error).splitlines()[0]}"
+            ) from None
         super().__init__(path, self.session.get_modelmeta().custom_metadata_map.get("cleanrobot"))
 
     def run(self, inputs: dict) -> np.ndarray:
@@ -211,17 +239,24 @@ class NumpyPolicy(ExportedPolicy):
 
 def _convolve(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, stride: int) -> np.ndarray:
     """(N, C, H, W) with weight (O, C, k, k), no padding -> (N, O, H', W')."""
-    patches = np.lib.stride_tricks.sliding_window_view(x, weight.shape[2:], axis=(2, 3))[:, :, ::stride, ::stride]
+    patches = np.lib.stride_tricks.sliding_window_view(x, weight.shape[2:], axis=(2, 3))[
+        :, :, ::stride, ::stride
+    ]
     return (np.tensordot(patches, weight, ((1, 4, 5), (1, 2, 3))) + bias).transpose(0, 3, 1, 2)
 
 
 def _normalise(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float) -> np.ndarray:
     centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt((centred * centred).mean(-1, keepdims=True) + np.float32(eps)) * weight + bias
+    return (
+        centred / np.sqrt((centred * centred).mean(-1, keepdims=True) + np.float32(eps)) * weight
+        + bias
+    )
 
 
 OPERATIONS = {
-    "pixels": lambda x: x.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255) - np.float32(0.5),
+    "pixels": lambda x: (
+        x.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255) - np.float32(0.5)
+    ),
     "conv": _convolve,
     "linear": lambda x, weight, bias: x @ weight + bias,
     "norm": _normalise,
@@ -234,11 +269,17 @@ OPERATIONS = {
 }
 
 
-def run_program(program: list[dict], weights: dict[str, np.ndarray], inputs: dict[str, np.ndarray]) -> np.ndarray:
+def run_program(
+    program: list[dict], weights: dict[str, np.ndarray], inputs: dict[str, np.ndarray]
+) -> np.ndarray:
     """A network as a list of steps {op, in, out, weights, and the operation's own numbers}; the last one's result."""
     values = dict(inputs)
     for step in program:
-        numbers = {key: value for key, value in step.items() if key not in ("op", "in", "out", "weights")}
-        arguments = [values[name] for name in step["in"]] + [weights[name] for name in step.get("weights", ())]
+        numbers = {
+            key: value for key, value in step.items() if key not in ("op", "in", "out", "weights")
+        }
+        arguments = [values[name] for name in step["in"]] + [
+            weights[name] for name in step.get("weights", ())
+        ]
         values[step["out"]] = OPERATIONS[step["op"]](*arguments, **numbers)
     return values[program[-1]["out"]]

@@ -134,7 +134,9 @@ class Policy:
         graph = helper.make_graph(nodes, "policy", [obs], [actions], tensors)
         opset = [helper.make_opsetid("", 17)]
         model = helper.make_model(graph, opset_imports=opset, ir_version=8)
-        helper.set_model_props(model, {"cleanrobot": json.dumps(self.spec)})  # as hardware/export.py
+        helper.set_model_props(
+            model, {"cleanrobot": json.dumps(self.spec)}
+        )  # as hardware/export.py
         checker.check_model(model)
         save_onnx(model, str(path))
 

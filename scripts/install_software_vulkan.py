@@ -22,10 +22,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-DEFAULT_DIR = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cleanrobot" / "vulkan"
+DEFAULT_DIR = (
+    Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cleanrobot" / "vulkan"
+)
 RELEASE = "bookworm"
 PACKAGE = "mesa-vulkan-drivers"
-NEVER = {"libc6", "libgcc-s1", "libstdc++6"}  # part of every running Debian; a second copy in one process would clash
+NEVER = {
+    "libc6",
+    "libgcc-s1",
+    "libstdc++6",
+}  # part of every running Debian; a second copy in one process would clash
 
 
 def fail(message: str) -> None:
@@ -35,7 +41,9 @@ def fail(message: str) -> None:
 
 def run(command: list[str], cwd: Path | None = None) -> str:
     """Runs a command and returns its standard output; on failure ends the script with the command's last error line."""
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}
+    )
     if done.returncode != 0:
         lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("E:")] or lines[-1:] or ["no message"]
@@ -65,7 +73,9 @@ def debian_mirror() -> str:
     """Base address of the Debian archive that this machine's apt is set up with."""
     found = re.search(rf"'(\S+)/dists/{RELEASE}/", run(["apt-get", "--print-uris", "update"]))
     if found is None:
-        fail(f"apt has no source for the suite `{RELEASE}`; give an archive's address with --mirror.")
+        fail(
+            f"apt has no source for the suite `{RELEASE}`; give an archive's address with --mirror."
+        )
     return found.group(1)
 
 
@@ -74,7 +84,9 @@ def fetch_packages(mirror: str, work: Path) -> list[Path]:
     keyring = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
     signed = f"[signed-by={keyring}] " if keyring.exists() else ""
     sources = work / "sources.list"
-    sources.write_text("".join(f"deb {signed}{mirror} {s} main\n" for s in (RELEASE, f"{RELEASE}-backports")))
+    sources.write_text(
+        "".join(f"deb {signed}{mirror} {s} main\n" for s in (RELEASE, f"{RELEASE}-backports"))
+    )
     for folder in ("lists/partial", "cache/archives/partial", "debs"):
         (work / folder).mkdir(parents=True)
     options = {
@@ -85,12 +97,20 @@ def fetch_packages(mirror: str, work: Path) -> list[Path]:
         "Debug::NoLocking": "1",  # the installed-package database is only read, so its lock (root's) is not wanted
     }
     if os.geteuid() == 0:
-        options["APT::Sandbox::User"] = "root"  # apt's own user may not enter a private cache folder
-    apt = ["apt-get", "-qq"] + [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
+        options["APT::Sandbox::User"] = (
+            "root"  # apt's own user may not enter a private cache folder
+        )
+    apt = ["apt-get", "-qq"] + [
+        word for key, value in options.items() for word in ("-o", f"{key}={value}")
+    ]
     run([*apt, "-o", "APT::Update::Error-Mode=any", "update"])
     newest = f"{PACKAGE}/{RELEASE}-backports"
     plan = run([*apt, "install", "--simulate", "--reinstall", "--no-install-recommends", newest])
-    wanted = [f"{n}={v}" for n, v in re.findall(r"^Inst (\S+) (?:\[\S+\] )?\((\S+)", plan, re.M) if n not in NEVER]
+    wanted = [
+        f"{n}={v}"
+        for n, v in re.findall(r"^Inst (\S+) (?:\[\S+\] )?\((\S+)", plan, re.M)
+        if n not in NEVER
+    ]
     if not any(name.startswith(f"{PACKAGE}=") for name in wanted):
         fail(f"apt offers no {PACKAGE} in {RELEASE}-backports at {mirror}.")
     print("packages:", ", ".join(wanted))
@@ -136,14 +156,20 @@ def check_libraries(target: Path) -> bool:
     full = subprocess.run(["ldd", driver], capture_output=True, text=True, env=env).stdout
     missing = sorted(set(re.findall(r"(\S+) => not found", full)))
     if missing:
-        fail(f"the driver misses {', '.join(missing)}; `apt-file search NAME` tells the Debian package of each.")
+        fail(
+            f"the driver misses {', '.join(missing)}; `apt-file search NAME` tells the Debian package of each."
+        )
     return False
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--dir", type=Path, default=DEFAULT_DIR, help="cache folder (default: %(default)s)")
-    parser.add_argument("--mirror", help="address of a Debian archive (default: the one apt is set up with)")
+    parser.add_argument(
+        "--dir", type=Path, default=DEFAULT_DIR, help="cache folder (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--mirror", help="address of a Debian archive (default: the one apt is set up with)"
+    )
     args = parser.parse_args()
     target = args.dir.expanduser().resolve()
     check_system()
@@ -157,7 +183,9 @@ def main() -> None:
         icd = unpack(fetch_packages(mirror, Path(work)), Path(work), target)
     alone = check_libraries(target)
     default = target == DEFAULT_DIR.resolve()
-    hint = "envs/maniskill finds it by itself" if default else f"export CLEANROBOT_VULKAN_DIR={target}"
+    hint = (
+        "envs/maniskill finds it by itself" if default else f"export CLEANROBOT_VULKAN_DIR={target}"
+    )
     print(f"installed in {target}; {hint}. For other Vulkan programs:")
     print(f"export VK_ICD_FILENAMES={icd}")
     if not alone:

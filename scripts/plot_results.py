@@ -71,17 +71,23 @@ def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
         rows = list(reader)
         header = [name.strip() for name in reader.fieldnames or []]
     if not rows:
-        raise ResultsError(f"{path}: has no rows; remove the file or copy the run's evaluations into it")
+        raise ResultsError(
+            f"{path}: has no rows; remove the file or copy the run's evaluations into it"
+        )
     for number, row in enumerate(rows, start=2):
         if None in row or None in row.values():
-            raise ResultsError(f"{path}, line {number}: has not the {len(header)} columns of the header")
+            raise ResultsError(
+                f"{path}, line {number}: has not the {len(header)} columns of the header"
+            )
     return header, [dict(zip(header, row.values(), strict=True)) for row in rows]
 
 
 def read_run(path: Path) -> Run:
     """Read one run. Raises ResultsError where the name, a column or a number is not as the docstring above says."""
     task, hardware, seed = (path.stem.split("__") + ["", ""])[:3]
-    if path.stem != f"{task}__{hardware}__{seed}" or not (task and hardware and re.fullmatch(r"s\d+", seed)):
+    if path.stem != f"{task}__{hardware}__{seed}" or not (
+        task and hardware and re.fullmatch(r"s\d+", seed)
+    ):
         raise ResultsError(f"{path}: the name must be <task>__<hardware>__s<seed>.csv")
     header, rows = read_rows(path)
     missing = [name for name in TIME_COLUMNS if name not in header]
@@ -95,7 +101,9 @@ def read_run(path: Path) -> Run:
         except ValueError as error:
             raise ResultsError(f"{path}, column {name}: {error}") from None
     if (np.diff(columns["global_step"]) <= 0).any():
-        raise ResultsError(f"{path}: global_step does not rise from row to row; one file holds one run")
+        raise ResultsError(
+            f"{path}: global_step does not rise from row to row; one file holds one run"
+        )
     run = Run(path.parent.name, task, hardware, int(seed[1:]), columns)
     for name in (*TIME_COLUMNS, run.metric):
         if not np.isfinite(columns[name]).all():
@@ -119,7 +127,9 @@ def read_results(results: Path) -> tuple[list[Run], dict[str, list[tuple[str, Pa
     return sorted(runs, key=lambda run: (run.algo, run.task, run.hardware, run.seed)), throughput
 
 
-def grouped(runs: list[Run], key: Callable[[Run], tuple[str, ...]]) -> dict[tuple[str, ...], list[Run]]:
+def grouped(
+    runs: list[Run], key: Callable[[Run], tuple[str, ...]]
+) -> dict[tuple[str, ...], list[Run]]:
     """Return the runs by `key`, in order of first appearance."""
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
@@ -153,7 +163,9 @@ def draw(runs: list[Run], path: Path) -> None:
         (axes[0], "global_step", 1.0, "environment steps"),
         (axes[1], "wall_time", 60.0, "minutes, set-up included"),
     )
-    for index, ((hardware,), group) in enumerate(grouped(runs, lambda run: (run.hardware,)).items()):
+    for index, ((hardware,), group) in enumerate(
+        grouped(runs, lambda run: (run.hardware,)).items()
+    ):
         colour = COLOURS[index % len(COLOURS)]
         label = f"{hardware}, {len(group)} seed{'s' if len(group) > 1 else ''}"
         for axis, x_name, unit, _ in panels:
@@ -173,7 +185,9 @@ def draw(runs: list[Run], path: Path) -> None:
     axes[0].set_ylabel(METRICS[metric])
     if metric == "eval/success_rate":
         axes[0].set_ylim(-0.02, 1.02)
-    axes[0].xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k")
+    axes[0].xaxis.set_major_formatter(
+        lambda value, _: f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k"
+    )
     axes[1].legend(frameon=False, fontsize=8, loc="best")
     figure.suptitle(f"{runs[0].algo}: {runs[0].task}", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -215,7 +229,9 @@ def crossings(runs: list[Run], column: str, form: Callable[[float], str]) -> str
     reached = [value for run in runs if (value := first_crossing(run, column)) is not None]
     if not reached:
         return "not reached"
-    return spread(reached, form) + ("" if len(reached) == len(runs) else f" ({len(reached)} of {len(runs)})")
+    return spread(reached, form) + (
+        "" if len(reached) == len(runs) else f" ({len(reached)} of {len(runs)})"
+    )
 
 
 def results_table(runs: list[Run]) -> str:
@@ -225,7 +241,16 @@ def results_table(runs: list[Run]) -> str:
     of_success = any(run.metric == "eval/success_rate" for run in runs)
     of_return = any(run.metric == "eval/return" for run in runs)
     measure = "success" if not of_return else "return" if not of_success else "success or return"
-    header = ["task", "hardware", "seeds", "steps", f"last {measure}", f"best {measure}", "minutes", "training only"]
+    header = [
+        "task",
+        "hardware",
+        "seeds",
+        "steps",
+        f"last {measure}",
+        f"best {measure}",
+        "minutes",
+        "training only",
+    ]
     if of_success:
         header += [f"steps to {GOAL:.0%}", f"minutes to {GOAL:.0%}"]
     rows = []
@@ -261,7 +286,10 @@ def throughput_table(files: list[tuple[str, Path]]) -> str:
         header, body = read_rows(path)
         columns += [name for name in header if name not in columns]
         rows += [{**row, "": hardware} for row in body]
-    return markdown([*columns, "hardware"], [[number(row.get(name, "")) for name in [*columns, ""]] for row in rows])
+    return markdown(
+        [*columns, "hardware"],
+        [[number(row.get(name, "")) for name in [*columns, ""]] for row in rows],
+    )
 
 
 def number(text: str) -> str:
@@ -283,7 +311,13 @@ def figure_path(algo: str, task: str) -> Path:
     return Path("docs/images") / f"{algo}__{task}.png"
 
 
-def fill(text: str, document: Path, root: Path, runs: list[Run], throughput: dict[str, list[tuple[str, Path]]]) -> str:
+def fill(
+    text: str,
+    document: Path,
+    root: Path,
+    runs: list[Run],
+    throughput: dict[str, list[tuple[str, Path]]],
+) -> str:
     """Return the document's text with what stands between its markers rebuilt.
 
     Raises ResultsError where a marker is opened and not closed.
@@ -301,17 +335,27 @@ def fill(text: str, document: Path, root: Path, runs: list[Run], throughput: dic
     def figures(name: str) -> str:
         pairs = grouped(chosen(name), lambda run: (run.algo, run.task))
         up = "../" * (len(document.relative_to(root).parts) - 1)
-        links = (f"![{algo} on {task}]({up}{figure_path(algo, task).as_posix()})" for algo, task in pairs)
+        links = (
+            f"![{algo} on {task}]({up}{figure_path(algo, task).as_posix()})" for algo, task in pairs
+        )
         return "\n\n".join(links) or NOT_YET
 
     for word, build in (("table", table), ("figures", figures)):
         # At a line's start only, so that a page can mention a marker inside its text.
         opened = re.findall(rf"^<!-- {word}:\S+ -->", text, re.MULTILINE)
-        pattern = re.compile(rf"^(<!-- {word}:(\S+) -->)\n.*?^(<!-- /{word} -->)", re.MULTILINE | re.DOTALL)
+        pattern = re.compile(
+            rf"^(<!-- {word}:(\S+) -->)\n.*?^(<!-- /{word} -->)", re.MULTILINE | re.DOTALL
+        )
         blocks = list(pattern.finditer(text))
-        if len(blocks) != len(opened) or any(f"<!-- {word}:" in block[0][len(block[1]) :] for block in blocks):
-            raise ResultsError(f"{document}: a marker <!-- {word}:… --> has no <!-- /{word} --> on a line of its own")
-        text = pattern.sub(lambda block, build=build: f"{block[1]}\n\n{build(block[2])}\n\n{block[3]}", text)
+        if len(blocks) != len(opened) or any(
+            f"<!-- {word}:" in block[0][len(block[1]) :] for block in blocks
+        ):
+            raise ResultsError(
+                f"{document}: a marker <!-- {word}:… --> has no <!-- /{word} --> on a line of its own"
+            )
+        text = pattern.sub(
+            lambda block, build=build: f"{block[1]}\n\n{build(block[2])}\n\n{block[3]}", text
+        )
     return text
 
 
@@ -335,21 +379,32 @@ def stale_documents(root: Path) -> dict[Path, str]:
 def main() -> int:
     """Parse the command line and do it. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", type=Path, default=ROOT, help="the repository (default: this one)")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a table is out of date")
+    parser.add_argument(
+        "--root", type=Path, default=ROOT, help="the repository (default: this one)"
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing; exit with 1 where a table is out of date",
+    )
     arguments = parser.parse_args()
     root = arguments.root.resolve()
     try:
         stale = stale_documents(root)
         if arguments.check:
             for document in stale:
-                print(f"{document.relative_to(root)} is not what docs/results gives: run make figures", file=sys.stderr)
+                print(
+                    f"{document.relative_to(root)} is not what docs/results gives: run make figures",
+                    file=sys.stderr,
+                )
             return 1 if stale else 0
         runs, _ = read_results(root / "docs/results")
         for (algo, task), group in grouped(runs, lambda run: (run.algo, run.task)).items():
             metrics = {run.metric for run in group}
             if len(metrics) > 1:
-                raise ResultsError(f"docs/results/{algo}/{task}__*.csv: some hold {' and some '.join(sorted(metrics))}")
+                raise ResultsError(
+                    f"docs/results/{algo}/{task}__*.csv: some hold {' and some '.join(sorted(metrics))}"
+                )
             draw(group, root / figure_path(algo, task))
             print(f"wrote {figure_path(algo, task)}")
     except ResultsError as error:

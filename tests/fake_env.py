@@ -9,8 +9,15 @@ class FakeEnv:
 
     action_dim, state_dim, max_episode_steps, control_hz = 2, 3, 10, 10.0
 
-    def __init__(self, num_envs=4, *, seed=0, size=16, stagger=True, asymmetric=False, cameras=1, horizon=10):
-        self.env_id, self.num_envs, self.device, self.size = "Fake", num_envs, torch.device("cpu"), size
+    def __init__(
+        self, num_envs=4, *, seed=0, size=16, stagger=True, asymmetric=False, cameras=1, horizon=10
+    ):
+        self.env_id, self.num_envs, self.device, self.size = (
+            "Fake",
+            num_envs,
+            torch.device("cpu"),
+            size,
+        )
         self.image_shape, self.privileged_dim = (size, size, 3 * cameras), 2 if asymmetric else 0
         self.max_episode_steps = horizon
         self.spec = {"joint_names": ["x", "y"], "control_hz": 10.0}
@@ -31,7 +38,11 @@ class FakeEnv:
         if seed is not None:
             self.generator.manual_seed(seed)
         n = self.num_envs
-        self.place, self.clock, self.length = torch.zeros(n, 2), torch.zeros(n, dtype=int), torch.zeros(n, dtype=int)
+        self.place, self.clock, self.length = (
+            torch.zeros(n, 2),
+            torch.zeros(n, dtype=int),
+            torch.zeros(n, dtype=int),
+        )
         self.returns, self.once = torch.zeros(n), torch.zeros(n, dtype=torch.bool)
         self._begin(torch.ones(n, dtype=torch.bool))
         self.obs = self._observe()

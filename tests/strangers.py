@@ -15,7 +15,9 @@ class Point:
 
     action_dim, max_episode_steps, control_hz, spec = 2, 8, 10.0, {}
 
-    def __init__(self, num_envs, device="cpu", seed=0, image_size=0, state_dim=2, end_on_success=False):
+    def __init__(
+        self, num_envs, device="cpu", seed=0, image_size=0, state_dim=2, end_on_success=False
+    ):
         self.num_envs, self.device, self.state_dim = num_envs, torch.device(device), state_dim
         self.image_size, self.end_on_success, self.privileged_dim = image_size, end_on_success, 0
         if image_size:

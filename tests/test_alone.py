@@ -93,7 +93,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def replace_make_envs(text: str, body: str) -> str:
     """The file with another body of `make_envs`: what a reader would type."""
-    node = next(n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == "make_envs")
+    node = next(
+        n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == "make_envs"
+    )
     lines = text.splitlines()
     head = [lines[node.lineno - 1], "    import stranger", ""]
     new = [*head, *("    " + line for line in body.splitlines())]
@@ -154,10 +156,17 @@ def write_teacher(path: Path):
 def weights(path: Path) -> dict[str, np.ndarray]:
     """Every array of a checkpoint, whatever the format."""
     if path.suffix == ".npz":
-        return {key: value for key, value in np.load(path, allow_pickle=False).items() if value.dtype.kind == "f"}
+        return {
+            key: value
+            for key, value in np.load(path, allow_pickle=False).items()
+            if value.dtype.kind == "f"
+        }
     import torch
 
-    return {key: value.float().numpy() for key, value in torch.load(path, weights_only=True)["agent"].items()}
+    return {
+        key: value.float().numpy()
+        for key, value in torch.load(path, weights_only=True)["agent"].items()
+    }
 
 
 def rows(path: Path) -> list[dict]:
@@ -170,8 +179,14 @@ def copy_alone(name: str, folder: Path) -> list[str]:
     body, words = CASES[name]
     folder.mkdir(exist_ok=True)
     shutil.copy(ROOT / "tests/strangers.py", folder / "stranger.py")
-    (folder / f"{name}.py").write_text(replace_make_envs((ROOT / f"algos/{name}.py").read_text(), body))
-    for file, write in (("demos.hdf5", write_demos), ("base.pt2", write_base), ("teacher.npz", write_teacher)):
+    (folder / f"{name}.py").write_text(
+        replace_make_envs((ROOT / f"algos/{name}.py").read_text(), body)
+    )
+    for file, write in (
+        ("demos.hdf5", write_demos),
+        ("base.pt2", write_base),
+        ("teacher.npz", write_teacher),
+    ):
         if file in words:
             write(folder / file)
     return words.split()
@@ -192,7 +207,9 @@ def test_a_copied_file_trains_alone(name, tmp_path):
     assert next(run.glob("best.*")).exists()
     first, trained = weights(tmp_path / f"first{last.suffix}"), weights(last)
     assert first.keys() == trained.keys()
-    assert any(not np.array_equal(first[key], trained[key]) for key in first), "parameters have changed"
+    assert any(not np.array_equal(first[key], trained[key]) for key in first), (
+        "parameters have changed"
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

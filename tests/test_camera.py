@@ -89,10 +89,16 @@ def test_a_threaded_camera_that_gives_nothing_says_so():
     ("broken", "message"),
     [
         (lambda: None, "gave no frame: is it still plugged in"),
-        (lambda: (_ for _ in ()).throw(CameraError("camera 0 gave no frame")), "camera 0 gave no frame"),
+        (
+            lambda: (_ for _ in ()).throw(CameraError("camera 0 gave no frame")),
+            "camera 0 gave no frame",
+        ),
         (lambda: [][0], "failed: IndexError: list index out of range"),
         (lambda: np.zeros((48, 64, 3), np.uint8), "the picture is black"),
-        (lambda: np.zeros((48, 64), np.uint8), r"must be uint8 \(height, width, 3\), not uint8 \(48, 64\)"),
+        (
+            lambda: np.zeros((48, 64), np.uint8),
+            r"must be uint8 \(height, width, 3\), not uint8 \(48, 64\)",
+        ),
         (lambda: np.zeros((48, 64, 3)), "not float64"),
         (lambda: "frame", "not str"),
     ],
@@ -159,7 +165,9 @@ def test_pictures_in_memory_follow_the_clock():
 def test_a_file_is_a_picture_or_a_video_at_its_own_rate(tmp_path):
     imageio.imwrite(tmp_path / "still.png", picture(77))
     assert (FileSource(tmp_path / "still.png")() == picture(77)).all()
-    imageio.mimwrite(tmp_path / "film.mp4", [picture(v) for v in (30, 120, 210)], fps=5, macro_block_size=1)
+    imageio.mimwrite(
+        tmp_path / "film.mp4", [picture(v) for v in (30, 120, 210)], fps=5, macro_block_size=1
+    )
     clock = VirtualClock()
     film = FileSource(tmp_path / "film.mp4", clock=clock)
     for value in (30, 120, 210, 30):
@@ -183,7 +191,13 @@ class FakeCapture:
     """A camera behind OpenCV's interface; `refuses` names properties that it will not set."""
 
     def __init__(self, refuses=(), size=(640, 480), opens=True, frames=10_000):
-        self.refuses, self.size, self.opens, self.frames, self.log = refuses, size, opens, frames, []
+        self.refuses, self.size, self.opens, self.frames, self.log = (
+            refuses,
+            size,
+            opens,
+            frames,
+            [],
+        )
         self.values = {"EXPOSURE": 157.0, "WB_TEMPERATURE": 4600.0, "FOCUS": 30.0}
 
     def isOpened(self):  # noqa: N802
@@ -232,12 +246,19 @@ def opencv(monkeypatch):
 def test_a_usb_camera_settles_first_and_is_locked_then(opencv):
     capture = opencv(FakeCapture())
     source = OpenCVSource("0", settle=3)
-    assert source.device == 0 and capture.values["FOURCC"] == "MJPG" and capture.values["BUFFERSIZE"] == 1
+    assert (
+        source.device == 0
+        and capture.values["FOURCC"] == "MJPG"
+        and capture.values["BUFFERSIZE"] == 1
+    )
     reads = [i for i, (what, _) in enumerate(capture.log) if what == "read"]
     assert len(reads) == 3
     switches = {("AUTO_EXPOSURE", 1): 3, ("AUTO_WB", 0): 1, ("AUTOFOCUS", 0): 1}
     for (name, manual), auto in switches.items():
-        assert capture.log.index((name, auto)) < reads[0] and capture.log.index((name, manual)) > reads[-1]
+        assert (
+            capture.log.index((name, auto)) < reads[0]
+            and capture.log.index((name, manual)) > reads[-1]
+        )
     assert ("EXPOSURE", 157.0) in capture.log, "what the automatic found is kept"
     assert source.settings["exposure"] == dict(locked=True, value=157.0)
     rgb = source()
@@ -249,11 +270,17 @@ def test_a_usb_camera_settles_first_and_is_locked_then(opencv):
 def test_values_given_for_the_lock_are_set(opencv):
     capture = opencv(FakeCapture())
     OpenCVSource(0, exposure=90, white_balance=5000, focus=12, settle=2)
-    assert (capture.values["EXPOSURE"], capture.values["WB_TEMPERATURE"], capture.values["FOCUS"]) == (90, 5000, 12)
+    assert (
+        capture.values["EXPOSURE"],
+        capture.values["WB_TEMPERATURE"],
+        capture.values["FOCUS"],
+    ) == (90, 5000, 12)
     assert ("AUTO_EXPOSURE", 3) not in capture.log
 
 
-@pytest.mark.parametrize(("prop", "name"), [("AUTO_EXPOSURE", "exposure"), ("AUTO_WB", "white balance")])
+@pytest.mark.parametrize(
+    ("prop", "name"), [("AUTO_EXPOSURE", "exposure"), ("AUTO_WB", "white balance")]
+)
 def test_a_camera_that_does_not_lock_is_refused_unless_accepted(opencv, prop, name):
     capture = opencv(FakeCapture(refuses=(prop,)))
     with pytest.raises(CameraError, match=f"does not lock its {name}.*--allow-auto"):
@@ -287,7 +314,10 @@ def test_the_real_opencv_has_every_property_that_is_used():
     cv2 = pytest.importorskip("cv2", reason='needs OpenCV: pip install -e ".[hardware]"')
     with pytest.raises(CameraError, match="cannot be opened"):
         OpenCVSource("/no/such/camera")
-    assert all(hasattr(cv2, f"CAP_PROP_{name}") for name in ("AUTO_EXPOSURE", "AUTO_WB", "WB_TEMPERATURE", "AUTOFOCUS"))
+    assert all(
+        hasattr(cv2, f"CAP_PROP_{name}")
+        for name in ("AUTO_EXPOSURE", "AUTO_WB", "WB_TEMPERATURE", "AUTOFOCUS")
+    )
 
 
 # --- Preparing pictures as training does ------------------------------------------------------------------------------
@@ -301,7 +331,9 @@ def pictures(count, seed=0):
         if i % 3 == 1:
             rgb = rgb[:, ::7, ::7].repeat(7, 1).repeat(7, 2)[:, :n, :n]
         elif i % 3 == 2:
-            rgb = np.minimum(np.add.outer(np.arange(n), np.arange(n)) // 3, 255).astype(np.uint8)[None, ..., None]
+            rgb = np.minimum(np.add.outer(np.arange(n), np.arange(n)) // 3, 255).astype(np.uint8)[
+                None, ..., None
+            ]
             rgb = rgb.repeat(channels, -1)
         yield np.ascontiguousarray(rgb), size
 
@@ -309,19 +341,27 @@ def pictures(count, seed=0):
 def test_the_area_mean_in_numpy_equals_that_of_training_bit_for_bit():
     for rgb, size in pictures(120):
         expected = squint_sac.squint(torch.from_numpy(rgb), size).numpy()
-        np.testing.assert_array_equal(area_mean(rgb, size), expected, err_msg=f"{rgb.shape} to {size}")
+        np.testing.assert_array_equal(
+            area_mean(rgb, size), expected, err_msg=f"{rgb.shape} to {size}"
+        )
 
 
 def test_the_area_mean_by_hand():
     rgb = np.array([[10, 11, 200, 201], [11, 12, 201, 204]], np.uint8).repeat(2, 0)[None, ..., None]
-    assert area_mean(rgb, 2)[0, ..., 0].tolist() == [[10, 200], [12, 202]], "10.5, 200.5, 11.5, 202.5, halves to even"
-    with pytest.raises(hardware_policy.PolicyError, match="sees 16 x 16 pixels, the image has only 4 x 4"):
+    assert area_mean(rgb, 2)[0, ..., 0].tolist() == [[10, 200], [12, 202]], (
+        "10.5, 200.5, 11.5, 202.5, halves to even"
+    )
+    with pytest.raises(
+        hardware_policy.PolicyError, match="sees 16 x 16 pixels, the image has only 4 x 4"
+    ):
         area_mean(rgb, 16)
 
 
 def test_the_middle_square():
     wide = np.arange(6 * 10 * 3).reshape(6, 10, 3)
-    assert (middle_square(wide) == wide[:, 2:8]).all() and (middle_square(wide[:, :5]) == wide[:5, :5]).all()
+    assert (middle_square(wide) == wide[:, 2:8]).all() and (
+        middle_square(wide[:, :5]) == wide[:5, :5]
+    ).all()
 
 
 @pytest.mark.parametrize("side", [16, 48, 96])
@@ -349,17 +389,36 @@ def matrix(quat):
 
 def test_keys_move_the_camera_along_its_own_axes():
     # This rotation takes x to y, y to z and z to x: right is y, up is z, and it looks along -x.
-    for key, axis, sign in (("d", 1, 1), ("a", 1, -1), ("w", 2, 1), ("s", 2, -1), ("f", 0, 1), ("r", 0, -1)):
+    for key, axis, sign in (
+        ("d", 1, 1),
+        ("a", 1, -1),
+        ("w", 2, 1),
+        ("s", 2, -1),
+        ("f", 0, 1),
+        ("r", 0, -1),
+    ):
         moved = np.array(align_camera.press(VALUES, key)["pos"]) - VALUES["pos"]
         np.testing.assert_allclose(moved, sign * 0.001 * np.eye(3)[axis], atol=1e-15, err_msg=key)
 
 
 def test_keys_turn_the_camera_about_its_own_axes():
-    for key, axis, sign in (("i", 0, 1), ("k", 0, -1), ("j", 1, 1), ("l", 1, -1), ("u", 2, 1), ("o", 2, -1)):
-        turned = matrix(VALUES["quat_wxyz"]).T @ matrix(align_camera.press(VALUES, key)["quat_wxyz"])
+    for key, axis, sign in (
+        ("i", 0, 1),
+        ("k", 0, -1),
+        ("j", 1, 1),
+        ("l", 1, -1),
+        ("u", 2, 1),
+        ("o", 2, -1),
+    ):
+        turned = matrix(VALUES["quat_wxyz"]).T @ matrix(
+            align_camera.press(VALUES, key)["quat_wxyz"]
+        )
         angle = sign * np.radians(0.5)
         first, second = np.delete(np.arange(3), axis)
-        assert abs(turned[axis, axis] - 1) < 1e-12 and abs(turned[first, first] - np.cos(angle)) < 1e-12
+        assert (
+            abs(turned[axis, axis] - 1) < 1e-12
+            and abs(turned[first, first] - np.cos(angle)) < 1e-12
+        )
         assert abs(turned[second, first] * (-1 if axis == 1 else 1) - np.sin(angle)) < 1e-12, key
 
 
@@ -383,7 +442,11 @@ def test_the_panel_shows_real_simulated_and_both():
     view = align_camera.panel(real, simulated, 0.25)
     side = align_camera.SIDE
     assert view.shape == (side, 3 * side, 3)
-    assert view[100, 100, 0] == 200 and view[100, side + 100, 0] == 100 and view[100, 2 * side + 100, 0] == 175
+    assert (
+        view[100, 100, 0] == 200
+        and view[100, side + 100, 0] == 100
+        and view[100, 2 * side + 100, 0] == 175
+    )
     upright = np.zeros((480, 480, 3), np.uint8)
     upright[:, :240] = 255
     assert align_camera.panel(np.rot90(upright, -1), simulated, 0, 1)[300, 20, 0] == 255
@@ -427,7 +490,7 @@ def test_a_camera_that_was_moved_is_found_again_and_training_sees_by_it(tmp_path
     def shown(**more):
         align_camera.main(align_camera.Args(**options, out=str(tmp_path / "panel.png"), **more))
         panel = np.asarray(imageio.imread(tmp_path / "panel.png")).astype(int)
-        return panel[:, :side] - panel[:, side:2 * side]
+        return panel[:, :side] - panel[:, side : 2 * side]
 
     assert (np.abs(shown()) > 40).mean() > 0.02 and not (tmp_path / "cameras.json").exists()
     assert not shown(keys=keys, write=True).any()

@@ -23,7 +23,10 @@ from hardware.export import Args, ExportError
 from hardware.policy import NumpyPolicy, OnnxPolicy, PolicyError, TorchPolicy, load_policy
 
 needs_onnx = pytest.mark.skipif(
-    any(__import__("importlib.util").util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
+    any(
+        __import__("importlib.util").util.find_spec(name) is None
+        for name in ("onnx", "onnxscript", "onnxruntime")
+    ),
     reason='needs ONNX: pip install -e ".[export]"',
 )
 
@@ -41,7 +44,10 @@ def exported(tmp_path_factory):
     """A checkpoint of two cameras, and both of its exports."""
     pytest.importorskip("onnxscript", reason='needs ONNX: pip install -e ".[export]"')
     folder = tmp_path_factory.mktemp("exports")
-    cameras = {"wrist": SPEC["cameras"]["wrist"], "third": SPEC["cameras"]["wrist"] | {"mount": "world"}}
+    cameras = {
+        "wrist": SPEC["cameras"]["wrist"],
+        "third": SPEC["cameras"]["wrist"] | {"mount": "world"},
+    }
     spec = {"cameras": cameras, "render_size": 32}
     path = write_checkpoint(folder / "best.pt", spec=spec, cameras=("wrist", "third"))
     differences = export.export(Args(str(path), start_view=False))
@@ -68,7 +74,11 @@ def test_a_checkpoint_is_rebuilt_by_its_algorithm(tmp_path):
         expected = own.act({"rgb": torch.from_numpy(rgb), "state": torch.from_numpy(state)}).numpy()
         np.testing.assert_array_equal(loaded.act({"rgb": rgb, "state": state}), expected)
         np.testing.assert_array_equal(loaded.view, rgb)
-    assert load_policy(path).digest == loaded.digest != load_policy(write_checkpoint(tmp_path / "b.pt", 4)).digest
+    assert (
+        load_policy(path).digest
+        == loaded.digest
+        != load_policy(write_checkpoint(tmp_path / "b.pt", 4)).digest
+    )
 
 
 def test_no_simulator_is_imported_to_load_and_run_a_policy(tmp_path):
@@ -79,7 +89,9 @@ def test_no_simulator_is_imported_to_load_and_run_a_policy(tmp_path):
         "bad = {'mujoco', 'warp', 'mujoco_warp', 'sapien', 'envs.so101'} & set(sys.modules); "
         "sys.exit(', '.join(bad) or 0)"
     )
-    run = subprocess.run([sys.executable, "-c", code, tmp_path / "best.pt"], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "best.pt"], cwd=ROOT, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
 
 
@@ -108,7 +120,9 @@ def test_files_that_are_no_policy(tmp_path):
     refused("foreign.npz", "was not written by hardware/export.py")
     np.savez(tmp_path / "future.npz", meta=json.dumps({"format": 99}), program="[]")
     refused("future.npz", "has format 99, this version reads 2")
-    np.savez(tmp_path / "cut.npz", meta=json.dumps({"format": 2, "preprocess": "nearest"}), program="[]")
+    np.savez(
+        tmp_path / "cut.npz", meta=json.dumps({"format": 2, "preprocess": "nearest"}), program="[]"
+    )
     refused("cut.npz", "images prepared by 'nearest'")
 
 
@@ -128,7 +142,9 @@ def test_exports_act_as_the_checkpoint_does_over_an_episode(exported):
             assert policies[1].view.shape == (1, 16, 16, 6)
             np.testing.assert_allclose(actions[1], actions[0], atol=1e-5, rtol=0)
             np.testing.assert_allclose(actions[2], actions[0], atol=1e-5, rtol=0)
-            assert np.abs(actions[0]).max() > 0.01, "an action that is always 0 would compare equal too"
+            assert np.abs(actions[0]).max() > 0.01, (
+                "an action that is always 0 would compare equal too"
+            )
 
 
 @needs_onnx
@@ -142,7 +158,9 @@ def test_any_batch_size(exported, name):
         [one.reset() for one in (p, source)]
         actions = p.act({"rgb": rgb, "state": state})
         assert actions.shape == (batch, 6)
-        np.testing.assert_allclose(actions, source.act({"rgb": rgb, "state": state}), atol=1e-5, rtol=0)
+        np.testing.assert_allclose(
+            actions, source.act({"rgb": rgb, "state": state}), atol=1e-5, rtol=0
+        )
 
 
 @needs_onnx
@@ -152,11 +170,19 @@ def test_the_description_travels_in_the_file(exported, name):
     assert p.spec == TorchPolicy(exported / "best.pt").spec and p.spec["control_hz"] == 10.0
     assert p.spec["state_layout"] == ["joint_position"] * 6 + ["joint_target"] * 6
     meta = p.meta
-    assert meta["checkpoint"] == {"name": "best.pt", "digest": policy.file_digest(exported / "best.pt")}
+    assert meta["checkpoint"] == {
+        "name": "best.pt",
+        "digest": policy.file_digest(exported / "best.pt"),
+    }
     assert meta["preprocess"] == policy.PREPROCESS and meta["inputs"] == ["rgb", "state"]
     assert meta["image_size"] == 16
-    assert meta["maps"]["gripper"] == dict(servo_degrees=[-62.5, 64.62], joint_degrees=[-10.0, 120.0])
-    assert meta["maps"]["gains"] == dict(p=so101.SETTINGS["p"], i=0, d=so101.SETTINGS["d"]) and meta["commit"]
+    assert meta["maps"]["gripper"] == dict(
+        servo_degrees=[-62.5, 64.62], joint_degrees=[-10.0, 120.0]
+    )
+    assert (
+        meta["maps"]["gains"] == dict(p=so101.SETTINGS["p"], i=0, d=so101.SETTINGS["d"])
+        and meta["commit"]
+    )
 
 
 @needs_onnx
@@ -169,10 +195,14 @@ def test_exports_run_where_torch_cannot_be_imported(exported):
         " 'state': np.zeros((1, 12))})\n"
     )
     files = [exported / "best.onnx", exported / "best.npz"]
-    run = subprocess.run([sys.executable, "-c", code, *files], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code, *files], cwd=ROOT, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     code = "import sys; sys.modules['torch'] = None; from hardware.policy import load_policy; load_policy(sys.argv[1])"
-    run = subprocess.run([sys.executable, "-c", code, exported / "best.pt"], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code, exported / "best.pt"], cwd=ROOT, capture_output=True, text=True
+    )
     assert "needs torch; an exported policy does not" in run.stderr
 
 
@@ -182,27 +212,37 @@ def test_numpy_steps_equal_torch_for_every_layer_that_is_known():
         nn.Linear(12, 20), nn.LayerNorm(20), nn.SiLU(), nn.Linear(20, 20), nn.ELU(), nn.Linear(20, 20), nn.ReLU(),
         nn.Linear(20, 6), nn.Tanh(),
     )  # fmt: skip
-    convolutions = nn.Sequential(nn.Conv2d(3, 5, 4, 2), nn.ReLU(), nn.Conv2d(5, 4, (3, 2)), nn.Tanh())
+    convolutions = nn.Sequential(
+        nn.Conv2d(3, 5, 4, 2), nn.ReLU(), nn.Conv2d(5, 4, (3, 2)), nn.Tanh()
+    )
     state, rgb = torch.randn(7, 12) * 3, torch.randn(2, 3, 16, 16)
     for net, register, x in ((layers, "state", state), (convolutions, "rgb", rgb)):
         weights = {}
         steps = export.sequential(net, register, weights, "net")
         with torch.no_grad():
-            np.testing.assert_allclose(policy.run_program(steps, weights, {register: x.numpy()}), net(x), atol=2e-6)
+            np.testing.assert_allclose(
+                policy.run_program(steps, weights, {register: x.numpy()}), net(x), atol=2e-6
+            )
 
 
 def test_a_policy_of_the_state_alone_exports_as_steps(tmp_path):
     torch.manual_seed(0)
     net = SimpleNamespace(actor=nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 2)))
     spec = {"state_layout": ["x"] * 4, "cameras": {}, "joint_names": ["a", "b"]}
-    source = SimpleNamespace(net=net, spec=spec, algo="mlp", path=tmp_path / "best.pt", digest="0" * 16)
+    source = SimpleNamespace(
+        net=net, spec=spec, algo="mlp", path=tmp_path / "best.pt", digest="0" * 16
+    )
     network, names = export.torch_network(source)
     assert names == ("state",)
-    export.write_numpy(tmp_path / "mlp.npz", *export.numpy_program(source), export.describe(source, names, None))
+    export.write_numpy(
+        tmp_path / "mlp.npz", *export.numpy_program(source), export.describe(source, names, None)
+    )
     loaded = load_policy(tmp_path / "mlp.npz")
     assert export.largest_difference(source, network, names, loaded) < 1e-6
     state = np.ones((3, 4), np.float32)
-    np.testing.assert_allclose(loaded.act({"state": state}), export.torch_action(network, {"state": state}), atol=1e-6)
+    np.testing.assert_allclose(
+        loaded.act({"state": state}), export.torch_action(network, {"state": state}), atol=1e-6
+    )
 
 
 def test_what_cannot_be_exported_says_so(tmp_path):
@@ -231,7 +271,9 @@ def test_a_file_that_differs_from_the_checkpoint_is_not_written(tmp_path, monkey
         export.export(args)
     assert [file.name for file in tmp_path.iterdir()] == ["best.pt"]
     monkeypatch.setattr(export, "numpy_program", right)
-    assert list(export.export(replace(args, out=str(tmp_path / "new/policy")))) == [str(tmp_path / "new/policy.npz")]
+    assert list(export.export(replace(args, out=str(tmp_path / "new/policy")))) == [
+        str(tmp_path / "new/policy.npz")
+    ]
 
 
 def test_the_start_view_is_the_simulators_image(tmp_path):
@@ -248,11 +290,17 @@ def test_the_start_view_is_the_simulators_image(tmp_path):
 def test_the_command_prints_differences_and_times(tmp_path):
     path = write_checkpoint(tmp_path / "best.pt")
     words = ["--checkpoint", str(path), "--format", "numpy", "--no-start-view", "--repeats", "3"]
-    run = subprocess.run([sys.executable, "-m", "hardware.export", *words], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-m", "hardware.export", *words], cwd=ROOT, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     assert "differs from the checkpoint by" in run.stdout and "us on one thread" in run.stdout
     table = run.stdout.splitlines()[-2:]
-    assert table[0].startswith("torch ") and table[1].startswith("NumPy ") and len(table[1].split()) == 5
+    assert (
+        table[0].startswith("torch ")
+        and table[1].startswith("NumPy ")
+        and len(table[1].split()) == 5
+    )
     run = subprocess.run([sys.executable, "-m", "hardware.export", "--checkpoint", "none.pt"], cwd=ROOT,
                          capture_output=True, text=True)  # fmt: skip
     assert run.returncode == 2 and run.stderr == "error: there is no policy none.pt\n"
