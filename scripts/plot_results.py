@@ -8,6 +8,7 @@ Input:
         wall_time (s since the command started), train_time (s, without set-up and evaluation), then
         eval/success_rate (0 to 1; eval/ci_low and eval/ci_high beside it) or eval/return, and whatever else there is
     docs/results/throughput/<name>__<hardware>.csv           one row per measured thing, columns of its own choosing
+    benchmarks/matrix.toml                                   how many seeds each of them is to have
 Output:
     docs/images/<algo>__<task>.png    each seed thin, their mean thick; over environment steps and over minutes
     in every .md file, what stands between these markers:
@@ -24,6 +25,7 @@ import math
 import os
 import re
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -234,7 +236,28 @@ def crossings(runs: list[Run], column: str, form: Callable[[float], str]) -> str
     )
 
 
-def results_table(runs: list[Run]) -> str:
+def planned_seeds(root: Path) -> dict[tuple[str, str, str], int]:
+    """Return how many seeds the matrix plans for each (algo, task, hardware); nothing where there is no matrix."""
+    path = root / "benchmarks/matrix.toml"
+    if not path.exists():
+        return {}
+    cells = tomllib.loads(path.read_text(encoding="utf-8")).get("cell", [])
+    planned = {}
+    for cell in cells:
+        hardware = "-".join(filter(None, [cell.get("hardware", "cpu2"), cell.get("variant", "")]))
+        planned[cell["algo"], cell["task"], hardware] = len(cell["seeds"])
+    return planned
+
+
+def seeds_of(group: list[Run], planned: dict[tuple[str, str, str], int]) -> str:
+    """Return the number of seeds: of how many if some are missing; a single one is marked."""
+    first = group[0]
+    wanted = planned.get((first.algo, first.task, first.hardware), len(group))
+    text = f"{len(group)} of {wanted}" if wanted > len(group) else str(len(group))
+    return text if len(group) > 1 else f"{text} †"
+
+
+def results_table(runs: list[Run], planned: dict[tuple[str, str, str], int]) -> str:
     """Return the table of one algorithm: a line per task and hardware, mean ± standard deviation over seeds."""
     if not runs:
         return NOT_YET
@@ -260,7 +283,7 @@ def results_table(runs: list[Run]) -> str:
         row = [
             task,
             hardware,
-            str(len(group)) if len(group) > 1 else "1 †",
+            seeds_of(group, planned),
             spread([run.columns["global_step"][-1] for run in group], whole),
             spread([run.columns[metric][-1] for run in group], value),
             spread([run.columns[metric].max() for run in group], value),
@@ -273,7 +296,7 @@ def results_table(runs: list[Run]) -> str:
             row += ["", ""]
         rows.append(row)
     text = markdown(header, rows)
-    return f"{text}\n\n{SINGLE}" if any(row[2] == "1 †" for row in rows) else text
+    return f"{text}\n\n{SINGLE}" if any(row[2].endswith("†") for row in rows) else text
 
 
 def throughput_table(files: list[tuple[str, Path]]) -> str:
@@ -323,6 +346,8 @@ def fill(
     Raises ResultsError where a marker is opened and not closed.
     """
 
+    planned = planned_seeds(root)
+
     def chosen(name: str) -> list[Run]:
         algo, _, pattern = name.partition("/")
         return [run for run in runs if run.algo == algo and fnmatch(run.task, pattern or "*")]
@@ -330,7 +355,7 @@ def fill(
     def table(name: str) -> str:
         if name.startswith("throughput/"):
             return throughput_table(throughput.get(name.removeprefix("throughput/"), []))
-        return results_table(chosen(name))
+        return results_table(chosen(name), planned)
 
     def figures(name: str) -> str:
         pairs = grouped(chosen(name), lambda run: (run.algo, run.task))
