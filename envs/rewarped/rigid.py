@@ -97,7 +97,7 @@ def kernels(real) -> types.SimpleNamespace:
     def penalty(depth: real, normal: vec3, u: vec3, ke: real, kd: real, kf: real, friction: real):
         """Force at a contact of this depth, on the body whose velocity relative to the other one is u there."""
         un = wp.dot(u, normal)
-        press = wp.max(ke * depth - kd * un, real(0.0))
+        press = ke * depth - kd * wp.min(un, real(0.0))  # damped on the way in alone
         slide = u - normal * un
         speed = wp.sqrt(wp.dot(slide, slide) + real(1e-12))
         return normal * press - slide * wp.min(kf, friction * press / speed)

@@ -12,15 +12,27 @@ from envs.rewarped.base import DifferentiableEnv
 from envs.rewarped.rigid import Body, Box, Hinge, Rigid, Sphere, Springs, about, multiply, rotate
 
 # ------------------------------------------------------------------------------------------------- AntRun ------------
-DENSITY, TORSO, LEG = 1000.0, 0.25, 0.08  # kg/m^3; radii, metres
+DENSITY, LIGHT = 1000.0, 5.0  # of the capsules and of the torso's ball, kg/m^3
+TORSO, LEG = 0.25, 0.08  # radii, metres
 REACH, THIGH, SHIN = (
     0.2 * math.sqrt(2),
     0.2 * math.sqrt(2),
     0.4 * math.sqrt(2),
 )  # torso to hip, hip to knee, to foot
 YAW = tuple(math.radians(45 + 90 * i) for i in range(4))  # of the legs
-ARMATURE = 0.005  # kg m^2, of the motor at a hinge
+ARMATURE = 0.005  # kg m^2, of a link about each axis, and of the motor at a hinge
 KNEE = (0.0, 0.0, -1.0)  # axis about which a positive angle bends the shin down; the leg is along x
+# Directions of the published joints, hip and knee of each leg: those of the second and the third knee bend upwards.
+WAYS = (1.0, 1.0, 1.0, -1.0, 1.0, -1.0, 1.0, 1.0)
+# The published torso's frame has z up and y to the left, ours y up.
+UPRIGHT = (-math.sqrt(0.5), 0.0, 0.0, math.sqrt(0.5))
+# A contact with the ground has the mean of the ant's and the ground's constants, as published.
+ANT = Springs(
+    contact_ke=(4e3 + 1e5) / 2,
+    contact_kd=(1e3 + 1e3) / 2,
+    contact_kf=(3e2 + 1e3) / 2,
+    friction=(0.75 + 0.5) / 2,
+)
 
 
 def capsule(length: float, radius: float) -> tuple[float, float, float]:
@@ -37,63 +49,51 @@ def capsule(length: float, radius: float) -> tuple[float, float, float]:
 
 def ant() -> tuple[list[Body], list[Hinge], list[Sphere]]:
     """Torso, then four thighs, then four shins; hinges in the order hip, knee of each leg."""
-    ball, (stub, along, across) = DENSITY * 4 / 3 * math.pi * TORSO**3, capsule(REACH, LEG)
-    away = (
-        REACH / 2
-    )  # the torso is a ball with four stubs, which point along the legs, 45 degrees between the axes
+    ball, (stub, along, across) = LIGHT * 4 / 3 * math.pi * TORSO**3, capsule(REACH, LEG)
+    # The torso is a ball with four stubs, which point along the legs, 45 degrees between the axes.
+    away = REACH / 2
     up = 0.4 * ball * TORSO**2 + 4 * (across + stub * away**2)
     flat = 0.4 * ball * TORSO**2 + 4 * ((along + across) / 2 + stub * away**2 / 2)
     bodies = [Body(ball + 4 * stub, (flat, up, flat))]
     for length, axis in ((THIGH, 1), (SHIN, 2)):  # of the hinge, in the link's frame
-        mass, *moments = capsule(length, LEG)
-        moments = [moments[0], moments[1], moments[1]]
+        mass, along, across = capsule(length, LEG)
+        moments = [along + ARMATURE, across + ARMATURE, across + ARMATURE]
         moments[axis] += ARMATURE
         bodies += [Body(mass, tuple(moments))] * 4
     hinges, spheres = [], [Sphere(0, (0.0, 0.0, 0.0), TORSO)]
     for i, yaw in enumerate(YAW):
-        out, turn = (
-            (math.cos(yaw), -math.sin(yaw)),
-            (0.0, math.sin(yaw / 2), 0.0, math.cos(yaw / 2)),
-        )
-        hinges.append(
-            Hinge(
-                0,
-                1 + i,
-                (REACH * out[0], 0.0, REACH * out[1]),
-                (-THIGH / 2, 0.0, 0.0),
-                (0.0, 1.0, 0.0),
-                turn,
-                math.radians(-40),
-                math.radians(40),
-            )
-        )
-        hinges.append(
-            Hinge(
-                1 + i,
-                5 + i,
-                (THIGH / 2, 0.0, 0.0),
-                (-SHIN / 2, 0.0, 0.0),
-                KNEE,
-                low=math.radians(30),
-                high=math.radians(100),
-            )
-        )
-        spheres += [Sphere(5 + i, (side * SHIN / 2, 0.0, 0.0), LEG) for side in (-1, 1)]
+        out = (math.cos(yaw), -math.sin(yaw))
+        turn = (0.0, math.sin(yaw / 2), 0.0, math.cos(yaw / 2))
+        hip = (REACH * out[0], 0.0, REACH * out[1])
+        up, limit = (0.0, 1.0, 0.0), math.radians(40)
+        hinges.append(Hinge(0, 1 + i, hip, (-THIGH / 2, 0.0, 0.0), up, turn, -limit, limit))
+        knee, low, high = (THIGH / 2, 0.0, 0.0), math.radians(30), math.radians(100)
+        ends = (knee, (-SHIN / 2, 0.0, 0.0))
+        hinges.append(Hinge(1 + i, 5 + i, *ends, KNEE, low=low, high=high))
+        spheres.append(Sphere(0, hip, LEG))  # of the stub; its other end is inside the ball
+        for link, length in ((1 + i, THIGH), (5 + i, SHIN)):
+            spheres += [Sphere(link, (side * length / 2, 0.0, 0.0), LEG) for side in (-1, 1)]
     return bodies, hinges, spheres
 
 
 class AntRun(DifferentiableEnv):
     """Run along x.
 
-    Actions: torques of the hinges, 200 N m at 1. Observation (37): height, orientation 4, velocity 3, angular velocity
+    Actions: torques of the hinges, 200 N m at -1. Observation (37): height, orientation 4, velocity 3, angular velocity
     3, hinges 8, their rates 8 times 0.1, up 1, heading 1, last actions 8. Reward: v_x + 0.1 up + heading + (height -
     0.27), with up the torso's vertical axis along the world's and heading its x axis along the world's. The episode
     ends below a height of 0.27. Nothing is mended: "paper" and "default" are the same.
-    Ours: hinges are springs of 1e6 N/m, the armature is a rotor in each link, limits of the hinges; `small` is 200
-    steps long.
+
+    Differences from the original (rewarped 1.3.3), compared in tests/test_rewarped_original.py:
+    1. Hinges are springs of 1e6 N/m and the motors' armature is a rotor in each link; the original has joint
+       coordinates with a mass matrix that it computes once a step, ours is that of every substep.
+    2. The original looks for contacts once a step, within 5 cm: what falls faster than 3 m/s sinks in first.
+    3. It also looks for contacts between the ant's links, and finds none unless two legs cross, which the hips' limits
+       prevent. Ours does not look.
+    4. `small` is 200 steps long.
     """
 
-    LOWEST, TORQUE, START = 0.27, 200.0, 0.75
+    LOWEST, TORQUE, START = 0.27, -200.0, 0.75
 
     def setup(self) -> None:
         self.sim = Rigid(
@@ -101,6 +101,8 @@ class AntRun(DifferentiableEnv):
             *ant(),
             dt=1 / 960,
             substeps=16,
+            springs=ANT,
+            gravity=-9.81,
             device=self.device,
             dtype=self.dtype,
             graph=self.graph,
@@ -108,6 +110,7 @@ class AntRun(DifferentiableEnv):
         self.action_dim, self.control_hz = 8, 60.0
         self.max_episode_steps = {"full": 1000, "small": 200}[self.size]
         self.obs_dims = {"state": (37,)}
+        self.ways, self.upright = self.vector(*WAYS), self.vector(*UPRIGHT)
 
     def vector(self, *xyz: float) -> torch.Tensor:
         return torch.tensor(xyz, device=self.device, dtype=self.dtype)
@@ -119,12 +122,12 @@ class AntRun(DifferentiableEnv):
         angles = self.vector(*(0.0, 1.0) * 4) + self.uniform(-0.2, 0.2, 8)
         idle = torch.zeros(self.num_envs, 8, device=self.device, dtype=self.dtype)
         v, w, rates = (self.uniform(-0.25, 0.25, n) for n in (3, 3, 8))
+        v = v + torch.cross(w, p, dim=-1)  # as published, what is drawn is the velocity at the origin
         return {**self.sim.place(p, q, v, w, angles, rates), "actions": idle}
 
     def physics(self, state, actions):
-        p, q, v, w = self.sim.step(
-            state["p"], state["q"], state["v"], state["w"], self.TORQUE * actions
-        )
+        bodies = [state[name] for name in "pqvw"]
+        p, q, v, w = self.sim.step(*bodies, self.TORQUE * self.ways * actions)
         return {"p": p, "q": q, "v": v, "w": w, "actions": actions}
 
     def posture(self, state) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -136,22 +139,10 @@ class AntRun(DifferentiableEnv):
     def observe(self, state):
         height, up, heading = self.posture(state)
         angles, rates = self.sim.angles(state["q"], state["w"])
-        return {
-            "state": torch.cat(
-                (
-                    height,
-                    state["q"][:, 0],
-                    state["v"][:, 0],
-                    state["w"][:, 0],
-                    angles,
-                    0.1 * rates,
-                    up,
-                    heading,
-                    state["actions"],
-                ),
-                1,
-            )
-        }
+        turn = multiply(state["q"][:, 0], self.upright.expand(self.num_envs, 4))
+        body = (height, turn, state["v"][:, 0], state["w"][:, 0])
+        hinges = (self.ways * angles, 0.1 * self.ways * rates)
+        return {"state": torch.cat((*body, *hinges, up, heading, state["actions"]), 1)}
 
     def reward(self, state, actions):
         height, up, heading = self.posture(state)
