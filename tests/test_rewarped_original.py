@@ -64,3 +64,14 @@ def test_particles():
             print(t, "joint", float((env.state["joints"]-data["joint_q"][t+1]).abs().max()), "com", (obs["state"][:, -3:]-data["com_q"][t+1]).abs().amax(1).tolist(), "rew", (rewards-data["rewards"][t]).abs().tolist())
             if t in (0,5):
                 print("   points", (obs["points"]-data["points"][int(t>0)]).norm(dim=2).amax(1).tolist(), (obs["points"]-data["points"][int(t>0)]).norm(dim=2).mean(1).tolist())
+
+
+# --- SoftJumper -------------------------------------------------------------------------------------------------------
+def test_softjumper():
+    data, env = golden("softjumper"), original("SoftJumper", 2)
+    env.state = {"x": data["x"], "v": data["v"], "actions": torch.zeros(2, 222)}
+    print(env.y0, data["mean"], env.rest.amin(0)-data["low"], env.rest.amax(0)-data["high"], env.sim.mass.sum()-data["mass"])
+    for t in range(6):
+        obs, rewards, *_ = env.step(data["actions"][t])
+        print(t, (obs["state"][:, :3]-data["com_q"][t+1]).abs().amax(1).tolist(), (obs["state"][:, 3:6]-data["com_qd"][t+1]).abs().amax(1).tolist(), (rewards-data["rewards"][t]).abs().tolist())
+        if t in (0, 5): print("  ", (obs["points"]-data["points"][int(t>0)]).norm(dim=2).amax(1).tolist())
