@@ -48,7 +48,9 @@ def table(top: tuple[int, int], leg: tuple[int, int], edge: float, slab: int = 1
     middle = torch.tensor((nx / 2, 0.0, nz / 2), dtype=torch.float64)
     vertices, tets = (lattice - middle) * edge, tets.reshape(-1, 4)
     sides = vertices[tets[:, 1:]] - vertices[tets[:, :1]]
-    inside_out = torch.linalg.det(sides) < 0  # two vertices change places, so that volumes are positive
+    inside_out = (
+        torch.linalg.det(sides) < 0
+    )  # two vertices change places, so that volumes are positive
     return vertices, torch.where(inside_out[:, None], tets[:, [0, 2, 1, 3]], tets)
 
 

@@ -210,7 +210,9 @@ class RollingFlat(MPMEnv):
 
     def spawn(self):
         scale = self.uniform(0.9, 1.1, 1, 1)
-        return (self.particles0 + self.uniform((-0.1, 0.0, -0.1), (0.1, 0.05, 0.1), 1, 3)) * scale, {}
+        return (
+            self.particles0 + self.uniform((-0.1, 0.0, -0.1), (0.1, 0.05, 0.1), 1, 3)
+        ) * scale, {}
 
     def reward(self, state, actions):
         h = state["x"][:, self.observed, 1]

@@ -12,7 +12,8 @@ substep:
     contacts   a thread a sphere fixed to a body: ground at y = 0 by a spring, a damper and Coulomb friction
     touches    a thread a sphere and a box on another body: the same along the normal of the box's signed distance
     wrenches   a thread a body: forces on it less those that its own acceleration needs, to all coordinates that move it
-    advance    a thread a coordinate: velocities by the inverse mass matrix, then positions
+    solve      a thread an entry of the inverse mass matrix: accelerations
+    advance    a thread a coordinate: velocities, then positions
 
 The mass matrix is that of the beginning of a step, as in the published simulation, which computes it once a step: a
 batched inverse in torch, and every kernel stays small. For what moves while it holds that is wrong: a body in flight
@@ -261,6 +262,11 @@ def kernels(real) -> types.SimpleNamespace:
                 wp.atomic_add(force, n, 6 + j, share)
 
     @kernel
+    def solve(inverse: scalars3, force: scalars2, change: scalars2):
+        n, i, k = wp.tid()
+        wp.atomic_add(change, n, i, inverse[n, i, k] * force[n, k])
+
+    @kernel
     def advance(
         r: points,
         q: turns,
@@ -268,9 +274,7 @@ def kernels(real) -> types.SimpleNamespace:
         u: points,
         angle: scalars2,
         rate: scalars2,
-        inverse: scalars3,
-        force: scalars2,
-        coordinates: int,
+        change: scalars2,
         dt: real,
         r_next: points,
         q_next: turns,
@@ -281,21 +285,16 @@ def kernels(real) -> types.SimpleNamespace:
     ):
         n, i = wp.tid()
         if i == 0:
-            dw, du = vec3(), vec3()
-            for k in range(coordinates):
-                dw += vec3(inverse[n, 0, k], inverse[n, 1, k], inverse[n, 2, k]) * force[n, k]
-                du += vec3(inverse[n, 3, k], inverse[n, 4, k], inverse[n, 5, k]) * force[n, k]
-            wn, un, half = w[n] + dw * dt, u[n] + du * dt, dt / real(2.0)
+            wn = w[n] + vec3(change[n, 0], change[n, 1], change[n, 2]) * dt
+            un = u[n] + vec3(change[n, 3], change[n, 4], change[n, 5]) * dt
+            half = dt / real(2.0)
             w_next[n] = wn
             u_next[n] = un
             r_next[n] = r[n] + (un + wp.cross(wn, r[n])) * dt
             spin = quat(wn[0] * half, wn[1] * half, wn[2] * half, real(0.0))
             q_next[n] = wp.normalize(q[n] + spin * q[n])
         else:
-            change = real(0.0)
-            for k in range(coordinates):
-                change += inverse[n, 5 + i, k] * force[n, k]
-            speed = rate[n, i - 1] + change * dt
+            speed = rate[n, i - 1] + change[n, 5 + i] * dt
             rate_next[n, i - 1] = speed
             angle_next[n, i - 1] = angle[n, i - 1] + speed * dt
 
@@ -422,9 +421,9 @@ class Rigid:
         D = 6 + J
 
         new = functools.partial(torch.tensor, device=device, dtype=dtype)
-        self.anchors = [new(h.anchor) for h in hinges]
-        self.axes, self.turns = [new(h.axis) for h in hinges], [new(h.turn) for h in hinges]
-        self.all_axes = new([h.axis for h in hinges]).view(-1, 3)
+        self.anchors = new([h.anchor for h in hinges]).view(-1, 3)
+        self.axes = new([h.axis for h in hinges]).view(-1, 3)
+        self.turns = new([h.turn for h in hinges]).view(-1, 4)
         self.masses, self.coms = new([b.mass for b in bodies]), new([b.com for b in bodies])
         self.inertias = inertias.to(device, dtype)
         self.armature = torch.diag(new([0.0] * 6 + [h.armature for h in hinges]))
@@ -477,7 +476,7 @@ class Rigid:
 
         def launches(state, inputs, scratch, following):
             (*free, angle, rate), (motor, inverse, origin) = state, inputs
-            X, Q, W, U, BW, BU, way, moment, f, t, force = scratch
+            X, Q, W, U, BW, BU, way, moment, f, t, force, change = scratch
             frames, bias = [X, Q, W, U], [BW, BU, way, moment]
             found = [(k.root, (N,), [*free, origin], frames)]
             for level in levels:
@@ -488,12 +487,12 @@ class Rigid:
             if K and M:
                 found.append((k.touches, (N, K, M), [*touch, *block, *contact], [*frames, f, t]))
             found.append((k.wrenches, (N, B), weight, [*frames, *bias, f, t, force]))
-            solve = [*state, inverse, force, D, dt]
-            return [*found, (k.advance, (N, 1 + J), solve, following)]
+            found.append((k.solve, (N, D, D), [inverse, force], [change]))
+            return [*found, (k.advance, (N, 1 + J), [*state, change, dt], following)]
 
         vector, hinge, each = ((N,), k.vec3), ((N, max(J, 1)), real), ((N, B + 1), k.vec3)
         scratch = [each, ((N, B + 1), k.quat), each, each, each, each]
-        scratch += [((N, max(J, 1)), k.vec3)] * 2 + [each, each, ((N, D), real)]
+        scratch += [((N, max(J, 1)), k.vec3)] * 2 + [each, each, ((N, D), real), ((N, D), real)]
         self.steps = Substeps(
             [vector, ((N,), k.quat), vector, vector, hinge, hinge],
             [hinge, ((N, D, D), real), vector],
@@ -537,26 +536,26 @@ class Rigid:
             turns.append(multiply(turn, bent))
         return torch.stack(places, 1), torch.stack(turns, 1)
 
+    def spatial(self, c: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+        """Inertias (N, B, 6, 6) about the origin of bodies with these centres of mass and orientations."""
+        R, C, m = rotation(turns), skew(c), self.masses[:, None, None]
+        one = torch.eye(3, device=c.device, dtype=c.dtype)
+        turning = R @ self.inertias @ R.mT - m * C @ C
+        upper, lower = (turning, m * C), (-m * C, (m * one).expand_as(C))
+        return torch.cat((torch.cat(upper, 3), torch.cat(lower, 3)), 2)
+
     def mass_matrix(self, r, q, angles, origin) -> torch.Tensor:
         """(N, D, D), about the origin; the free body is at r from it."""
         places, turns = self.frames(r + origin, q, angles)
-        X, N = places - origin[:, None], len(r)
-        c = X + rotate(turns, self.coms.expand(N, -1, 3))
-        axes = rotate(turns[:, 1:], self.all_axes.expand(N, -1, 3))
-        # Columns (N, D, 6): how each coordinate moves (angular, linear) what it moves.
-        columns = torch.cat((axes, torch.cross(X[:, 1:], axes, dim=2)), 2)
-        columns = torch.cat(
-            (torch.eye(6, device=r.device, dtype=r.dtype).expand(N, 6, 6), columns), 1
-        )
-        R = rotation(turns)
-        m = self.masses[:, None, None]
-        C, one = skew(c), torch.eye(3, device=r.device, dtype=r.dtype)
-        turning = R @ self.inertias @ R.mT - m * C @ C
-        upper = torch.cat((turning, m * C), 3)
-        lower = torch.cat((-m * C, (m * one).expand_as(C)), 3)
-        spatial = torch.cat((upper, lower), 2)  # (N, B, 6, 6)
-        pushed = torch.einsum("nbij,ndj,bd->nbdi", spatial, columns, self.moves)
-        return torch.einsum("nbdi,nei,be->nde", pushed, columns, self.moves) + self.armature
+        x, N = places - origin[:, None], len(r)
+        axes = rotate(turns[:, 1:], self.axes.expand(N, -1, 3))
+        # How each coordinate moves, angular and linear, what it moves (N, D, 6).
+        hinges = torch.cat((axes, torch.cross(x[:, 1:], axes, dim=2)), 2)
+        free = torch.eye(6, device=r.device, dtype=r.dtype).expand(N, 6, 6)
+        ways = torch.cat((free, hinges), 1)
+        inertias = self.spatial(x + rotate(turns, self.coms.expand(N, -1, 3)), turns)
+        pushed = torch.einsum("nbij,ndj,bd->nbdi", inertias, ways, self.moves)
+        return torch.einsum("nbdi,nei,be->nde", pushed, ways, self.moves) + self.armature
 
 
 # ------------------------------------------------------------------------------------------------- quaternions -------

@@ -239,12 +239,12 @@ THUMB = (
 )
 SPLAY = math.sin(math.radians(2.5))  # half of the angle between a finger and the one beside it
 SIDEWAYS = math.sqrt(1 - SPLAY**2)
-# Thumb, then the fingers from the one beside it: links, place on the palm, turn of the first link's frame in the palm's.
+# Thumb, then the fingers from the one farthest from it: links, place on the palm, turn of the first link's frame in the palm's.
 FINGERS = (
     (THUMB, (-0.0182, 0.019333, -0.045987), (-0.521334, -0.521334, -0.477714, 0.477714)),
-    (FINGER, (0.0, 0.0435, -0.001542), (-SPLAY, 0.0, 0.0, SIDEWAYS)),
-    (FINGER, (0.0, 0.0, 0.0007), (0.0, 0.0, 0.0, 1.0)),
     (FINGER, (0.0, -0.0435, -0.001542), (SPLAY, 0.0, 0.0, SIDEWAYS)),
+    (FINGER, (0.0, 0.0, 0.0007), (0.0, 0.0, 0.0, 1.0)),
+    (FINGER, (0.0, 0.0435, -0.001542), (-SPLAY, 0.0, 0.0, SIDEWAYS)),
 )
 PALM = [((-0.0069, y, -0.085), (-0.0069, y, -0.013), 0.018) for y in (-0.042, -0.014, 0.014, 0.042)]
 MOUNT, LIE = (0.0, 0.0, 0.5), (0.522998, -0.522998, 0.475892, 0.475892)  # of the palm: it looks up
@@ -290,7 +290,7 @@ def row(capsule: tuple, gap: float = 0.019) -> list[Sphere]:
 class HandReorient(Articulated):
     """Turn a cube in the hand to a given orientation, then to the next one.
 
-    Actions: torques of the joints, 2 N m at -1. Observation (72): joints 16 from -1 to 1 within their limits, their rates
+    Actions: torques of the joints, 2 N m at 1. Observation (72): joints 16 from -1 to 1 within their limits, their rates
     16 times 0.2, the cube's position 3, orientation 4, velocity 3 and angular velocity 3 times 0.2, the goal's position 3
     and orientation 4, the turn from goal to cube 4, last actions 16; z is up. Reward, with d the cube's distance to the
     goal's position, theta the angle of the turn, 2 asin(min(|its vector part|, 1 - 1e-3)), and S(x) = sigmoid(x / 1e-3):
@@ -310,7 +310,7 @@ class HandReorient(Articulated):
         "full": dict(dt=1 / 7680, substeps=64, steps=600, limit_d=10.0),
         "small": dict(dt=1 / 3840, substeps=32, steps=150, limit_d=3.0),
     }
-    TORQUE, FALLEN, NEAR, BONUS = -2.0, 0.24, 0.1, 250.0
+    TORQUE, FALLEN, NEAR, BONUS = 2.0, 0.24, 0.1, 250.0
     CUBE, GOAL = (0.0, -0.1, 0.6), (0.0, -0.1, 0.56)  # where the cube starts and where it shall be
 
     def setup(self) -> None:
