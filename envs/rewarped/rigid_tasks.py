@@ -124,8 +124,7 @@ class AntRun(Articulated):
         return {
             "p": p,
             "q": multiply(q, self.vector(*self.UPRIGHT).expand_as(q)),
-            "v": v
-            + torch.cross(w, p, dim=1),  # as published, the velocity at the world's origin is drawn
+            "v": v,
             "w": w,
             "angles": angles,
             "rates": rates,
