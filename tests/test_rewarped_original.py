@@ -1,9 +1,10 @@
 """The six tasks against numbers from the original package.
 
-tests/golden/rewarped_*.npz hold what `rewarped` 1.3.3 (PyPI; Python 3.11, warp-lang 1.3.3, float32, CPU, no offsets
-between environments, no gradients) made of states and actions: observations, rewards and next states. Each test says
-which. No number here is one of our own constants. The tolerances are a few times what was found; the differences that
-they leave room for are rounding, unless the test names another.
+tests/golden/rewarped_*.npz hold what `rewarped` 1.3.3 (PyPI; Python 3.11, warp-lang 1.3.3, float32,
+CPU, no offsets between environments, no gradients) made of states and actions: observations,
+rewards and next states. Each test says which. No number here is one of our own constants. The
+tolerances are a few times what was found; the differences that they leave room for are rounding,
+unless the test names another.
 """
 
 import pathlib
@@ -40,10 +41,10 @@ def close(found, expected, tolerance, *what):
 def test_antrun():
     """Seven ants, eight steps of random actions, states from first observations and positions.
 
-    0 in the air; 1 to 3 with their feet in the ground, 3 with straight legs, onto which its torso falls; 4 in the air and
-    5 on the ground with two legs turned towards each other as far as the hips' limits let them, where the original looks
-    for contacts between links and finds none; 6 at 4 m/s and spinning, so that its weight turns it while the mass matrix
-    holds.
+    0 in the air; 1 to 3 with their feet in the ground, 3 with straight legs, onto which its torso
+    falls; 4 in the air and 5 on the ground with two legs turned towards each other as far as the
+    hips' limits let them, where the original looks for contacts between links and finds none; 6 at
+    4 m/s and spinning, so that its weight turns it while the mass matrix holds.
     """
     data, env = golden("antrun"), original("AntRun", 7)
     obs, first = data["obs"], data["obs"][0]
@@ -60,7 +61,8 @@ def test_antrun():
 
 
 def test_handreorient_rewards():
-    """Of 64 cubes, goals and actions: sixteen at angles of 0 to 0.2 rad, around 0.1 close together, the others at any."""
+    """Of 64 cubes, goals and actions: sixteen at angles of 0 to 0.2 rad, around 0.1 close together,
+    the others at any."""
     data, env = golden("handreorient"), original("HandReorient", 64)
     state = {"p": data["r_cube"], "q": data["r_turn"], "aim": data["r_goal"]}
     rewards, fallen = env.reward(state, data["r_actions"])
@@ -72,11 +74,13 @@ def test_handreorient_rewards():
 
 
 def test_handreorient_without_touch():
-    """Four hands, six steps of random actions, two of them of small ones; the cube flies and spins, or falls.
+    """Four hands, six steps of random actions, two of them of small ones; the cube flies and spins,
+    or falls.
 
-    The original numbers links and joints in different orders and gives its mass matrix, by the joint's number, the
-    inertia of another link (difference 3). Here ours does the same, and then agrees; what else is left are the inertias'
-    three digits and, in hands 0 and 2, fingers that touch each other there (difference 1).
+    The original numbers links and joints in different orders and gives its mass matrix, by the
+    joint's number, the inertia of another link (difference 3). Here ours does the same, and then
+    agrees; what else is left are the inertias' three digits and, in hands 0 and 2, fingers that
+    touch each other there (difference 1).
     """
     data, env = golden("handreorient"), original("HandReorient", 4)
     obs, first = data["obs"], data["obs"][0]
@@ -91,7 +95,7 @@ def test_handreorient_without_touch():
     for t in range(5):
         found, rewards, *_ = env.step(data["actions"][t])
         theirs = obs[t + 1]
-        close(found["state"][:, 32:], theirs[:, 32:], 2e-4, t)  # of the cube, the goal and the actions
+        close(found["state"][:, 32:], theirs[:, 32:], 2e-4, t)  # cube, goal and actions
         close(rewards, data["rewards"][t], 1e-4, t)
         close(env.state["angles"][[1, 3]], data["hinges"][t + 1][[1, 3]], 0.02, t)
         if t < 3:
@@ -105,11 +109,13 @@ def test_handreorient_without_touch():
     [("RollingFlat", 1e-4), ("FluidMove", 2e-5), ("HandFlip", 1e-4)],
 )
 def test_particles(env_id, tolerance):
-    """Two environments, six steps of random actions, from the original's particles, scaled and moved.
+    """Two environments, six steps of random actions, from the original's particles, scaled and
+    moved.
 
-    RollingFlat: the pin is pressed into blocks that stand on the floor. FluidMove: the box at its start, with its target
-    nearer than 0.02, and a second one higher up. HandFlip: the disk is pushed into the hand, a second lies on the floor.
-    Particles of the first and the last step are compared to `tolerance`; the centre of mass in each.
+    RollingFlat: the pin is pressed into blocks that stand on the floor. FluidMove: the box at its
+    start, with its target nearer than 0.02, and a second one higher up. HandFlip: the disk is
+    pushed into the hand, a second lies on the floor. Particles of the first and the last step are
+    compared to `tolerance`; the centre of mass in each.
     """
     data, env = golden(env_id.lower()), original(env_id, 2)
     close(torch.tensor(env.START), data["start"], 1e-6)
@@ -129,10 +135,11 @@ def test_particles(env_id, tolerance):
 
 
 def test_softjumper():
-    """Two tables, on the ground and enlarged above it, deformed and on the move; six steps of random actions.
+    """Two tables, on the ground and enlarged above it, deformed and on the move; six steps of
+    random actions.
 
-    On our mesh, which was put into the original; of its own there are the vertices per level, their bounds and mean, the
-    volumes of the tetrahedra and the mass.
+    On our mesh, which was put into the original; of its own there are the vertices per level, their
+    bounds and mean, the volumes of the tetrahedra and the mass.
     """
     data, env = golden("softjumper"), original("SoftJumper", 2)
     corners = env.rest[env.tets]
@@ -156,10 +163,10 @@ def test_softjumper():
 
 # --- Starts -----------------------------------------------------------------------------------------------------------
 def starts(env_id):
-    """First observations (320, k): those of the golden file, which has quantiles of 128 of the original's."""
-    rows = []
+    """First observations (320, k): those of the golden file, which has quantiles of 128 of the
+    original's."""
+    rows, env = [], original(env_id, 16)
     for seed in range(20):
-        env = original(env_id, 16) if seed == 0 else env
         obs = env.reset(seed)
         state, points = obs["state"], obs.get("points")
         if env_id == "AntRun":
@@ -177,7 +184,8 @@ def starts(env_id):
 
 @pytest.mark.parametrize("env_id", rewarped.tasks())
 def test_starts_are_distributed_as_published(env_id):
-    """Seven quantiles of each entry, to a fifth of its range and a centimetre, which other particles make."""
+    """Seven quantiles of each entry, to a fifth of its range and a centimetre, which other
+    particles make."""
     expected, found = golden("starts")[env_id.lower()], starts(env_id)
     levels = torch.tensor((0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0))
     off = (torch.quantile(found, levels, dim=0) - expected).abs()

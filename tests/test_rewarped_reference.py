@@ -141,9 +141,7 @@ def test_forces_of_tetrahedra_are_the_slope_of_their_energy():
     activation = 0.3 * torch.randn(2, len(tets), generator=g, dtype=D)
     x = rest + 0.01 * torch.randn(2, *rest.shape, generator=g, dtype=D)
     x = (x + torch.tensor((0.0, 1.0, 0.0))).requires_grad_()
-    edges, sides = (
-        (t[..., tets[:, 1:], :] - t[..., tets[:, :1], :]).mT for t in (rest, x)
-    )
+    edges, sides = ((t[..., tets[:, 1:], :] - t[..., tets[:, :1], :]).mT for t in (rest, x))
     F, volume = sides @ torch.linalg.inv(edges), torch.linalg.det(edges) / 6
     square, J, alpha = F.square().sum((-2, -1)), torch.linalg.det(F), 1 + mu / lam - mu / (4 * lam)
     energy = (

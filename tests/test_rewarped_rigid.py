@@ -1,4 +1,5 @@
-"""Articulated rigid bodies: free fall, spin, hinges, contact against closed forms; gradients; AntRun, HandReorient."""
+"""Articulated rigid bodies: free fall, spin, hinges, contact against closed forms; gradients;
+AntRun, HandReorient."""
 
 import math
 
@@ -35,7 +36,8 @@ def test_quaternions():
 
 
 def test_free_fall_and_spin():
-    """Height after t; a body that spins about a principal axis keeps on, any other keeps its angular momentum."""
+    """Height after t; a body that spins about a principal axis keeps on, any other keeps its
+    angular momentum."""
     moments, dt = torch.tensor((1.0, 2.0, 3.0), dtype=D), 1e-4
     body = Body(2.0, (1.0, 2.0, 3.0))
     sim = Rigid(2, [body], [], [], dt=dt, substeps=1000, updates=1000, dtype=D)
@@ -60,7 +62,8 @@ def test_free_fall_and_spin():
 
 
 def test_while_a_mass_matrix_holds_weight_turns_what_flies():
-    """By m t v x g after the time t, as in the published simulation; it vanishes with more updates."""
+    """By m t v x g after the time t, as in the published simulation; it vanishes with more
+    updates."""
     state, turned = quiet(1), []
     state[2] = torch.tensor([[2.0, 0.0, 0.0]], dtype=D)
     for updates in (1, 50):
@@ -174,7 +177,8 @@ everywhere = pytest.mark.parametrize(
 
 
 def ball_and_box(at, **options):
-    """A free ball at this place in the frame of a box that hangs on a hinge; state; turn of the box."""
+    """A free ball at this place in the frame of a box that hangs on a hinge; state; turn of the
+    box."""
     g, at = torch.Generator().manual_seed(0), torch.tensor(at, dtype=D)
     turn, place = random_turn(g), torch.randn(3, generator=g, dtype=D)
     hinge = Hinge(-1, tuple(place.tolist()), (0.0, 0.0, 1.0), tuple(turn.tolist()))
@@ -329,7 +333,8 @@ def hand(dtype=torch.float32, n=2, **options):
 
 @pytest.fixture(scope="module")
 def grip():
-    """A hand and what a step depends on, float64: the cube has fallen onto it, then all of it moves."""
+    """A hand and what a step depends on, float64: the cube has fallen onto it, then all of it
+    moves."""
     env, g = hand(D), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for _ in range(20):
@@ -376,7 +381,8 @@ def test_the_hand_in_float32_from_graphs_and_alone(grip):
 
 @pytest.mark.parametrize("make", [ant, hand])
 def test_a_saved_state_has_the_same_future(make):
-    """With goals that are reached and episodes that end: the random numbers are those of the saved generator."""
+    """With goals that are reached and episodes that end: the random numbers are those of the saved
+    generator."""
     env, twin = make(torch.float32, seed=3), make(torch.float32, seed=4)
     a = torch.full((2, env.action_dim), 0.2)
     env.step(a)
@@ -414,7 +420,8 @@ def test_hand_goals_and_falls():
     _, rewards, terminations, truncations, info = env.step(a)
     last = info["final_obs"]["state"]
     assert last[:, 56:].equal(a) and rewards[0] > 100 > 11 > rewards[1:].max()
-    # The goal that was reached is followed by another, which the observation shows; the others stay.
+    # The goal that was reached is followed by another, which the observation shows; the others
+    # stay.
     assert torch.equal(last[1, 48:52], goal[1]) and not last[0, 48:52].allclose(goal[0], atol=0.1)
     back = last[:, 48:52] * torch.tensor((-1.0, -1.0, -1.0, 1.0))
     assert last[:, 52:56].allclose(multiply(last[:, 35:39], back))

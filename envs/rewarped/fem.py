@@ -114,8 +114,8 @@ class FEM:
     rest (V, 3), tets (T, 4)    the body; a positive volume each
     dt, substeps                a step is substeps * dt
     mu, lam, damping, density   of the material
-    relative                    of the damping of volume, to a tetrahedron's first corner; otherwise to the world, so that
-                                a body in uniform motion deforms a little
+    relative                    of the damping of volume, to a tetrahedron's first corner; otherwise
+                                to the world, so that a body in uniform motion deforms a little
     radius                      of a vertex, which touches the ground that far above it
     ke, kd, kf, friction        of the ground: spring, damper, viscous limit of friction, and its coefficient
     Raises ValueError in one line for a choice that cannot work.

@@ -1,7 +1,8 @@
 """SoftJumper: a soft table with muscles that jumps forward.
 
-The published task (SAPO, Xing et al. 2025, arXiv 2412.12089), compared with its authors' package, `rewarped` 1.3.3, in
-tests/test_rewarped_original.py. `size="small"` is the same body of fewer and larger cells.
+The published task (SAPO, Xing et al. 2025, arXiv 2412.12089), compared with its authors' package,
+`rewarped` 1.3.3, in tests/test_rewarped_original.py. `size="small"` is the same body of fewer and
+larger cells.
 """
 
 import itertools
@@ -11,8 +12,8 @@ import torch
 from envs.rewarped.base import DifferentiableEnv
 from envs.rewarped.fem import FEM
 
-# The six tetrahedra around the diagonal of a cube (6, 4, 3), one for each order of the axes: the corners that a walk
-# along the edges in that order passes.
+# The six tetrahedra around the diagonal of a cube (6, 4, 3), one for each order of the axes: the
+# corners that a walk along the edges in that order passes.
 ORDERS = tuple(itertools.permutations(range(3)))
 AROUND = torch.stack(
     [torch.cat((torch.zeros(1, 3), torch.eye(3)[list(order)].cumsum(0))) for order in ORDERS]
@@ -20,10 +21,11 @@ AROUND = torch.stack(
 
 
 def table(top: tuple[int, int], leg: tuple[int, int], edge: float, slab: int = 1):
-    """Vertices (V, 3) and tetrahedra (T, 4) of a table that stands on y = 0 with its middle at x = z = 0.
+    """Vertices (V, 3) and tetrahedra (T, 4) of a table that stands on y = 0 with its middle at x =
+    z = 0.
 
-    top: cells along x and z of the slab; leg: cells of a leg's side and of its height; slab: its thickness, 1 or 2, at 2
-    with vertices half way up its border and none inside.
+    top: cells along x and z of the slab; leg: cells of a leg's side and of its height; slab: its
+    thickness, 1 or 2, at 2 with vertices half way up its border and none inside.
     """
     (nx, nz), (side, height) = top, leg
     cells = [(i, height, k, slab) for i, k in itertools.product(range(nx), range(nz))]
@@ -57,15 +59,16 @@ def table(top: tuple[int, int], leg: tuple[int, int], edge: float, slab: int = 1
 class SoftJumper(DifferentiableEnv):
     """A table of muscles jumps along x.
 
-    Actions: activations x 0.3, each of two tetrahedra. Observation: mean of the vertices 3 and of their velocities 3,
-    times 0.1, the last actions; points: all vertices, times 0.1. Reward, with v and y of these means:
-    10 v_x + 30 (y - y0) - 0.001 |a|^2, with y0 the height of the body at its place before noise. The noise of its size
-    leaves its shape at rest alone: a larger one starts stretched. "paper" and "default" are the same. As published, the
-    damping of volume is relative to the world (see `FEM`).
+    Actions: activations x 0.3, each of two tetrahedra. Observation: mean of the vertices 3 and of
+    their velocities 3, times 0.1, the last actions; points: all vertices, times 0.1. Reward, with v
+    and y of these means: 10 v_x + 30 (y - y0) - 0.001 |a|^2, with y0 the height of the body at its
+    place before noise. The noise of its size leaves its shape at rest alone: a larger one starts
+    stretched. "paper" and "default" are the same. As published, the damping of volume is relative
+    to the world (see `FEM`).
 
     Differences from the original (rewarped 1.3.3):
-    1. The mesh is ours: the same vertices and as many tetrahedra of the same volumes, but not all the same ones, and in
-       another order, so that an action drives others.
+    1. The mesh is ours: the same vertices and as many tetrahedra of the same volumes, but not all
+       the same ones, and in another order, so that an action drives others.
     2. Random numbers are our own, and not rounded to three digits.
     3. `small` is a smaller body.
     """

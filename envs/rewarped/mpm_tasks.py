@@ -1,18 +1,20 @@
 """RollingFlat, FluidMove and HandFlip: particles that a robot flattens, carries and folds.
 
-The published tasks (SAPO, Xing et al. 2025, arXiv 2412.12089), compared with their authors' package, `rewarped` 1.3.3,
-in tests/test_rewarped_original.py. Each class numbers its differences; these are all three's:
-1. Random numbers are our own, and not rounded to three digits: in the block, the water and the disk of `full` the
-   particles lie elsewhere, and as evenly.
+The published tasks (SAPO, Xing et al. 2025, arXiv 2412.12089), compared with their authors'
+package, `rewarped` 1.3.3, in tests/test_rewarped_original.py. Each class numbers its differences;
+these are all three's:
+1. Random numbers are our own, and not rounded to three digits: in the block, the water and the disk
+   of `full` the particles lie elsewhere, and as evenly.
 2. A joint stops at its limit with a gradient that knows it (see `MPMEnv.physics`).
-3. Colliders move with their velocity; the original takes the difference of two poses, which is the same but for a turn
-   within a substep. At a node the first four colliders in reach act, there all of them.
+3. Colliders move with their velocity; the original takes the difference of two poses, which is the
+   same but for a turn within a substep. At a node the first four colliders in reach act, there all
+   of them.
 4. Plasticine yields where its strain reaches the yield strain; there 1e-5 before.
-5. `small` is the same task through the same code on a coarser grid, with fewer and larger substeps, its particles in a
-   lattice, so that two CPU cores can learn it.
+5. `small` is the same task through the same code on a coarser grid, with fewer and larger substeps,
+   its particles in a lattice, so that two CPU cores can learn it.
 
-Time is the material's own: a step of RollingFlat and HandFlip is 2 ms under a gravity of 90, one of FluidMove 20 ms
-under 9.8.
+Time is the material's own: a step of RollingFlat and HandFlip is 2 ms under a gravity of 90, one of
+FluidMove 20 ms under 9.8.
 """
 
 import math
@@ -25,7 +27,8 @@ from envs.rewarped.kinematics import Joint, Shape, Tree, turn_to
 
 
 def block(size, counts: tuple[int, int, int], even: bool) -> torch.Tensor:
-    """Points (P, 3) in a box of this size around the origin: a lattice, or as many random ones, always the same."""
+    """Points (P, 3) in a box of this size around the origin: a lattice, or as many random ones,
+    always the same."""
     if even:
         x, y, z = ((torch.arange(n, dtype=torch.float64) + 0.5) / n - 0.5 for n in counts)
         places = torch.cartesian_prod(x, y, z)
@@ -36,7 +39,8 @@ def block(size, counts: tuple[int, int, int], even: bool) -> torch.Tensor:
 
 
 class MPMEnv(DifferentiableEnv):
-    """A robot of colliders that follows joint targets exactly, and one material. See DifferentiableEnv.
+    """A robot of colliders that follows joint targets exactly, and one material. See
+    DifferentiableEnv.
 
     SIZES      per size: grid, dt, substeps, steps of an episode, particles observed, and what the task needs
     MATERIAL   arguments of mpm.MPM
@@ -57,7 +61,8 @@ class MPMEnv(DifferentiableEnv):
         raise NotImplementedError
 
     def spawn(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Positions of particles (N, P, 3) at the start of an episode, and the task's own part of the state."""
+        """Positions of particles (N, P, 3) at the start of an episode, and the task's own part of
+        the state."""
         raise NotImplementedError
 
     def body(self) -> torch.Tensor:
@@ -106,8 +111,9 @@ class MPMEnv(DifferentiableEnv):
 
     def physics(self, state, actions):
         q = state["joints"]
-        # differs (2): the room that is left depends on q. The original detaches q here: then a joint that stops at its
-        # limit passes on a gradient that is not there, 1 % of that of four steps of HandFlip.
+        # differs (2): the room that is left depends on q. The original detaches q here: then a
+        # joint that stops at its limit passes on a gradient that is not there, 1 % of that of four
+        # steps of HandFlip.
         move = torch.minimum(
             torch.maximum(actions * self.scale, self.robot.low - q), self.robot.high - q
         )
@@ -148,14 +154,15 @@ class MPMEnv(DifferentiableEnv):
 class RollingFlat(MPMEnv):
     """Flatten a block of plasticine with a rolling pin that moves along x and y and turns about y.
 
-    Observation: joints 3, mean of the points 3; points. Reward, with h a point's height and d its mean over a
-    reference:
+    Observation: joints 3, mean of the points 3; points. Reward, with h a point's height and d its
+    mean over a reference:
         paper     (1 / (1 + d))^2, doubled where d <= 0.33; minus the variance of h;   d = mean(h) / 0.125
         default   the same, but h counts from the floor and d = mean(h) / 0.0625, and the doubling comes smoothly,
                   as 1 + sigmoid((0.33 - d) / 0.05)
-    As published, h counts from the bottom of the grid, three cells below the floor, so that d stays above 0.5 and the
-    doubling is out of reach. As published too: the pin turns about an axis half a metre beside its middle, its lowest
-    is a radius above the floor, and the noise of a block's size moves it, since it is about the origin.
+    As published, h counts from the bottom of the grid, three cells below the floor, so that d stays
+    above 0.5 and the doubling is out of reach. As published too: the pin turns about an axis half a
+    metre beside its middle, its lowest is a radius above the floor, and the noise of a block's size
+    moves it, since it is about the origin.
     """
 
     SIZES = {
@@ -229,15 +236,17 @@ class RollingFlat(MPMEnv):
 class FluidMove(MPMEnv):
     """Carry water in an open box to a target without spilling.
 
-    Observation: joints 3, target 3, mean of the points 3; points. Reward, with d the distance of the box to the target,
-    x a point in the box's frame, and b half extents of the box's outer faces (above, half a wall more than the rim):
+    Observation: joints 3, target 3, mean of the points 3; points. Reward, with d the distance of
+    the box to the target, x a point in the box's frame, and b half extents of the box's outer faces
+    (above, half a wall more than the rim):
         0.1 (1 / (1 + d^2))^2, doubled where d <= 0.02; minus the mean over points of
         max over axes of sigmoid((|x| - b) / T)
         paper     T = 1e-5: a step function, which has no usable gradient
-        default   T = 0.01, about a particle's spacing; the doubling comes smoothly, as 1 + sigmoid((0.02 - d) / 0.01)
+        default   T = 0.005, half a particle's spacing; the doubling comes smoothly, as 1 + sigmoid((0.02 - d) / 0.01)
     As published, the box starts a centimetre below its lowest place: its first step lifts it.
-    6. `small` has a larger box, with walls three cells thick: a particle feels nodes up to 1.5 cells away, and in a
-       thinner wall those beyond its middle, where the nearest face is the outer one, would let it through.
+    6. `small` has a larger box, with walls three cells thick: a particle feels nodes up to 1.5
+       cells away, and in a thinner wall those beyond its middle, where the nearest face is the
+       outer one, would let it through.
     """
 
     HOLLOW = True
@@ -320,15 +329,16 @@ class FluidMove(MPMEnv):
         if self.reward_name == "paper":
             bonus, sharp = 1.0 + (d <= 0.02).to(d.dtype), 1e-5
         else:
-            bonus, sharp = 1.0 + torch.sigmoid((0.02 - d) / 0.01), 0.01
+            bonus, sharp = 1.0 + torch.sigmoid((0.02 - d) / 0.01), 0.005
         spilled = torch.sigmoid(out / sharp).amax(2).mean(1)
         rewards = 0.1 * (1 / (1 + d * d)) ** 2 * bonus - spilled
         return rewards, torch.zeros_like(rewards, dtype=torch.bool)
 
 
-# The Shadow hand's published joints, limits, bones and shapes, in metres and in a frame whose z is along the stretched
-# fingers and whose y looks out of the back of the hand. Bone: number of the parent's joint, way from it, then
-# (axis, limits, start) of its joint. Shapes: number of the joint, kind, size, middle, axis of a capsule.
+# The Shadow hand's published joints, limits, bones and shapes, in metres and in a frame whose z is
+# along the stretched fingers and whose y looks out of the back of the hand. Bone: number of the
+# parent's joint, way from it, then (axis, limits, start) of its joint. Shapes: number of the joint,
+# kind, size, middle, axis of a capsule.
 ACROSS, BACK, ALONG = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)
 STILL = (0.0, 0.0, 0.0)
 KNUCKLE, BEND = (-0.349, 0.349), (0.0, 1.571)
@@ -401,8 +411,9 @@ def shadow_hand(wrist: tuple[float, float, float], enlarge: float, device, dtype
 class HandFlip(MPMEnv):
     """Fold a disk of plasticine in the palm of a Shadow hand: bring each half onto the other.
 
-    Observation: joints 24, mean of the points 3; points, of which the second half mirrors the first at the middle of
-    the disk. Reward: clamp((d0 - d) / d0, -1, 1), with d the mean distance of a point to its mirror image.
+    Observation: joints 24, mean of the points 3; points, of which the second half mirrors the first
+    at the middle of the disk. Reward: clamp((d0 - d) / d0, -1, 1), with d the mean distance of a
+    point to its mirror image.
         paper     d0 is the d after an episode's first step, whose reward is 0 by that
         default   d0 is the d before it, so that the first step counts as well
     6. `small` has a thicker disk.
@@ -434,7 +445,8 @@ class HandFlip(MPMEnv):
         return shadow_hand(self.WRIST, self.ENLARGE, self.device, self.dtype)
 
     def body(self):
-        """Half a disk, sorted by the distance to its straight edge, then its mirror image in the same order."""
+        """Half a disk, sorted by the distance to its straight edge, then its mirror image in the
+        same order."""
         count, layers = self.s["particles"] // 2, 2
         if self.size == "small":  # layers, evenly filled by the golden ratio
             i = torch.arange(count // layers, dtype=torch.float64).repeat(layers)

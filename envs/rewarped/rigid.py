@@ -1,26 +1,31 @@
-"""Batched, differentiable articulated rigid bodies in Warp: joint coordinates, penalty contact with the ground and boxes.
+"""Batched, differentiable articulated rigid bodies in Warp: joint coordinates, penalty contact.
 
-Body 0 is free; hinge j carries body 1 + j and hangs from an earlier body or from the world. The state of a step is p, q,
-v, w of the free body's centre of mass and angles and rates of the hinges. Generalised velocities are the twist of the
-free body, then the rates: D = 6 + J. A twist (w, u) has as u the velocity of what is, at that moment, at the origin o,
-the place of the free body when the step begins: then a hinge's axis s at x moves what hangs on it by (s, x cross s). One
-substep:
+Body 0 is free; hinge j carries body 1 + j and hangs from an earlier body or from the world. The
+state of a step is p, q, v, w of the free body's centre of mass and angles and rates of the hinges.
+Generalised velocities are the twist of the free body, then the rates: D = 6 + J. A twist (w, u) has
+as u the velocity of what is, at that moment, at the origin o, the place of the free body when the
+step begins: then a hinge's axis s at x moves what hangs on it by (s, x cross s). One substep:
 
     root       a thread an environment: pose and twist of the free body, and of the world
-    links      a thread a hinge, level by level: pose and twist of its body, acceleration that velocities alone make, its
-               torque: motor, damping, springs at the limits
-    contacts   a thread a sphere fixed to a body: ground at y = 0 by a spring, a damper and Coulomb friction
-    touches    a thread a sphere and a box on another body: the same along the normal of the box's signed distance
-    wrenches   a thread a body: forces on it less those that its own acceleration needs, to all coordinates that move it
-    solve      a thread an entry of the inverse mass matrix: accelerations
+    links      a thread a hinge, level by level: pose and twist of its body, the acceleration that
+               velocities alone make, its torque: motor, damping, springs at the limits
+    contacts   a thread a sphere fixed to a body: ground at y = 0 by a spring, a damper on the way in
+               and Coulomb friction
+    touches    a thread a sphere and a box on another body: the same along the normal of the box's
+               signed distance
+    wrenches   a thread a body: forces on it less those that its own acceleration needs, to all
+               coordinates that move it
+    solve      a thread a piece of a row of the inverse mass matrix: accelerations
     advance    a thread a coordinate: velocities, then positions
 
-The mass matrix is that of the beginning of a step, as in the published simulation, which computes it once a step: a
-batched inverse in torch, and every kernel stays small. For what moves while it holds that is wrong: a body in flight
-feels m t v x g of its weight as a torque after the time t. `updates` computes it more often.
+The mass matrix is that of the beginning of a step, as in the published simulation, which computes
+it once a step: a batched inverse in torch, and every kernel stays small. For what moves while it
+holds that is wrong: a body in flight feels m t v x g of its weight as a torque after the time t.
+`updates` computes it more often.
 
-A quaternion is (x, y, z, w); velocities and angular velocities are the world's. Gradients: see substeps.py. A capsule is
-a row of spheres. Shapes: N environments, B bodies, J hinges, D coordinates, K contact spheres, M boxes, S substeps.
+A quaternion is (x, y, z, w); velocities and angular velocities are the world's. Gradients: see
+substeps.py. A capsule is a row of spheres. Shapes: N environments, B bodies, J hinges, D
+coordinates, K contact spheres, M boxes, S substeps.
 """
 
 import functools
@@ -34,6 +39,7 @@ from envs.rewarped.kinematics import skew
 from envs.rewarped.substeps import Substeps
 
 DEPTH = 4  # most hinges between a body and the root of its tree
+CHUNK = 8  # entries of a row that one thread multiplies
 
 
 # ------------------------------------------------------------------------------------------------------- kernels -----
@@ -126,7 +132,8 @@ def kernels(real) -> types.SimpleNamespace:
 
     @func
     def penalty(depth: real, normal: vec3, u: vec3, ke: real, kd: real, kf: real, friction: real):
-        """Force at a contact of this depth, on the body whose velocity relative to the other one is u there."""
+        """Force at a contact of this depth, on the body whose velocity relative to the other one is
+        u there."""
         un = wp.dot(u, normal)
         press = ke * depth - kd * wp.min(un, real(0.0))  # damped on the way in alone
         slide = u - normal * un
@@ -262,9 +269,14 @@ def kernels(real) -> types.SimpleNamespace:
                 wp.atomic_add(force, n, 6 + j, share)
 
     @kernel
-    def solve(inverse: scalars3, force: scalars2, change: scalars2):
-        n, i, k = wp.tid()
-        wp.atomic_add(change, n, i, inverse[n, i, k] * force[n, k])
+    def solve(inverse: scalars3, force: scalars2, coordinates: int, change: scalars2):
+        n, i, chunk = wp.tid()
+        total = real(0.0)
+        for step in range(CHUNK):  # unrolled: the adjoint of a dynamic loop would be wrong
+            k = chunk * CHUNK + step
+            if k < coordinates:
+                total = total + inverse[n, i, k] * force[n, k]
+        wp.atomic_add(change, n, i, total)
 
     @kernel
     def advance(
@@ -350,7 +362,8 @@ class Box:
 
 @dataclass(frozen=True)
 class Springs:
-    """Stiffness and damping at a hinge's limits, damping everywhere, and a contact's constants; N, m, rad, s."""
+    """Stiffness and damping at a hinge's limits, damping everywhere, and a contact's constants; N,
+    m, rad, s."""
 
     limit: float = 1e3
     limit_d: float = 10.0
@@ -362,10 +375,11 @@ class Springs:
 
 
 class Rigid:
-    """N environments of a free body, hinges with the bodies that they carry, contact spheres and boxes.
+    """N environments of a free body, hinges with the bodies that they carry, contact spheres and
+    boxes.
 
-    With `ground`, spheres touch the plane y = 0. updates: how often a step computes the mass matrix.
-    Raises ValueError in one line for a choice that cannot work.
+    With `ground`, spheres touch the plane y = 0. updates: how often a step computes the mass
+    matrix. Raises ValueError in one line for a choice that cannot work.
     """
 
     def __init__(
@@ -438,10 +452,16 @@ class Rigid:
             empty = (0,) * kind._length_ if hasattr(kind, "_length_") else 0
             return wp.array(list(rows) or [empty], dtype=kind, device=where)
 
-        levels = [
-            array([c[-1] for c in carriers[1:] if len(c) == level], wp.int32)
-            for level in range(1, 1 + max(len(c) for c in carriers))
-        ]
+        # Hinges equally far from their roots; rows of their parents where frames are listed level
+        # by level.
+        index = functools.partial(torch.tensor, device=device, dtype=torch.int64)
+        levels, self.levels, row = [], [], {-1: 0, 0: 1}
+        for level in range(1, 1 + max(len(c) for c in carriers)):
+            own = [c[-1] for c in carriers[1:] if len(c) == level]
+            self.levels.append((index(own), index([row[hinges[j].parent] for j in own])))
+            row |= {1 + j: len(row) + i for i, j in enumerate(own)}
+            levels.append(array(own, wp.int32))
+        self.order = index([row[b] for b in range(B)])
         world = B  # a body that stands still, after all others
         tree = [
             array((h.parent if h.parent >= 0 else world for h in hinges), wp.int32),
@@ -487,7 +507,7 @@ class Rigid:
             if K and M:
                 found.append((k.touches, (N, K, M), [*touch, *block, *contact], [*frames, f, t]))
             found.append((k.wrenches, (N, B), weight, [*frames, *bias, f, t, force]))
-            found.append((k.solve, (N, D, D), [inverse, force], [change]))
+            found.append((k.solve, (N, D, -(-D // CHUNK)), [inverse, force, D], [change]))
             return [*found, (k.advance, (N, 1 + J), [*state, change, dt], following)]
 
         vector, hinge, each = ((N,), k.vec3), ((N, max(J, 1)), real), ((N, B + 1), k.vec3)
@@ -511,7 +531,8 @@ class Rigid:
         return torch.diag(inertia) if inertia.dim() == 1 else inertia
 
     def step(self, p, q, v, w, angles, rates, motor):
-        """State a step later: p, q, v, w (N, ...) of the free body, angles and rates (N, J); motor torques (N, J)."""
+        """State a step later: p, q, v, w (N, ...) of the free body, angles and rates (N, J); motor
+        torques (N, J)."""
         for _ in range(self.updates):
             origin = p.detach()  # any will do: what comes out does not depend on it
             r = p - origin
@@ -523,21 +544,20 @@ class Rigid:
 
     def frames(self, p, q, angles) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions (N, B, 3) and quaternions (N, B, 4) of all bodies' frames."""
-        places, turns = [p], [q]
         still = torch.zeros_like(q) + q.new_tensor((0.0, 0.0, 0.0, 1.0))
-        for j, hinge in enumerate(self.hinges):
-            x, turn = (
-                (places[hinge.parent], turns[hinge.parent])
-                if hinge.parent >= 0
-                else (torch.zeros_like(p), still)
-            )
-            places.append(x + rotate(turn, self.anchors[j]))
-            bent = multiply(self.turns[j].expand_as(q), about(self.axes[j], angles[:, j]))
-            turns.append(multiply(turn, bent))
-        return torch.stack(places, 1), torch.stack(turns, 1)
+        places, turns = torch.stack((torch.zeros_like(p), p), 1), torch.stack((still, q), 1)
+        bends = about(self.axes, angles[:, : len(self.axes)])
+        bent = multiply(self.turns.expand_as(bends), bends)
+        for own, rows in self.levels:  # hinges equally far from their roots, at once
+            x, turn = places[:, rows], turns[:, rows]
+            x = x + rotate(turn, self.anchors[own].expand_as(x))
+            places = torch.cat((places, x), 1)
+            turns = torch.cat((turns, multiply(turn, bent[:, own])), 1)
+        return places[:, self.order], turns[:, self.order]
 
     def spatial(self, c: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-        """Inertias (N, B, 6, 6) about the origin of bodies with these centres of mass and orientations."""
+        """Inertias (N, B, 6, 6) about the origin of bodies with these centres of mass and
+        orientations."""
         R, C, m = rotation(turns), skew(c), self.masses[:, None, None]
         one = torch.eye(3, device=c.device, dtype=c.dtype)
         turning = R @ self.inertias @ R.mT - m * C @ C
@@ -554,8 +574,9 @@ class Rigid:
         free = torch.eye(6, device=r.device, dtype=r.dtype).expand(N, 6, 6)
         ways = torch.cat((free, hinges), 1)
         inertias = self.spatial(x + rotate(turns, self.coms.expand(N, -1, 3)), turns)
-        pushed = torch.einsum("nbij,ndj,bd->nbdi", inertias, ways, self.moves)
-        return torch.einsum("nbdi,nei,be->nde", pushed, ways, self.moves) + self.armature
+        each = ways[:, None] * self.moves[..., None]  # of each body (N, B, D, 6)
+        pushed, each = ((t.transpose(1, 2).flatten(2)) for t in (each @ inertias, each))
+        return pushed @ each.mT + self.armature
 
 
 # ------------------------------------------------------------------------------------------------- quaternions -------

@@ -1,7 +1,8 @@
-"""AntRun: a four-legged ant with eight hinges learns to run. HandReorient: a hand with sixteen turns a cube.
+"""AntRun: a four-legged ant with eight hinges learns to run. HandReorient: a hand with sixteen
+turns a cube.
 
-The published tasks (SAPO, Xing et al. 2025, arXiv 2412.12089), compared with their authors' package, `rewarped` 1.3.3,
-in tests/test_rewarped_original.py. Each class numbers its differences.
+The published tasks (SAPO, Xing et al. 2025, arXiv 2412.12089), compared with their authors'
+package, `rewarped` 1.3.3, in tests/test_rewarped_original.py. Each class numbers its differences.
 """
 
 import math
@@ -13,7 +14,8 @@ from envs.rewarped.rigid import Body, Box, Hinge, Rigid, Sphere, Springs, about,
 
 
 class Articulated(DifferentiableEnv):
-    """A task on `Rigid`. State: p, q, v, w of the free body, angles, rates, the last actions, and what a task adds."""
+    """A task on `Rigid`. State: p, q, v, w of the free body, angles, rates, the last actions, and
+    what a task adds."""
 
     STATE = ("p", "q", "v", "w", "angles", "rates")
 
@@ -54,7 +56,8 @@ def capsule(length: float, radius: float) -> tuple[float, float, float]:
 
 
 def ant() -> tuple[list[Body], list[Hinge], list[Sphere]]:
-    """Torso, then a thigh and a shin for each leg. At angle 0 all frames are the torso's, and the legs are straight."""
+    """Torso, then a thigh and a shin for each leg. At angle 0 all frames are the torso's, and the
+    legs are straight."""
     ball, (stub, along, across) = LIGHT * 4 / 3 * math.pi * TORSO**3, capsule(HALF, LEG)
     # The torso is a ball with four stubs, which point along the legs, 45 degrees between the axes.
     up = 0.4 * ball * TORSO**2 + 4 * (across + stub * HALF**2 / 4)
@@ -83,15 +86,16 @@ def ant() -> tuple[list[Body], list[Hinge], list[Sphere]]:
 class AntRun(Articulated):
     """Run along x.
 
-    Actions: torques of the hinges, 200 N m at -1. Observation (37): height, orientation 4, velocity 3, angular velocity
-    3, hinges 8, their rates 8 times 0.1, up 1, heading 1, last actions 8. Reward: v_x + 0.1 up + heading + (height -
-    0.27), with up the torso's vertical axis along the world's and heading its x axis along the world's. The episode
-    ends below a height of 0.27. Nothing is mended: "paper" and "default" are the same.
+    Actions: torques of the hinges, 200 N m at -1. Observation (37): height, orientation 4, velocity
+    3, angular velocity 3, hinges 8, their rates 8 times 0.1, up 1, heading 1, last actions 8.
+    Reward: v_x + 0.1 up + heading + (height - 0.27), with up the torso's vertical axis along the
+    world's and heading its x axis along the world's. The episode ends below a height of 0.27.
+    Nothing is mended: "paper" and "default" are the same.
 
     Differences from the original (rewarped 1.3.3):
     1. It looks for contacts once a step, within 5 cm: what falls faster than 3 m/s sinks in first.
-    2. It also looks for contacts between the ant's links, and finds none unless two legs cross, which the hips' limits
-       prevent. Ours does not look.
+    2. It also looks for contacts between the ant's links, and finds none unless two legs cross,
+       which the hips' limits prevent. Ours does not look.
     3. Random numbers are our own.
     4. `small` is 200 steps long.
     """
@@ -157,9 +161,9 @@ class AntRun(Articulated):
 
 
 # ------------------------------------------------------------------------------------------------- HandReorient ------
-# The Allegro hand's published joints, in its own frame: the palm looks along x, the fingers point along z. Of each link
-# in a finger: axis of its joint, limits, way to the next joint or to the tip, radius, mass, height of its centre of mass
-# and inertia (xx, yy, zz, xy, xz, yz in 1e-6 kg m^2).
+# The Allegro hand's published joints, in its own frame: the palm looks along x, the fingers point
+# along z. Of each link in a finger: axis of its joint, limits, way to the next joint or to the tip,
+# radius, mass, height of its centre of mass and inertia (xx, yy, zz, xy, xz, yz in 1e-6 kg m^2).
 FINGER = (
     (
         (0.0, 0.0, 1.0),
@@ -238,7 +242,8 @@ THUMB = (
 )
 SPLAY = math.sin(math.radians(2.5))  # half of the angle between a finger and the one beside it
 SIDEWAYS = math.sqrt(1 - SPLAY**2)
-# Thumb, then the fingers from the one farthest from it: links, place on the palm, turn of the first link's frame in the palm's.
+# Thumb, then the fingers from the one farthest from it: links, place on the palm, turn of the first
+# link's frame in the palm's.
 FINGERS = (
     (THUMB, (-0.0182, 0.019333, -0.045987), (-0.521334, -0.521334, -0.477714, 0.477714)),
     (FINGER, (0.0, -0.0435, -0.001542), (SPLAY, 0.0, 0.0, SIDEWAYS)),
@@ -252,7 +257,7 @@ SIDE, CUBE_DENSITY = 0.065, 3641.33 / 2  # of the cube: m, kg/m^3
 
 
 def allegro() -> tuple[list[Body], list[Hinge], list[tuple]]:
-    """The cube, then the links of thumb and fingers; hinges; capsules (body, ends, radius), -1 the palm."""
+    """The cube, then thumb and fingers; hinges; capsules (body, ends, radius), -1 the palm."""
     mass = CUBE_DENSITY * SIDE**3
     bodies, hinges = [Body(mass, (mass * SIDE**2 / 6,) * 3)], []
     lie, capsules = torch.tensor(LIE, dtype=torch.float64), []
@@ -289,20 +294,26 @@ def row(capsule: tuple, gap: float = 0.019) -> list[Sphere]:
 class HandReorient(Articulated):
     """Turn a cube in the hand to a given orientation, then to the next one.
 
-    Actions: torques of the joints, 2 N m at 1. Observation (72): joints 16 from -1 to 1 within their limits, their rates
-    16 times 0.2, the cube's position 3, orientation 4, velocity 3 and angular velocity 3 times 0.2, the goal's position 3
-    and orientation 4, the turn from goal to cube 4, last actions 16; z is up. Reward, with d the cube's distance to the
-    goal's position, theta the angle of the turn, 2 asin(min(|its vector part|, 1 - 1e-3)), and S(x) = sigmoid(x / 1e-3):
+    Actions: torques of the joints, 2 N m at 1. Observation (72): joints 16 from -1 to 1 within
+    their limits, their rates 16 times 0.2, the cube's position 3, orientation 4, velocity 3 and
+    angular velocity 3 times 0.2, the goal's position 3 and orientation 4, the turn from goal to
+    cube 4, last actions 16; z is up. Reward, with d the cube's distance to the goal's position,
+    theta the angle of the turn, 2 asin(min(|its vector part|, 1 - 1e-3)), and S(x) = sigmoid(x /
+    1e-3):
         -10 d + 1 / (theta + 0.1) - 2e-4 |a|^2 + 250 S(S(0.1 - theta) - 1)
-    so that the bonus is 125 well below 0.1 rad and gone half a hundredth before it. Below theta = 0.1 the next goal is
-    drawn: the reward still is for the old one, the observation has the new one. The episode ends at d = 0.24. Nothing is
-    mended: "paper" and "default" are the same.
+    so that the bonus is 125 up to 0.09 rad and gone at 0.095. Below theta = 0.1 the next goal is
+    drawn: the reward still is for the old one, the observation has the new one. The episode ends at
+    d = 0.24. Nothing is mended: "paper" and "default" are the same.
 
     Differences from the original (rewarped 1.3.3):
-    1. Shapes of the hand: capsules on its joints, rows of spheres, that touch the cube and not each other. There they are
-       boxes and balls, which also touch each other; a box on a box makes up to 24 contacts with an algorithm of its own.
+    1. Shapes of the hand: capsules on its joints, rows of spheres, that touch the cube and not each
+       other. There they are boxes and balls, which also touch each other; a box on a box makes up
+       to 24 contacts with an algorithm of its own.
     2. Random numbers are our own.
-    3. `small` has 150 steps of 32 substeps, and less damping at the limits, which would be unstable there.
+    3. There links and joints are numbered differently, and the mass matrix takes, by the joint's
+       number, the inertia of another link: a fault, not copied.
+    4. `small` has 150 steps of 32 substeps, and less damping at the limits, which would be unstable
+       there.
     """
 
     SIZES = {
@@ -344,7 +355,8 @@ class HandReorient(Articulated):
         self.high = self.vector(*[hinge.high for hinge in hinges])
 
     def orientation(self) -> torch.Tensor:
-        """Quaternions (N, 4) of turns about y, then about x, each by any angle: as published, not equally likely."""
+        """Quaternions (N, 4) of turns about y, then about x, each by any angle: as published, not
+        equally likely."""
         angles = self.uniform(-math.pi, math.pi, 2)
         first = about(self.vector(0, 1, 0), angles[:, 1])
         return multiply(about(self.vector(1, 0, 0), angles[:, 0]), first)
@@ -395,7 +407,8 @@ class HandReorient(Articulated):
         return rewards, away.detach() >= self.FALLEN
 
     def render(self, world: int = 0, size: int = 256):
-        """An image for people, uint8 (size, size, 3); the goal's orientation is that of the cube on the left."""
+        """An image for people, uint8 (size, size, 3); the goal's orientation is that of the cube on
+        the left."""
         from envs.rewarped import render
 
         return render.draw_hand(self, world, size, SIDE)
