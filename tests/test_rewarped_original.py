@@ -1,10 +1,15 @@
 """The six tasks against numbers from the original package.
 
 tests/golden/rewarped_*.npz hold what `rewarped` 1.3.3 (PyPI; Python 3.11, warp-lang 1.3.3, float32,
-CPU, no offsets between environments, no gradients) made of states and actions: observations,
-rewards and next states. Each test says which. No number here is one of our own constants. The
-tolerances are a few times what was found; the differences that they leave room for are rounding,
-unless the test names another.
+CPU) made of states and actions: observations, rewards and next states. Each test says which.
+
+The recipe, the same for all: make the task with `no_grad=True, no_env_offset=True, device="cpu",
+use_graph_capture=False` and, where there is one, `early_termination=False`; reset it; write the
+state (`joint_q` and `joint_qd`, `mpm_x`, `particle_q` and `particle_qd`, `target_q`), then
+`wp.sim.eval_fk` and `compute_observations`; step with uniform random actions, and keep what comes.
+
+No number here is one of our own constants. The tolerances are a few times what was found; the
+differences that they leave room for are rounding, unless the test names another.
 """
 
 import pathlib
