@@ -42,8 +42,8 @@ Commands, from the repository's root:
     smallest    the first three, the last two of them with --device cpu
 
 Expected result, SO101ReachCube-v1 from the true state: a base of 47 % success gets to 98.4 +-
-1.6 % in 44,800 steps and 8 minutes on two shared CPU cores, three seeds, with no evaluation below the
-base (see its page). Not yet measured on a GPU.
+1.6 % in 44,800 steps and 8 minutes on two shared CPU cores, three seeds, with no evaluation below
+the base (see its page). Not yet measured on a GPU.
 
 Shapes: N environments, B batch, K actions of a chunk, H heads, A action dimensions, S state
 dimensions, C channels (3 a camera), D width of a token, E features.
