@@ -29,10 +29,11 @@ Commands, from the repository's root:
     evaluate       python algos/sapo_rewarped.py --evaluate --checkpoint runs/NAME/best.pt
     resume         python algos/sapo_rewarped.py --resume runs/NAME    (exactly)
 
-Expected result, small sizes on two shared CPU cores, three seeds: AntRun 384 +- 99 after 131,072
-transitions (4 min; a random policy 50, SHAC 408 +- 88), RollingFlat 38.5 +- 3.0 after 5,120 (6 min;
-a random policy 29.8, SHAC 37.6 +- 1.2). Curves and commands: docs/algos/sapo_rewarped.md. Not yet
-measured on a GPU.
+Expected result: to be measured again. The tasks have been compared with the original's step by step
+(docs/envs/rewarped.md), which made AntRun another ant and RollingFlat's block another block. Before,
+small sizes on two shared CPU cores, three seeds: AntRun 384 +- 99 after 131,072 transitions (a random
+policy 50, SHAC 408 +- 88), RollingFlat 38.5 +- 3.0 after 5,120 (a random policy 29.8, SHAC 37.6 +-
+1.2). Curves and commands: docs/algos/sapo_rewarped.md. Not yet measured on a GPU.
 
 Shapes: N environments, T steps of a window (`--horizon`), B batch, K critics, A action dimensions,
 S state dimensions, P particles.

@@ -22,7 +22,6 @@ import torch
 import tyro
 
 from envs.rewarped import mpm
-from envs.rewarped.mpm_tasks import lattice
 from envs.rewarped.rigid import Body, Box, Hinge, Rigid, Sphere, Springs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +40,12 @@ class Args:
     """which experiments"""
     out: Path = ROOT / "docs/images/rewarped"
     """folder for the images"""
+
+
+def lattice(counts: tuple[int, int, int], spacing: float) -> torch.Tensor:
+    """Points (P, 3) of a block that stands on y = 0 with its middle at x = z = 0."""
+    x, y, z = (torch.arange(n, dtype=D) + 0.5 for n in counts)
+    return torch.cartesian_prod(x - counts[0] / 2, y, z - counts[2] / 2) * spacing
 
 
 def block(counts, spacing: float, centre, dtype=torch.float32) -> mpm.Particles:
@@ -255,84 +260,56 @@ def plasticine(steps: int = 40) -> dict:
 def rigid() -> dict:
     """(t, simulated, closed form) of a body's height, a pendulum's angle and a sliding ball's way; float64."""
 
-    def bodies(b):
-        q = torch.zeros(1, b, 4, dtype=D)
-        q[..., 3] = 1
-        return [
-            torch.zeros(1, b, 3, dtype=D),
-            q,
-            torch.zeros(1, b, 3, dtype=D),
-            torch.zeros(1, b, 3, dtype=D),
-        ]
+    def rest():
+        q = torch.tensor([[0.0, 0.0, 0.0, 1.0]], dtype=D)
+        return [torch.zeros(1, 3, dtype=D), q, *(torch.zeros(1, n, dtype=D) for n in (3, 3, 1, 1))]
 
     def follow(sim, state, watch, seconds, step):
-        """Watched values at times 0, step, 2 step, ..."""
-        found, idle = [float(watch(*state))], torch.zeros(1, max(len(sim.hinges), 1), dtype=D)
+        """Number `watch` of the state, flattened, at times 0, step, 2 step, ..."""
+        part, entry = watch
+        found, idle = [float(state[part].flatten()[entry])], torch.zeros(1, 1, dtype=D)
         times = np.arange(0, seconds + step / 2, step)
         for _ in times[1:]:
             state = sim.step(*state, idle)
-            found.append(float(watch(*state)))
+            found.append(float(state[part].flatten()[entry]))
         return times, np.array(found)
 
-    free = Rigid(
-        1,
-        [Body(2.0, (1.0, 2.0, 3.0))],
-        [],
-        [],
-        dt=1e-4,
-        substeps=200,
-        ground=False,
-        graph=True,
-        dtype=D,
-    )
-    state = bodies(1)
-    state[2][..., 1], state[3][:] = 1.0, torch.tensor((1.0, 2.0, 0.5))  # thrown upwards, tumbling
-    t, height = follow(free, state, lambda p, q, v, w: p[0, 0, 1], 0.5, 0.02)
+    always = dict(gravity=(0.0, -9.8, 0.0), ground=False, graph=True, dtype=D)
+    tumbling = Body(2.0, (1.0, 2.0, 3.0))
+    free = Rigid(1, [tumbling], [], [], dt=1e-4, substeps=200, updates=50, **always)
+    state = rest()
+    state[2], state[3] = (torch.tensor([v], dtype=D) for v in ((0.0, 1.0, 0.0), (1.0, 2.0, 0.5)))
+    t, height = follow(free, state, (0, 1), 0.5, 0.02)
     fall = (t, height, t - 4.9 * t**2)
 
     mass, inertia, length, start = 2.0, 0.1, 0.5, 0.05
-    swing = Rigid(
-        1,
-        [Body(1.0, (1.0,) * 3, fixed=True), Body(mass, (inertia, 0.01, inertia))],
-        [Hinge(0, 1, (0.0,) * 3, (0.0, length, 0.0), (0.0, 0.0, 1.0))],
-        [],
-        dt=1 / 4800,
-        substeps=96,
-        springs=Springs(damping=0.0),
-        ground=False,
-        graph=True,
-        dtype=D,
-    )
-    state = [t.clone() for t in bodies(1)]
-    angle = torch.full((1, 1), start, dtype=D)
-    placed = swing.place(*(t[:, 0] for t in state), angle, torch.zeros_like(angle))
-    t, angles = follow(
-        swing, list(placed.values()), lambda p, q, v, w: swing.angles(q, w)[0], 4.0, 0.02
-    )
-    pendulum = (
-        t,
-        angles,
-        start * np.cos(t * math.sqrt(mass * 9.8 * length / (inertia + mass * length**2))),
-    )
+    bob = Body(mass, (inertia, 0.01, inertia), (0.0, -length, 0.0))
+    hinge = Hinge(-1, (0.0,) * 3, (0.0, 0.0, 1.0))
+    swing = Rigid(1, [tumbling, bob], [hinge], [], dt=1 / 4800, substeps=96, **always)
+    state = rest()
+    state[4] = torch.full((1, 1), start, dtype=D)
+    t, angles = follow(swing, state, (4, 0), 4.0, 0.02)
+    rate = math.sqrt(mass * 9.8 * length / (inertia + mass * length**2))
+    pendulum = (t, angles, start * np.cos(t * rate))
 
     # A ball that does not roll, since its inertia is large, on a fixed box; v^2 / 2 mu g is where it stops.
     speed, friction = 2.0, 0.5
     plate = Rigid(
         1,
-        [Body(1.0, (1.0,) * 3, fixed=True), Body(1.0, (1e9,) * 3)],
+        [Body(1.0, (1e9,) * 3)],
         [],
-        [Sphere(1, (0.0,) * 3, 0.2)],
+        [Sphere(0, (0.0,) * 3, 0.2)],
         dt=1 / 960,
         substeps=24,
-        boxes=(Box(0, (5.0, 0.5, 5.0)),),
-        ground=False,
-        graph=True,
-        dtype=D,
+        boxes=(Box(-1, (5.0, 0.5, 5.0), (0.0, -0.5, 0.0)),),
         springs=Springs(contact_ke=1e4, contact_kd=60.0, contact_kf=1e6, friction=friction),
+        **always,
     )
-    state = bodies(2)
-    state[0][0, 0, 1], state[0][0, 1, 1], state[2][0, 1, 0] = -0.5, 0.2 - 9.8e-4, speed
-    t, way = follow(plate, state, lambda p, q, v, w: p[0, 1, 0], 0.6, 0.025)
+    state = rest()
+    state[0], state[2] = (
+        torch.tensor([v], dtype=D) for v in ((0.0, 0.2 - 9.8e-4, 0.0), (speed, 0.0, 0.0))
+    )
+    t, way = follow(plate, state, (0, 0), 0.6, 0.025)
     until = np.minimum(t, speed / (friction * 9.8))
     return {
         "fall": fall,

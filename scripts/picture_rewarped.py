@@ -53,7 +53,7 @@ def act(env, step: int) -> torch.Tensor:
         actions[0, 1] = -1.0 if step < 12 else -0.06
         actions[0, 0] = 0.0 if step < 12 else (1.0 if (step // 20) % 2 else -1.0)
     elif env.env_id == "FluidMove":
-        actions[0] = ((env.state["target"] - env.state["x"].mean(1)) / 0.05)[0].clamp(-0.5, 0.5)
+        actions[0] = ((env.state["target"] - env.state["joints"]) / 0.05)[0].clamp(-0.5, 0.5)
     elif env.env_id == "SoftJumper":
         left = (
             env.rest[env.tets].mean(1)[:, 0] < 0
@@ -62,7 +62,7 @@ def act(env, step: int) -> torch.Tensor:
     elif env.env_id == "AntRun":
         legs, beat = torch.arange(4), 1.0 if (step // 10) % 2 else -1.0
         actions[0, 0::2] = beat * (1.0 - 2.0 * (legs % 2)) * 0.5
-        actions[0, 1::2] = 1.0  # push down
+        actions[0, 1::2] = torch.tensor((-1.0, 1.0, 1.0, -1.0))  # push down
     elif env.env_id == "HandReorient":
         wave = torch.arange(16) // 4 * 0.5 * np.pi  # one finger after the other
         actions[0] = torch.sin(2 * np.pi * step / 80 + wave)

@@ -19,7 +19,7 @@ def body(n=2, **options):
 
 
 def scene(n=2, seed=0):
-    """x, v, activation and size of environments that are deformed, on the move and partly in the ground."""
+    """x, v and activation of environments that are deformed, on the move and partly in the ground."""
     g, (_, rest, tets) = torch.Generator().manual_seed(seed), body()
     x = (
         rest
@@ -28,55 +28,54 @@ def scene(n=2, seed=0):
     )
     v = torch.randn(n, *rest.shape, generator=g, dtype=D)
     activation = 0.3 * torch.randn(n, len(tets), generator=g, dtype=D)
-    return [x, v, activation, 0.9 + 0.2 * torch.rand(n, generator=g, dtype=D)]
+    return [x, v, activation]
 
 
 def run(sim, tensors, steps, seed=1):
-    g, (x, v, activation, size) = torch.Generator().manual_seed(seed), tensors
+    g, (x, v, activation) = torch.Generator().manual_seed(seed), tensors
     for _ in range(steps):
-        x, v = sim.step(x, v, activation, size)
+        x, v = sim.step(x, v, activation)
     return sum((t * torch.randn(t.shape, generator=g, dtype=D).to(t.dtype)).sum() for t in (x, v))
 
 
 def gradient(sim, tensors, steps):
-    leaves = [t.clone().requires_grad_() for t in tensors[:3]]
-    run(sim, [*leaves, tensors[3]], steps).backward()
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    run(sim, leaves, steps).backward()
     return [leaf.grad for leaf in leaves]
 
 
 def test_it_rests_and_falls_freely():
     sim, rest, tets = body(substeps=20)
     x = (rest + torch.tensor((0.0, 1.0, 0.0))).expand(2, -1, -1)
-    a, size = torch.zeros(2, len(tets), dtype=D), torch.ones(2, dtype=D)
-    y, w = sim.step(x, torch.zeros_like(x), a, size)
+    y, w = sim.step(x, torch.zeros_like(x), torch.zeros(2, len(tets), dtype=D))
     t, dt = 20 / 4800, 1 / 4800
-    assert w.allclose(torch.tensor((0.0, -9.8 * t, 0.0), dtype=D).expand_as(w), atol=1e-9)
-    assert (y - x)[..., 1].allclose(torch.tensor(-4.9 * t * (t + dt), dtype=D), atol=1e-9)
+    assert w.allclose(torch.tensor((0.0, -9.81 * t, 0.0), dtype=D).expand_as(w), atol=1e-9)
+    assert (y - x)[..., 1].allclose(torch.tensor(-9.81 / 2 * t * (t + dt), dtype=D), atol=1e-9)
 
 
 def test_internal_forces_keep_momentum_and_muscles_move_the_body():
     sim, _, tets = body(gravity=0.0)
-    x, v, activation, size = scene()
+    x, v, activation = scene()
     x, mass = x + torch.tensor((0.0, 1.0, 0.0)), sim.mass[:, None]  # off the ground
-    y, w = sim.step(x, v, activation, size)
+    y, w = sim.step(x, v, activation)
     assert (mass * w).sum(1).allclose((mass * v).sum(1), atol=1e-10)
     spin = [(mass * torch.cross(p, q, dim=-1)).sum(1) for p, q in ((x, v), (y, w))]
     assert (spin[0] - spin[1]).norm() < 0.02 * spin[
         0
     ].norm()  # damping is by the rate of F, which a turn has too
-    _, idle = sim.step(x, v, torch.zeros_like(activation), size)
+    _, idle = sim.step(x, v, torch.zeros_like(activation))
     assert (w - idle).abs().max() > 0.01
 
 
 def test_it_stands_on_the_ground_and_a_shove_is_braked():
     sim, rest, tets = body(substeps=400)
+    rest = rest + torch.tensor((0.0, 0.05, 0.0))  # a vertex' radius
     x = rest.expand(2, -1, -1).clone()
     v = torch.zeros_like(x)
     v[1, :, 0] = 1.0
-    a, size = torch.zeros(2, len(tets), dtype=D), torch.ones(2, dtype=D)
     for _ in range(8):
-        x, v = sim.step(x, v, a, size)
-    assert x.isfinite().all() and x[..., 1].min() > -0.05 and (x[0] - rest).abs().max() < 0.1
+        x, v = sim.step(x, v, torch.zeros(2, len(tets), dtype=D))
+    assert x.isfinite().all() and x[..., 1].min() > 0.0 and (x[0] - rest).abs().max() < 0.1
     assert abs(v[1, :, 0].mean()) < 0.5
 
 
@@ -108,8 +107,7 @@ def test_float32_agrees_graphs_change_nothing_and_environments_are_independent()
             torch.equal(a, b) for a, b in zip(gradient(graphs, tensors, 2), exact, strict=True)
         )
     sim = body(n=1)[0]
-    leaves = [t[:1].clone().requires_grad_() for t in tensors[:3]]
-    one = sim.step(*leaves, tensors[3][:1])
+    one = sim.step(*[t[:1].clone().requires_grad_() for t in tensors])
     both = body()[0].step(*tensors)
     assert all(torch.equal(a, b[:1]) for a, b in zip(one, both, strict=True))
 
@@ -137,24 +135,17 @@ def faces(tets):
     )
 
 
-def shapes(rest, tets):
-    """What is the same in bodies of the same outline: the sorted faces of the surface by the middle of each."""
-    found, count = faces(tets)
-    return rest[found[count == 1]].mean(1).round(decimals=6)
-
-
 @pytest.mark.parametrize(
-    "top, leg, rim, volume",
+    "top, leg, slab, volume",
     [
-        ((3, 2), (1, 1), False, 6 + 4),
-        ((4, 3), (1, 2), False, 12 + 8),
-        ((4, 4), (2, 1), False, 16 + 16),
-        # Slab 49, legs 12, twenty wedges of a half, four corners of 2/3 and in two of them a sixth.
-        ((7, 7), (1, 3), True, 49 + 12 + 10 + 8 / 3 + 1 / 3),
+        ((3, 2), (1, 1), 1, 6 + 4),
+        ((4, 3), (1, 2), 1, 12 + 8),
+        ((4, 4), (2, 1), 1, 16 + 16),
+        ((7, 7), (1, 3), 2, 98 + 12),
     ],
 )
-def test_tables_are_whole_and_have_the_volume_of_their_cells(top, leg, rim, volume):
-    rest, tets = table(top, leg, 0.5, rim)
+def test_tables_are_whole_and_have_the_volume_of_their_cells(top, leg, slab, volume):
+    rest, tets = table(top, leg, 0.5, slab)
     sides = rest[tets[:, 1:]] - rest[tets[:, :1]]
     volumes = torch.linalg.det(sides) / 6
     assert (volumes > 0).all() and volumes.sum().item() == pytest.approx(0.5**3 * volume)
@@ -163,17 +154,7 @@ def test_tables_are_whole_and_have_the_volume_of_their_cells(top, leg, rim, volu
     edges = found[count == 1][:, [[0, 1], [0, 2], [1, 2]]].reshape(-1, 2)
     assert (edges.unique(dim=0, return_counts=True)[1] % 2 == 0).all()  # the surface is closed
     assert rest.min(0).values.tolist() == [-top[0] / 4, 0.0, -top[1] / 4]
-    assert rest.max(0).values.tolist() == [top[0] / 4, 0.5 * (leg[1] + 1 + rim), top[1] / 4]
-
-
-def test_an_even_table_is_its_own_mirror_image():
-    rest, tets = table((4, 4), (1, 2), 0.5)
-    for axis in (0, 2):
-        ours, theirs = (
-            set(map(tuple, shapes(r, tets).tolist()))
-            for r in (rest, rest * torch.tensor([-1.0 if a == axis else 1.0 for a in range(3)]))
-        )
-        assert ours == theirs
+    assert rest.max(0).values.tolist() == [top[0] / 4, 0.5 * (leg[1] + slab), top[1] / 4]
 
 
 # --- SoftJumper -------------------------------------------------------------------------------------------------------
@@ -183,12 +164,6 @@ def make(n=2, **options):
     )
 
 
-def test_published_sizes_of_softjumper():
-    env = make(1, size="full")
-    assert env.action_dim == 222 and len(env.tets) == 444 and env.max_episode_steps == 300
-    assert env.obs_dims == {"state": (228,), "points": (204, 3)} and env.control_hz == 60.0
-
-
 def test_softjumper_step_reward_and_gradient():
     env = make()
     a = (
@@ -196,15 +171,7 @@ def test_softjumper_step_reward_and_gradient():
     ).requires_grad_()
     obs, rewards, terminations, truncations, info = env.step(a)
     assert {name: tuple(v.shape[1:]) for name, v in obs.items()} == env.obs_dims
-    state = env.state
-    share = (env.sim.mass / env.sim.mass.sum()).float()[:, None]
-    speed, height = (state["v"] * share).sum(1)[:, 0], (state["x"] * share).sum(1)[:, 1]
-    assert rewards.allclose(
-        speed + 3 * (height - state["y0"]) - 1e-3 * a.square().sum(1), atol=1e-5
-    )
-    assert obs["state"][:, 6:].equal(a) and obs["state"][:, 0].allclose(
-        0.1 * (state["x"] * share).sum(1)[:, 0]
-    )
+    assert obs["state"][:, 6:].equal(a) and not (terminations | truncations | info["nan"]).any()
     assert torch.autograd.grad(rewards.sum(), a)[0].isfinite().all()
     assert env.render(0, 48).shape == (48, 48, 3)
 

@@ -3,10 +3,11 @@
 One substep takes every environment's vertices through two kernels:
 
     forces     a thread a tetrahedron: F = D_s D_m^-1 from its vertices, first Piola-Kirchhoff stress
-               P = mu (1 - 1 / (tr F^T F + 1)) F + lam (J - alpha + a) dJ/dF + damping dF/dt,  alpha = 1 + 3 mu / 4 lam,
-               and -V P D_m^-T to its vertices. The activation a shifts the volume at rest: that is the muscle
-    integrate  a thread a vertex: ground at y = 0 by a spring, a damper and Coulomb friction; v <- v + dt (f / m + g),
-               then x <- x + dt v
+               P = mu (1 - 1 / (tr F^T F + 1)) F + lam (J - alpha + a) dJ/dF + damping (dF/dt + dJ/dt dJ/dF),
+               alpha = 1 + 3 mu / 4 lam, and -V P D_m^-T to its vertices. The activation a shifts the volume at rest:
+               that is the muscle
+    integrate  a thread a vertex: ground below y = radius by a spring, a damper on the way in and Coulomb friction;
+               v <- v + dt (f / m + g), then x <- x + dt v
 
 The stress is the stable neo-Hookean of Smith et al. 2018, which needs no logarithm and survives inversion. Gradients:
 see substeps.py.
@@ -39,18 +40,17 @@ def kernels(real) -> types.SimpleNamespace:
         x: vectors,
         v: vectors,
         activation: scalars2,
-        size: scalars,
         tets: ints,
         inv_rest: matrices,
         volume: scalars,
         mu: real,
         lam: real,
         damping: real,
+        relative: real,
         f: vectors,
     ):
         n, t = wp.tid()
-        a, b, c, d, s = tets[t, 0], tets[t, 1], tets[t, 2], tets[t, 3], size[n]
-        inv = inv_rest[t] / s
+        a, b, c, d, inv = tets[t, 0], tets[t, 1], tets[t, 2], tets[t, 3], inv_rest[t]
         F = wp.matrix_from_cols(x[n, b] - x[n, a], x[n, c] - x[n, a], x[n, d] - x[n, a]) @ inv
         rate = wp.matrix_from_cols(v[n, b] - v[n, a], v[n, c] - v[n, a], v[n, d] - v[n, a]) @ inv
         F0 = F @ vec3(real(1.0), real(0.0), real(0.0))
@@ -59,8 +59,14 @@ def kernels(real) -> types.SimpleNamespace:
         grad_J = wp.matrix_from_cols(wp.cross(F1, F2), wp.cross(F2, F0), wp.cross(F0, F1))
         alpha = real(1.0) + real(0.75) * mu / lam
         P = F * (mu * (real(1.0) - real(1.0) / (wp.ddot(F, F) + real(1.0))))
-        P = P + grad_J * (lam * (wp.determinant(F) - alpha + activation[n, t])) + rate * damping
-        H = P @ wp.transpose(inv) * (-volume[t] * s * s * s)
+        # dJ/dt, of which the part from the first corner's velocity may be left out
+        seen = wp.matrix_from_cols(
+            v[n, b] - v[n, a] * relative, v[n, c] - v[n, a] * relative, v[n, d] - v[n, a] * relative
+        )
+        swelling = wp.ddot(grad_J, seen @ inv)
+        pressure = lam * (wp.determinant(F) - alpha + activation[n, t]) + damping * swelling
+        P = P + grad_J * pressure + rate * damping
+        H = P @ wp.transpose(inv) * (-volume[t])
         fb = H @ vec3(real(1.0), real(0.0), real(0.0))
         fc = H @ vec3(real(0.0), real(1.0), real(0.0))
         fd = H @ vec3(real(0.0), real(0.0), real(1.0))
@@ -74,10 +80,10 @@ def kernels(real) -> types.SimpleNamespace:
         x: vectors,
         v: vectors,
         f: vectors,
-        size: scalars,
         mass: scalars,
         dt: real,
         gravity: real,
+        radius: real,
         ke: real,
         kd: real,
         kf: real,
@@ -86,15 +92,15 @@ def kernels(real) -> types.SimpleNamespace:
         v_next: vectors,
     ):
         n, i = wp.tid()
-        xp, vp, s, zero = x[n, i], v[n, i], size[n], real(0.0)
-        depth = wp.max(-xp[1], zero)
-        inside = wp.where(xp[1] < zero, real(1.0), zero)
-        press = wp.max(ke * depth - kd * vp[1] * inside, zero)
+        xp, vp, zero = x[n, i], v[n, i], real(0.0)
+        depth = wp.max(radius - xp[1], zero)
+        inside = wp.where(depth > zero, real(1.0), zero)
+        press = ke * depth - kd * wp.min(vp[1], zero) * inside
         slide = vec3(vp[0], zero, vp[2])
         speed = wp.sqrt(wp.dot(slide, slide) + real(1e-12))
         drag = wp.min(kf * inside, friction * press / speed)
         force = f[n, i] + vec3(zero, press, zero) - slide * drag
-        new = vp + (force / (mass[i] * s * s * s) + vec3(zero, gravity, zero)) * dt
+        new = vp + (force / mass[i] + vec3(zero, gravity, zero)) * dt
         v_next[n, i] = new
         x_next[n, i] = xp + new * dt
 
@@ -108,6 +114,9 @@ class FEM:
     rest (V, 3), tets (T, 4)    the body; a positive volume each
     dt, substeps                a step is substeps * dt
     mu, lam, damping, density   of the material
+    relative                    of the damping of volume, to a tetrahedron's first corner; otherwise
+                                to the world, so that a body in uniform motion deforms a little
+    radius                      of a vertex, which touches the ground that far above it
     ke, kd, kf, friction        of the ground: spring, damper, viscous limit of friction, and its coefficient
     Raises ValueError in one line for a choice that cannot work.
     """
@@ -124,7 +133,9 @@ class FEM:
         lam: float,
         damping: float,
         density: float = 1.0,
-        gravity: float = -9.8,
+        relative: bool = True,
+        gravity: float = -9.81,
+        radius: float = 0.05,
         ke: float = 2e3,
         kd: float = 0.1,
         kf: float = 10.0,
@@ -156,20 +167,21 @@ class FEM:
         array = functools.partial(wp.array, device=where)
         inverse = array(torch.linalg.inv(edges).numpy(), dtype=k.mat33)
         corners, volumes = array(tets.numpy(), dtype=wp.int32), array(volume.numpy(), dtype=real)
-        masses, world = array(self.mass.numpy(), dtype=real), [dt, gravity, ke, kd, kf, friction]
+        masses = array(self.mass.numpy(), dtype=real)
+        world = [dt, gravity, radius, ke, kd, kf, friction]
 
         def launches(state, inputs, scratch, following):
-            (x, v), (activation, size), (f,) = state, inputs, scratch
-            body = [corners, inverse, volumes, mu, lam, damping]
+            (x, v), (activation,), (f,) = state, inputs, scratch
+            body = [corners, inverse, volumes, mu, lam, damping, float(relative)]
             return [
-                (k.forces, (N, T), [x, v, activation, size, *body], [f]),
-                (k.integrate, (N, V), [x, v, f, size, masses, *world], following),
+                (k.forces, (N, T), [x, v, activation, *body], [f]),
+                (k.integrate, (N, V), [x, v, f, masses, *world], following),
             ]
 
         vertices = ((N, V), k.vec3)
         self.steps = Substeps(
             [vertices, vertices],
-            [((N, T), real), ((N,), real)],
+            [((N, T), real)],
             [vertices],
             launches,
             substeps=substeps,
@@ -178,6 +190,6 @@ class FEM:
             graph=graph,
         )
 
-    def step(self, x, v, activation, size):
-        """x and v (N, V, 3) a step later, for activations (N, T) and sizes (N,) of the bodies; differentiable."""
-        return self.steps.step(x, v, activation, size)
+    def step(self, x, v, activation):
+        """x and v (N, V, 3) a step later, for activations (N, T); differentiable."""
+        return self.steps.step(x, v, activation)

@@ -5,7 +5,7 @@ particle carries position x, velocity v, the affine part C of its velocity field
 
     stress_*  F <- (I + dt C) F, return to the yield surface, Kirchhoff stress tau(F);   A = C - 4 dt / (rho dx^2) tau
     p2g       particle to grid, quadratic B-splines w:   m_i = sum_p w,   (mv)_i = sum_p w (v + A (x_i - x_p))
-    grid      v_i = (mv)_i / m_i + dt g, then the nearest collider, then the walls; only of nodes that particles touch
+    grid      v_i = (mv)_i / m_i + dt g, then colliders in reach, then the walls; only of nodes that particles touch
     g2p       grid to particle:   v = sum_i w v_i,   C = 4 / dx^2 sum_i w v_i (x_i - x_p)^T,   x <- x + dt v
 
 Every particle has mass 1. Volume and mass of a particle cancel: colliders are kinematic (they push, and are not pushed
@@ -45,7 +45,7 @@ def kernels(real) -> types.SimpleNamespace:
     """The kernels for the scalar type `real`, each precision in a module of its own, so that only one is compiled.
 
     Loops over the 27 nodes around a particle are unrolled: a dynamic loop that changes a local variable has a silently
-    wrong adjoint. Loops that only pick an index, such as the one for the nearest collider, may be dynamic.
+    wrong adjoint. Loops that only pick an index, such as the one for the next collider, may be dynamic.
     """
     name = f"rewarped_mpm_{real.__name__}"
     kernel, func = (
@@ -97,7 +97,7 @@ def kernels(real) -> types.SimpleNamespace:
     ):
         """Weakly compressible: tau = lam J (J - 1) I. A fluid forgets its shape, so F = diag(J, 1, 1)."""
         n, p = wp.tid()
-        J = F[n, p][0, 0] * (real(1.0) + dt * wp.trace(C[n, p]))
+        J = F[n, p][0, 0] * wp.determinant(eye() + C[n, p] * dt)
         one, zero = real(1.0), real(0.0)
         F_next[n, p] = mat33(J, zero, zero, zero, one, zero, zero, zero, one)
         A[n, p] = C[n, p] - eye() * (lam * J * (J - one) * scale)
@@ -299,7 +299,14 @@ def kernels(real) -> types.SimpleNamespace:
                     Bp += wp.outer(vi, vec3(real(ix), real(iy), real(iz)) * dx - xp)
         v_next[n, p] = vp
         C_next[n, p] = Bp * (real(4.0) * inv_dx * inv_dx)
-        x_next[n, p] = xp + vp * dt
+        least = real(0.5) * dx  # half a cell inside the domain
+        most = real(1.0) - least
+        moved = xp + vp * dt
+        x_next[n, p] = vec3(
+            wp.clamp(moved[0], least, most),
+            wp.clamp(moved[1], least, most),
+            wp.clamp(moved[2], least, most),
+        )
 
     # ---- colliders and walls -----------------------------------------------------------------------------------------
     @func
@@ -359,21 +366,28 @@ def kernels(real) -> types.SimpleNamespace:
         return ut * wp.max(real(1.0) + friction * un / speed, real(0.0))
 
     @func
-    def nearest(
-        x: vec3, n: int, colliders: int, kinds: ints, size: sizes, pos: vectors, rot: matrices
+    def following(
+        first: int,
+        x: vec3,
+        n: int,
+        colliders: int,
+        kinds: ints,
+        size: sizes,
+        pos: vectors,
+        rot: matrices,
     ):
-        """The collider of environment n that is nearest to x, or -1 if none is within a unit of length."""
-        found = int(-1)  # noqa: UP018  (to Warp a literal is a constant)
-        least = real(1.0)
-        for b in range(colliders):
-            away = distance(kinds[b], size[b], wp.transpose(rot[n, b]) @ (x - pos[n, b]))
-            if away < least:
-                least = away
-                found = b
+        """The next collider of environment n, from `first` on, that reaches x: influence above 0.1. Or `colliders`."""
+        found = int(colliders)  # noqa: UP018  (to Warp a literal is a constant)
+        for b in range(first, colliders):
+            if found == colliders:
+                away = distance(kinds[b], size[b], wp.transpose(rot[n, b]) @ (x - pos[n, b]))
+                if real(666.0) * away < real(2.302585093):
+                    found = b
         return found
 
-    @wp.func_grad(nearest)
-    def adj_nearest(
+    @wp.func_grad(following)
+    def adj_following(
+        first: int,
         x: vec3,
         n: int,
         colliders: int,
@@ -397,7 +411,7 @@ def kernels(real) -> types.SimpleNamespace:
         omega: vec3,
         friction: real,
     ):
-        """Velocity at x after a collider has had its say: fully inside it, fading within about 2 mm outside."""
+        """Velocity at x after a collider has had its say: fully inside it, fading within 3.5 mm outside."""
         local = wp.transpose(rot) @ (x - pos)
         influence = wp.min(wp.exp(real(-666.0) * distance(kind, size, local)), real(1.0))
         normal = rot @ outward(kind, size, local)
@@ -409,18 +423,18 @@ def kernels(real) -> types.SimpleNamespace:
 
     @func
     def walls(v: vec3, i: int, j: int, k: int, G: int, friction: real):
-        """Walls of the domain: sides and top let slide; the floor (y) has friction, 10 and more: nothing slides."""
+        """Walls of the domain: sides and top let slide; the floor (y) has friction, 99 and more: nothing slides."""
         zero = real(0.0)
         vx, vy, vz = v[0], v[1], v[2]
-        if (i < 3 and vx < zero) or (i > G - 4 and vx > zero):
+        if (i < 3 and vx < zero) or (i > G - 3 and vx > zero):
             vx = zero
-        if (k < 3 and vz < zero) or (k > G - 4 and vz > zero):
+        if (k < 3 and vz < zero) or (k > G - 3 and vz > zero):
             vz = zero
-        if j > G - 4 and vy > zero:
+        if j > G - 3 and vy > zero:
             vy = zero
         u = vec3(vx, vy, vz)
         if j < 3 and vy < zero:
-            if friction >= real(10.0):
+            if friction >= real(99.0):
                 u = vec3(zero, zero, zero)
             else:
                 u = rub(u, vec3(zero, real(1.0), zero), friction)
@@ -446,7 +460,7 @@ def kernels(real) -> types.SimpleNamespace:
         omega: vectors,
         grid_v: grid_vectors,
     ):
-        """Momentum to velocity, gravity, the nearest collider, walls. Poses (N, B) are those of this substep."""
+        """Momentum to velocity, gravity, colliders in reach, walls. Poses (N, B) are those of this substep."""
         t = wp.tid()
         G = grid_m.shape[1]
         node = int(0)  # noqa: UP018
@@ -457,11 +471,22 @@ def kernels(real) -> types.SimpleNamespace:
         if t < count[0] and m > real(1e-12):
             v = grid_mv[n, i, j, k] / m + vec3(real(0.0), gravity * dt, real(0.0))
             x = vec3(real(i), real(j), real(k)) * dx
-            b = nearest(x, n, colliders, kinds, size, pos, rot)
-            if b >= 0:
-                v = push(
-                    v, x, kinds[b], size[b], pos[n, b], rot[n, b], vel[n, b], omega[n, b], friction
-                )
+            first = int(0)  # noqa: UP018
+            for _ in range(4):  # one after the other, in their order; unrolled
+                b = following(first, x, n, colliders, kinds, size, pos, rot)
+                if b < colliders:
+                    v = push(
+                        v,
+                        x,
+                        kinds[b],
+                        size[b],
+                        pos[n, b],
+                        rot[n, b],
+                        vel[n, b],
+                        omega[n, b],
+                        friction,
+                    )
+                first = b + 1
             grid_v[n, i, j, k] = walls(v, i, j, k, G, ground)
 
     found = {k: v for k, v in locals().items() if isinstance(v, wp.Kernel)}
@@ -694,7 +719,7 @@ class MPM:
     dt, substeps     of the material's own time; a step is substeps * dt
     young, poisson   of the material; density only scales the stress
     yield_stress     of plasticine, in units of `young`
-    friction         of colliders, ground_friction of the floor (10 and more: nothing slides)
+    friction         of colliders, ground_friction of the floor (99 and more: nothing slides)
     colliders        a list of (kind, size), see CAPSULE and BOX; their motion comes with each step as `Poses`
     checkpoint       keep the first state of each step only, and compute the rest again in the backward pass
     window           without `checkpoint`: most steps between two calls of `detach`

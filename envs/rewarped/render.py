@@ -4,7 +4,10 @@ Particles, and the surfaces of colliders and bodies sampled as points, are dots 
 depth; so what is in front hides what is behind. y is up; in plot order the axes are z, x, y.
 """
 
+import math
+
 import numpy as np
+import torch
 
 from envs.rewarped import mpm
 
@@ -152,30 +155,50 @@ def draw_solids(size: int, low, high, floor: float, solids) -> np.ndarray:
     return pixels(canvas)
 
 
-def draw_ant(env, world: int, size: int, ball: float, radius: float, parts) -> np.ndarray:
-    """An image of one ant, 2.6 m wide: a ball, and capsules along x axes; parts: (length, first of four bodies)."""
-    p, q = env.state["p"][world].detach().cpu(), env.state["q"][world].detach().cpu()
+def frames(env, world: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions (B, 3) and quaternions (B, 4) of an environment's rigid bodies."""
+    state = [env.state[name][world : world + 1].detach() for name in ("p", "q", "angles")]
+    return tuple(t[0].cpu() for t in env.sim.frames(*state))
+
+
+def rod(a, b, radius: float, spacing: float) -> tuple[np.ndarray, np.ndarray]:
+    """Surface points and normals of a capsule from a to b."""
+    from envs.rewarped.kinematics import turn_to
+
+    a, b = np.array(a), np.array(b)
+    turn, middle = np.array(turn_to(b - a)), (a + b) / 2
+    surface, normals = capsule(float(np.linalg.norm(b - a)) / 2, radius, spacing)
+    return surface @ turn.T + middle, normals @ turn.T
+
+
+def draw_ant(env, world: int, size: int) -> np.ndarray:
+    """An image of one ant, 2.6 m wide: a ball and the capsules between the spheres of its links."""
+    p, q = frames(env, world)
     low, high = p[0].numpy() - 1.3, p[0].numpy() + 1.3
     low[1], high[1] = -0.05, 1.8
-    solids = [(*capsule(0.0, ball, 0.025), BLUE, p[0], q[0])]
-    for length, first in parts:
-        along_x = [a[:, [1, 0, 2]] for a in capsule(length / 2, radius, 0.02)]
-        solids += [(*along_x, ORANGE, p[first + i], q[first + i]) for i in range(4)]
+    ball, *rest = env.sim.spheres
+    solids = [(*capsule(0.0, ball.radius, 0.025), BLUE, p[0], q[0])]
+    for start, end in zip(rest, rest[1:], strict=False):
+        if start.body == end.body:
+            surface = rod(start.offset, end.offset, end.radius, 0.02)
+            solids.append((*surface, ORANGE, p[end.body], q[end.body]))
     return draw_solids(size, low, high, 0.0, solids)
 
 
 def draw_hand(env, world: int, size: int, side: float) -> np.ndarray:
     """An image of one hand with its cube, 0.32 m wide; beside it a cube that is turned as the goal is."""
-    from envs.rewarped.kinematics import turn_to
+    from envs.rewarped.rigid import about, multiply, rotate
 
-    p, q, goal = (env.state[name][world].detach().cpu() for name in ("p", "q", "goal"))
+    p, q = frames(env, world)
+    lie = about(p.new_tensor((1.0, 0.0, 0.0)), p.new_tensor(-math.pi / 2))  # images have y up
+    p, q = rotate(lie.expand_as(q), p), multiply(lie.expand_as(q), q)
+    goal = multiply(lie, env.state["goal"][world].detach().cpu().to(p.dtype))
+    palm = (torch.zeros(3, dtype=p.dtype), lie)
     solids = []
     for body, a, b, radius in env.capsules:
-        a, b = np.array(a), np.array(b)
-        turn, middle = np.array(turn_to(b - a)), (a + b) / 2
-        surface, normals = capsule(float(np.linalg.norm(b - a)) / 2, radius, 0.0026)
-        colour = np.array((0.35, 0.37, 0.42)) if body == 0 else ORANGE
-        solids.append((surface @ turn.T + middle, normals @ turn.T, colour, p[body], q[body]))
+        place = palm if body < 0 else (p[body], q[body])
+        colour = np.array((0.35, 0.37, 0.42)) if body < 0 else ORANGE
+        solids.append((*rod(a, b, radius, 0.0026), colour, *place))
     surface, normals = box((side / 2,) * 3, 0.0022)
     face = (np.abs(surface) > side / 2 - 1e-6).sum(
         1
@@ -188,7 +211,7 @@ def draw_hand(env, world: int, size: int, side: float) -> np.ndarray:
     colours = np.where(
         normals.sum(1, keepdims=True) < 0, 0.45 * colours + 0.55, colours
     )  # the opposite ones paler
-    solids.append((surface, normals, colours, p[env.cube], q[env.cube]))
-    away = p.new_tensor((-0.02, 0.11, -0.115))
+    solids.append((surface, normals, colours, p[0], q[0]))
+    away = p.new_tensor((0.13, 0.66, 0.0))
     solids.append((0.6 * surface, normals, colours, away, goal))
-    return draw_solids(size, (-0.11, -0.045, -0.15), (0.15, 0.16, 0.09), -0.035, solids)
+    return draw_solids(size, (-0.16, 0.42, -0.06), (0.18, 0.72, 0.2), 0.44, solids)

@@ -1,27 +1,45 @@
-"""Batched, differentiable articulated rigid bodies in Warp: stiff joints, penalty contact with the ground and boxes.
+"""Batched, differentiable articulated rigid bodies in Warp: joint coordinates, penalty contact.
 
-Every body keeps its own position, orientation and velocities; a hinge is a stiff spring and damper between two bodies.
-(Joint coordinates would need no such springs, but a mass matrix, whose adjoint wants every factor of every substep.
-Here each kernel touches one joint, one contact or one body, and its adjoint is exact.) One substep:
+Body 0 is free; hinge j carries body 1 + j and hangs from an earlier body or from the world. The
+state of a step is p, q, v, w of the free body's centre of mass and angles and rates of the hinges.
+Generalised velocities are the twist of the free body, then the rates: D = 6 + J. A twist (w, u) has
+as u the velocity of what is, at that moment, at the origin o, the place of the free body when the
+step begins: then a hinge's axis s at x moves what hangs on it by (s, x cross s). One substep:
 
-    joints     a thread a hinge: holds its two anchors and its two axes together; about the axis: motor, damping, limits
-    contacts   a thread a sphere fixed to a body: ground at y = 0 by a spring, a damper and Coulomb friction
-    touches    a thread a sphere and a box on another body: the same along the normal of the box's signed distance
-    integrate  a thread a body: v <- v + dt (f / m + g), w by Euler's equations, then position and orientation
+    root       a thread an environment: pose and twist of the free body, and of the world
+    links      a thread a hinge, level by level: pose and twist of its body, the acceleration that
+               velocities alone make, its torque: motor, damping, springs at the limits
+    contacts   a thread a sphere fixed to a body: ground at y = 0 by a spring, a damper on the way in
+               and Coulomb friction
+    touches    a thread a sphere and a box on another body: the same along the normal of the box's
+               signed distance
+    wrenches   a thread a body: forces on it less those that its own acceleration needs, to all
+               coordinates that move it
+    solve      a thread a piece of a row of the inverse mass matrix: accelerations
+    advance    a thread a coordinate: velocities, then positions
 
-A quaternion is (x, y, z, w); positions, velocities and angular velocities are the world's. Gradients: see substeps.py.
-A capsule is a row of spheres. Shapes: N environments, B bodies, J hinges, K contact spheres, M boxes, S substeps.
+The mass matrix is that of the beginning of a step, as in the published simulation, which computes
+it once a step: a batched inverse in torch, and every kernel stays small. For what moves while it
+holds that is wrong: a body in flight feels m t v x g of its weight as a torque after the time t.
+`updates` computes it more often.
+
+A quaternion is (x, y, z, w); velocities and angular velocities are the world's. Gradients: see
+substeps.py. A capsule is a row of spheres. Shapes: N environments, B bodies, J hinges, D
+coordinates, K contact spheres, M boxes, S substeps.
 """
 
 import functools
 import types
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import warp as wp
 
+from envs.rewarped.kinematics import skew
 from envs.rewarped.substeps import Substeps
+
+DEPTH = 4  # most hinges between a body and the root of its tree
+CHUNK = 8  # entries of a row that one thread multiplies
 
 
 # ------------------------------------------------------------------------------------------------------- kernels -----
@@ -33,81 +51,98 @@ def kernels(real) -> types.SimpleNamespace:
         functools.partial(wp.kernel, module=name),
         functools.partial(wp.func, module=name),
     )
-    vec3, quat = wp.types.vector(3, real), wp.types.quaternion(real)
+    vec3, quat, mat33 = (
+        wp.types.vector(3, real),
+        wp.types.quaternion(real),
+        wp.types.matrix((3, 3), real),
+    )
     vectors, quats, scalars2 = (wp.array(dtype=t, ndim=2) for t in (vec3, quat, real))
-    points, scalars, ints = (wp.array(dtype=t, ndim=1) for t in (vec3, real, wp.int32))
-
-    @func
-    def hinge_angle(a: vec3, reference_a: vec3, reference_b: vec3):
-        """Angle about a from one reference, at right angles to it, to the other."""
-        return wp.atan2(
-            wp.dot(wp.cross(reference_a, reference_b), a), wp.dot(reference_a, reference_b)
-        )
+    points, turns, matrices, scalars, ints = (
+        wp.array(dtype=t, ndim=1) for t in (vec3, quat, mat33, real, wp.int32)
+    )
+    ints2, scalars3 = wp.array(dtype=wp.int32, ndim=2), wp.array(dtype=real, ndim=3)
 
     @kernel
-    def joints(
-        p: vectors,
-        q: quats,
-        v: vectors,
-        w: vectors,
+    def root(
+        r: points,
+        q: turns,
+        w: points,
+        u: points,
+        origin: points,
+        X: vectors,
+        Q: quats,
+        W: vectors,
+        U: vectors,
+    ):
+        n = wp.tid()
+        world = X.shape[1] - 1
+        X[n, 0] = r[n]
+        Q[n, 0] = q[n]
+        W[n, 0] = w[n]
+        U[n, 0] = u[n]
+        X[n, world] = -origin[n]
+        Q[n, world] = quat(real(0.0), real(0.0), real(0.0), real(1.0))
+
+    @kernel
+    def links(
+        angle: scalars2,
+        rate: scalars2,
         motor: scalars2,
+        level: ints,
         parent: ints,
-        child: ints,
-        anchor_a: points,
-        anchor_b: points,
-        axis_a: points,
-        axis_b: points,
-        reference_a: points,
-        reference_b: points,
+        anchor: points,
+        turn: turns,
+        axis: points,
         low: scalars,
         high: scalars,
-        ke: real,
-        kd: real,
-        align: real,
-        align_d: real,
         limit: real,
         limit_d: real,
         damping: real,
-        f: vectors,
-        t: vectors,
+        X: vectors,
+        Q: quats,
+        W: vectors,
+        U: vectors,
+        BW: vectors,
+        BU: vectors,
+        way: vectors,
+        moment: vectors,
+        force: scalars2,
     ):
-        n, j = wp.tid()
-        a, b = parent[j], child[j]
-        ra, rb = wp.quat_rotate(q[n, a], anchor_a[j]), wp.quat_rotate(q[n, b], anchor_b[j])
-        apart = p[n, b] + rb - p[n, a] - ra
-        moving = v[n, b] + wp.cross(w[n, b], rb) - v[n, a] - wp.cross(w[n, a], ra)
-        force = -(apart * ke + moving * kd)
-        za, zb = wp.quat_rotate(q[n, a], axis_a[j]), wp.quat_rotate(q[n, b], axis_b[j])
-        turning = w[n, b] - w[n, a]
-        rate = wp.dot(turning, za)
-        angle = hinge_angle(
-            za, wp.quat_rotate(q[n, a], reference_a[j]), wp.quat_rotate(q[n, b], reference_b[j])
-        )
-        inside = wp.clamp(angle, low[j], high[j])
-        about = motor[n, j] - damping * rate + limit * (inside - angle)
-        if angle != inside:
-            about = about - limit_d * rate
-        torque = wp.cross(zb, za) * align - (turning - za * rate) * align_d + za * about
-        wp.atomic_add(f, n, b, force)
-        wp.atomic_add(f, n, a, -force)
-        wp.atomic_add(t, n, b, wp.cross(rb, force) + torque)
-        wp.atomic_add(t, n, a, -(wp.cross(ra, force) + torque))
+        n, i = wp.tid()
+        j = level[i]
+        a, b, speed = parent[j], j + 1, rate[n, j]
+        x = X[n, a] + wp.quat_rotate(Q[n, a], anchor[j])
+        q = Q[n, a] * turn[j] * wp.quat_from_axis_angle(axis[j], angle[n, j])
+        s = wp.quat_rotate(q, axis[j])
+        m = wp.cross(x, s)
+        w, u = W[n, a] + s * speed, U[n, a] + m * speed
+        X[n, b] = x
+        Q[n, b] = q
+        W[n, b] = w
+        U[n, b] = u
+        BW[n, b] = BW[n, a] + wp.cross(w, s) * speed
+        BU[n, b] = BU[n, a] + (wp.cross(w, m) + wp.cross(u, s)) * speed
+        way[n, j] = s
+        moment[n, j] = m
+        inside = wp.clamp(angle[n, j], low[j], high[j])
+        torque = motor[n, j] - damping * speed + limit * (inside - angle[n, j])
+        if angle[n, j] != inside:
+            torque = torque - limit_d * speed
+        wp.atomic_add(force, n, 6 + j, torque)
 
     @func
     def penalty(depth: real, normal: vec3, u: vec3, ke: real, kd: real, kf: real, friction: real):
-        """Force at a contact of this depth, on the body whose velocity relative to the other one is u there."""
+        """Force at a contact of this depth, on the body whose velocity relative to the other one is
+        u there."""
         un = wp.dot(u, normal)
-        press = wp.max(ke * depth - kd * un, real(0.0))
+        press = ke * depth - kd * wp.min(un, real(0.0))  # damped on the way in alone
         slide = u - normal * un
         speed = wp.sqrt(wp.dot(slide, slide) + real(1e-12))
         return normal * press - slide * wp.min(kf, friction * press / speed)
 
     @kernel
     def contacts(
-        p: vectors,
-        q: quats,
-        v: vectors,
-        w: vectors,
+        origin: points,
         body: ints,
         offset: points,
         radius: scalars,
@@ -115,20 +150,22 @@ def kernels(real) -> types.SimpleNamespace:
         kd: real,
         kf: real,
         friction: real,
+        X: vectors,
+        Q: quats,
+        W: vectors,
+        U: vectors,
         f: vectors,
         t: vectors,
     ):
         n, k = wp.tid()
         b, zero = body[k], real(0.0)
-        arm = wp.quat_rotate(q[n, b], offset[k]) - vec3(
-            zero, radius[k], zero
-        )  # to the sphere's lowest point
-        height = p[n, b][1] + arm[1]
+        x = X[n, b] + wp.quat_rotate(Q[n, b], offset[k]) - vec3(zero, radius[k], zero)  # its lowest
+        height = x[1] + origin[n][1]
         if height < zero:
-            u = v[n, b] + wp.cross(w[n, b], arm)
+            u = U[n, b] + wp.cross(W[n, b], x)
             force = penalty(-height, vec3(zero, real(1.0), zero), u, ke, kd, kf, friction)
             wp.atomic_add(f, n, b, force)
-            wp.atomic_add(t, n, b, wp.cross(arm, force))
+            wp.atomic_add(t, n, b, wp.cross(x, force))
 
     @func
     def box_distance(half: vec3, x: vec3):
@@ -160,101 +197,149 @@ def kernels(real) -> types.SimpleNamespace:
 
     @kernel
     def touches(
-        p: vectors,
-        q: quats,
-        v: vectors,
-        w: vectors,
         body: ints,
         offset: points,
         radius: scalars,
         box_body: ints,
+        box_place: points,
         box_half: points,
         ke: real,
         kd: real,
         kf: real,
         friction: real,
+        X: vectors,
+        Q: quats,
+        W: vectors,
+        U: vectors,
         f: vectors,
         t: vectors,
     ):
         n, k, m = wp.tid()
         a, b = body[k], box_body[m]
-        centre = p[n, a] + wp.quat_rotate(q[n, a], offset[k])
-        local = wp.quat_rotate_inv(q[n, b], centre - p[n, b])
+        centre = X[n, a] + wp.quat_rotate(Q[n, a], offset[k])
+        local = wp.quat_rotate_inv(Q[n, b], centre - X[n, b]) - box_place[m]
         depth = radius[k] - box_distance(box_half[m], local)
         if depth > real(0.0) and a != b:
-            normal = wp.quat_rotate(q[n, b], box_normal(box_half[m], local))
-            at = centre - normal * radius[k]  # the sphere's deepest point
-            ra, rb = at - p[n, a], at - p[n, b]
-            u = v[n, a] + wp.cross(w[n, a], ra) - v[n, b] - wp.cross(w[n, b], rb)
+            normal = wp.quat_rotate(Q[n, b], box_normal(box_half[m], local))
+            x = centre - normal * radius[k]  # the sphere's deepest point
+            u = U[n, a] + wp.cross(W[n, a], x) - U[n, b] - wp.cross(W[n, b], x)
             force = penalty(depth, normal, u, ke, kd, kf, friction)
+            torque = wp.cross(x, force)
             wp.atomic_add(f, n, a, force)
+            wp.atomic_add(t, n, a, torque)
             wp.atomic_add(f, n, b, -force)
-            wp.atomic_add(t, n, a, wp.cross(ra, force))
-            wp.atomic_add(t, n, b, -wp.cross(rb, force))
+            wp.atomic_add(t, n, b, -torque)
 
     @kernel
-    def integrate(
-        p: vectors,
-        q: quats,
-        v: vectors,
-        w: vectors,
+    def wrenches(
+        mass: scalars,
+        com: points,
+        inertia: matrices,
+        rooted: ints,
+        carriers: ints2,
+        gravity: vec3,
+        X: vectors,
+        Q: quats,
+        W: vectors,
+        U: vectors,
+        BW: vectors,
+        BU: vectors,
+        way: vectors,
+        moment: vectors,
         f: vectors,
         t: vectors,
-        mass: scalars,
-        inertia: points,
-        free: scalars,
-        dt: real,
-        gravity: real,
-        p_next: vectors,
-        q_next: quats,
-        v_next: vectors,
-        w_next: vectors,
+        force: scalars2,
     ):
-        """Inertia: principal moments, in the axes of the body. Free: 1, or 0 of a body that stays where it is."""
         n, b = wp.tid()
-        qb, moments, zero = q[n, b], inertia[b], real(0.0)
-        vb = (v[n, b] + (f[n, b] / mass[b] + vec3(zero, gravity, zero)) * dt) * free[b]
-        local, push = wp.quat_rotate_inv(qb, w[n, b]), wp.quat_rotate_inv(qb, t[n, b])
-        gyro = push - wp.cross(local, wp.cw_mul(moments, local))
-        wb = (w[n, b] + wp.quat_rotate(qb, wp.cw_div(gyro, moments)) * dt) * free[b]
-        spin = quat(wb[0] * dt / real(2.0), wb[1] * dt / real(2.0), wb[2] * dt / real(2.0), zero)
-        v_next[n, b] = vb
-        w_next[n, b] = wb
-        p_next[n, b] = p[n, b] + vb * dt
-        q_next[n, b] = wp.normalize(qb + spin * qb)
+        q, w, bw = Q[n, b], W[n, b], BW[n, b]
+        c = X[n, b] + wp.quat_rotate(q, com[b])
+        spin = wp.quat_rotate(q, inertia[b] @ wp.quat_rotate_inv(q, w))
+        turning = wp.quat_rotate(q, inertia[b] @ wp.quat_rotate_inv(q, bw)) + wp.cross(w, spin)
+        speeding = BU[n, b] + wp.cross(bw, c) + wp.cross(w, U[n, b] + wp.cross(w, c)) - gravity
+        push = f[n, b] - speeding * mass[b]
+        twist = t[n, b] - turning - wp.cross(c, speeding * mass[b])
+        if rooted[b] == 1:
+            for i in range(3):
+                wp.atomic_add(force, n, i, twist[i])
+                wp.atomic_add(force, n, 3 + i, push[i])
+        for k in range(DEPTH):
+            j = carriers[b, k]
+            if j >= 0:
+                share = wp.dot(way[n, j], twist) + wp.dot(moment[n, j], push)
+                wp.atomic_add(force, n, 6 + j, share)
 
-    return types.SimpleNamespace(
-        vec3=vec3, quat=quat, joints=joints, contacts=contacts, touches=touches, integrate=integrate
-    )
+    @kernel
+    def solve(inverse: scalars3, force: scalars2, coordinates: int, change: scalars2):
+        n, i, chunk = wp.tid()
+        total = real(0.0)
+        for step in range(CHUNK):  # unrolled: the adjoint of a dynamic loop would be wrong
+            k = chunk * CHUNK + step
+            if k < coordinates:
+                total = total + inverse[n, i, k] * force[n, k]
+        wp.atomic_add(change, n, i, total)
+
+    @kernel
+    def advance(
+        r: points,
+        q: turns,
+        w: points,
+        u: points,
+        angle: scalars2,
+        rate: scalars2,
+        change: scalars2,
+        dt: real,
+        r_next: points,
+        q_next: turns,
+        w_next: points,
+        u_next: points,
+        angle_next: scalars2,
+        rate_next: scalars2,
+    ):
+        n, i = wp.tid()
+        if i == 0:
+            wn = w[n] + vec3(change[n, 0], change[n, 1], change[n, 2]) * dt
+            un = u[n] + vec3(change[n, 3], change[n, 4], change[n, 5]) * dt
+            half = dt / real(2.0)
+            w_next[n] = wn
+            u_next[n] = un
+            r_next[n] = r[n] + (un + wp.cross(wn, r[n])) * dt
+            spin = quat(wn[0] * half, wn[1] * half, wn[2] * half, real(0.0))
+            q_next[n] = wp.normalize(q[n] + spin * q[n])
+        else:
+            speed = rate[n, i - 1] + change[n, 5 + i] * dt
+            rate_next[n, i - 1] = speed
+            angle_next[n, i - 1] = angle[n, i - 1] + speed * dt
+
+    found = {k: v for k, v in locals().items() if isinstance(v, wp.Kernel)}
+    return types.SimpleNamespace(vec3=vec3, quat=quat, mat33=mat33, **found)
 
 
 # ------------------------------------------------------------------------------------------------- the simulation ----
 @dataclass(frozen=True)
 class Body:
-    """A rigid body whose frame is at its centre of mass, along its principal axes."""
+    """A rigid body; its frame is at its centre of mass (the free body) or at its hinge."""
 
     mass: float
-    inertia: tuple[float, float, float]
-    fixed: bool = False  # stays where it is put
+    inertia: tuple  # about the centre of mass: three principal moments, or three rows
+    com: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
 class Hinge:
-    """Holds two bodies together at a point, free about an axis."""
+    """Lets the body of the same place in the list, plus one, turn about an axis."""
 
-    parent: int
-    child: int
-    anchor_a: tuple[float, float, float]  # in the parent's frame
-    anchor_b: tuple[float, float, float]  # in the child's frame
-    axis: tuple[float, float, float]  # a unit vector, in the parent's frame
+    parent: int  # -1: the world
+    anchor: tuple[float, float, float]  # in the parent's frame
+    axis: tuple[float, float, float]  # a unit vector, in the child's frame
     turn: tuple[float, float, float, float] = (
         0.0,
         0.0,
         0.0,
         1.0,
-    )  # of the child's frame in the parent's at angle 0
-    low: float = -3.0
-    high: float = 3.0
+    )  # of the child's frame at angle 0
+    low: float = -1e3
+    high: float = 1e3
+    armature: float = 0.0  # inertia of the motor
 
 
 @dataclass(frozen=True)
@@ -268,42 +353,33 @@ class Sphere:
 
 @dataclass(frozen=True)
 class Box:
-    """Touches spheres on other bodies; its middle and axes are its body's."""
+    """Touches spheres on other bodies; its axes are its body's."""
 
-    body: int
+    body: int  # -1: the world
     half: tuple[float, float, float]
+    place: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
 class Springs:
-    """Stiffness (ke, align, limit) and damping of joints, and of a sphere's contact; N, m, rad, s."""
+    """Stiffness and damping at a hinge's limits, damping everywhere, and a contact's constants; N,
+    m, rad, s."""
 
-    ke: float = 1e6
-    kd: float = 1e3
-    align: float = 8e3
-    align_d: float = 4.0
     limit: float = 1e3
     limit_d: float = 10.0
-    damping: float = 1.0
+    damping: float = 0.0
     contact_ke: float = 4e3
     contact_kd: float = 1e3
     contact_kf: float = 3e2
     friction: float = 0.75
 
 
-def perpendicular(axis) -> np.ndarray:
-    """A unit vector at right angles to `axis`."""
-    other = np.eye(3)[np.argmin(np.abs(axis))]
-    out = np.cross(axis, other)
-    return out / np.linalg.norm(out)
-
-
 class Rigid:
-    """N environments of bodies, hinges, contact spheres and boxes.
+    """N environments of a free body, hinges with the bodies that they carry, contact spheres and
+    boxes.
 
-    Hinges make a tree of the first body and others, parents before children; further bodies are free. With `ground`,
-    spheres touch the plane y = 0.
-    Raises ValueError in one line for a choice that cannot work.
+    With `ground`, spheres touch the plane y = 0. updates: how often a step computes the mass
+    matrix. Raises ValueError in one line for a choice that cannot work.
     """
 
     def __init__(
@@ -318,89 +394,80 @@ class Rigid:
         boxes: tuple[Box, ...] = (),
         ground: bool = True,
         springs: Springs | None = None,
-        gravity: float = -9.8,
+        gravity: tuple[float, float, float] = (0.0, -9.81, 0.0),
+        updates: int = 1,
         device="cpu",
         dtype=torch.float32,
         graph: bool = False,
     ):
-        springs, reached = springs or Springs(), {0, *(h.child for h in hinges)}
-        early = all(h.parent in {0, *(g.child for g in hinges[:j])} for j, h in enumerate(hinges))
+        carriers = [[]]  # of each body: the hinges between it and the root of its tree
+        for j, hinge in enumerate(hinges):
+            early = -1 <= hinge.parent <= j
+            above = carriers[hinge.parent] if early and hinge.parent >= 0 else []
+            carriers.append([*above, j])
+            for wrong, message in (
+                (not early, f"hinge {j}: its parent must come before its body"),
+                (len(carriers[-1]) > DEPTH, f"hinge {j}: more than {DEPTH} in a row"),
+            ):
+                if wrong:
+                    raise ValueError(message)
+        inertias = torch.stack([self.matrix(body.inertia) for body in bodies])
         for wrong, message in (
             (dtype not in (torch.float32, torch.float64), f"dtype {dtype}: float32 or float64"),
+            (min(num_envs, substeps, updates) < 1, "environments, substeps, updates: at least 1"),
+            (len(bodies) != 1 + len(hinges), "bodies: a free one, then one for each hinge"),
+            (substeps % updates != 0, f"substeps {substeps}: no multiple of updates {updates}"),
             (
-                min(num_envs, substeps, len(bodies)) < 1,
-                "environments, substeps and bodies: at least 1",
-            ),
-            (
-                not early
-                or len(reached) <= len(hinges)
-                or not all(0 <= b < len(bodies) for b in reached),
-                "hinges: each body has one, after that of its parent; the first body has none",
-            ),
-            (
-                dt <= 0 or any(min(b.mass, *b.inertia) <= 0 for b in bodies),
+                dt <= 0
+                or min(body.mass for body in bodies) <= 0
+                or float(torch.linalg.eigvalsh(inertias).min()) <= 0,
                 "dt, masses and inertias must be above 0",
             ),
         ):
             if wrong:
                 raise ValueError(message)
-        self.bodies, self.hinges, self.spheres, self.substeps = bodies, hinges, spheres, substeps
+        self.bodies, self.hinges, self.spheres = bodies, hinges, spheres
+        self.substeps, self.updates = substeps, updates
         real = wp.float32 if dtype == torch.float32 else wp.float64
         k, where = kernels(real), str(torch.device(device))
-        wp.load_module(k.joints.module, device=where)  # before any capture, which cannot compile
+        wp.load_module(k.root.module, device=where)  # before any capture, which cannot compile
         N, B, J, K, M = num_envs, len(bodies), len(hinges), len(spheres), len(boxes)
+        D = 6 + J
+
+        new = functools.partial(torch.tensor, device=device, dtype=dtype)
+        self.anchors = new([h.anchor for h in hinges]).view(-1, 3)
+        self.axes = new([h.axis for h in hinges]).view(-1, 3)
+        self.turns = new([h.turn for h in hinges]).view(-1, 4)
+        self.masses, self.coms = new([b.mass for b in bodies]), new([b.com for b in bodies])
+        self.inertias = inertias.to(device, dtype)
+        self.armature = torch.diag(new([0.0] * 6 + [h.armature for h in hinges]))
+        # Which coordinates move which body (B, D).
+        rooted = [b == 0 or hinges[carriers[b][0]].parent == 0 for b in range(B)]
+        moves = [
+            [1.0 * rooted[b]] * 6 + [1.0 * (j in carriers[b]) for j in range(J)] for b in range(B)
+        ]
+        self.moves = new(moves)
 
         def array(rows, kind):
-            return wp.array(
-                list(rows) or [(0, 0, 0) if kind is k.vec3 else 0], dtype=kind, device=where
-            )
+            empty = (0,) * kind._length_ if hasattr(kind, "_length_") else 0
+            return wp.array(list(rows) or [empty], dtype=kind, device=where)
 
-        def in_child(h: Hinge, x):
-            back = torch.tensor(
-                (-h.turn[0], -h.turn[1], -h.turn[2], h.turn[3]), dtype=torch.float64
-            )
-            return tuple(rotate(back, torch.as_tensor(x, dtype=torch.float64)).tolist())
-
-        axes, sides = (
-            [h.axis for h in hinges],
-            [tuple(perpendicular(h.axis).tolist()) for h in hinges],
-        )
-        new = functools.partial(torch.tensor, device=device, dtype=dtype)
-        self.axes, self.sides = new(axes).view(-1, 3), new(sides).view(-1, 3)
-        self.sides_child = new([in_child(h, x) for h, x in zip(hinges, sides, strict=True)]).view(
-            -1, 3
-        )
+        # Hinges equally far from their roots; rows of their parents where frames are listed level
+        # by level.
         index = functools.partial(torch.tensor, device=device, dtype=torch.int64)
-        self.parents, self.children = (
-            index([h.parent for h in hinges]),
-            index([h.child for h in hinges]),
-        )
-        self.levels, depth, row = (
-            [],
-            {0: 0},
-            {0: 0},
-        )  # hinges whose child is equally far from the first body
-        for h in hinges:
-            depth[h.child] = depth[h.parent] + 1
-        for level in range(1, max(depth.values()) + 1):
-            own = [j for j, h in enumerate(hinges) if depth[h.child] == level]
-            rows = [row[hinges[j].parent] for j in own]
-            row |= {hinges[j].child: len(row) + i for i, j in enumerate(own)}
-            kind = [
-                new([getattr(hinges[j], name) for j in own])
-                for name in ("axis", "anchor_a", "anchor_b", "turn")
-            ]
-            self.levels.append((index(own), index(rows), *kind))
-        self.order = index([row[b] for b in sorted(row)])
-        topology = [
-            array((h.parent for h in hinges), wp.int32),
-            array((h.child for h in hinges), wp.int32),
-            array((h.anchor_a for h in hinges), k.vec3),
-            array((h.anchor_b for h in hinges), k.vec3),
-            array(axes, k.vec3),
-            array((in_child(h, h.axis) for h in hinges), k.vec3),
-            array(sides, k.vec3),
-            array((in_child(h, x) for h, x in zip(hinges, sides, strict=True)), k.vec3),
+        levels, self.levels, row = [], [], {-1: 0, 0: 1}
+        for level in range(1, 1 + max(len(c) for c in carriers)):
+            own = [c[-1] for c in carriers[1:] if len(c) == level]
+            self.levels.append((index(own), index([row[hinges[j].parent] for j in own])))
+            row |= {1 + j: len(row) + i for i, j in enumerate(own)}
+            levels.append(array(own, wp.int32))
+        self.order = index([row[b] for b in range(B)])
+        world = B  # a body that stands still, after all others
+        tree = [
+            array((h.parent if h.parent >= 0 else world for h in hinges), wp.int32),
+            array((h.anchor for h in hinges), k.vec3),
+            array((h.turn for h in hinges), k.quat),
+            array((h.axis for h in hinges), k.vec3),
             array((h.low for h in hinges), real),
             array((h.high for h in hinges), real),
         ]
@@ -409,76 +476,107 @@ class Rigid:
             array((s.offset for s in spheres), k.vec3),
             array((s.radius for s in spheres), real),
         ]
-        block = [array((b.body for b in boxes), wp.int32), array((b.half for b in boxes), k.vec3)]
-        masses = [
-            array((b.mass for b in bodies), real),
-            array((b.inertia for b in bodies), k.vec3),
-            array((float(not b.fixed) for b in bodies), real),
+        block = [
+            array((b.body if b.body >= 0 else world for b in boxes), wp.int32),
+            array((b.place for b in boxes), k.vec3),
+            array((b.half for b in boxes), k.vec3),
         ]
-        s = springs
-        hold = [s.ke, s.kd, s.align, s.align_d, s.limit, s.limit_d, s.damping]
+        padded = [(c + [-1] * DEPTH)[:DEPTH] for c in carriers]
+        weight = [
+            array((b.mass for b in bodies), real),
+            array((b.com for b in bodies), k.vec3),
+            wp.array(inertias.numpy(), dtype=k.mat33, device=where),
+            array((int(r) for r in rooted), wp.int32),
+            wp.array(padded, dtype=wp.int32, device=where),
+            k.vec3(*gravity),
+        ]
+        s = springs or Springs()
+        hold = [s.limit, s.limit_d, s.damping]
         contact = [s.contact_ke, s.contact_kd, s.contact_kf, s.friction]
 
         def launches(state, inputs, scratch, following):
-            found = [(k.joints, (N, J), [*state, *inputs, *topology, *hold], scratch)] if J else []
-            found += (
-                [(k.contacts, (N, K), [*state, *touch, *contact], scratch)] if K and ground else []
-            )
-            found += (
-                [(k.touches, (N, K, M), [*state, *touch, *block, *contact], scratch)]
-                if K and M
-                else []
-            )
-            return [
-                *found,
-                (k.integrate, (N, B), [*state, *scratch, *masses, dt, gravity], following),
-            ]
+            (*free, angle, rate), (motor, inverse, origin) = state, inputs
+            X, Q, W, U, BW, BU, way, moment, f, t, force, change = scratch
+            frames, bias = [X, Q, W, U], [BW, BU, way, moment]
+            found = [(k.root, (N,), [*free, origin], frames)]
+            for level in levels:
+                own = [angle, rate, motor, level, *tree, *hold]
+                found.append((k.links, (N, len(level)), own, [*frames, *bias, force]))
+            if K and ground:
+                found.append((k.contacts, (N, K), [origin, *touch, *contact], [*frames, f, t]))
+            if K and M:
+                found.append((k.touches, (N, K, M), [*touch, *block, *contact], [*frames, f, t]))
+            found.append((k.wrenches, (N, B), weight, [*frames, *bias, f, t, force]))
+            found.append((k.solve, (N, D, -(-D // CHUNK)), [inverse, force, D], [change]))
+            return [*found, (k.advance, (N, 1 + J), [*state, change, dt], following)]
 
-        vectors, quats = ((N, B), k.vec3), ((N, B), k.quat)
+        vector, hinge, each = ((N,), k.vec3), ((N, max(J, 1)), real), ((N, B + 1), k.vec3)
+        scratch = [each, ((N, B + 1), k.quat), each, each, each, each]
+        scratch += [((N, max(J, 1)), k.vec3)] * 2 + [each, each, ((N, D), real), ((N, D), real)]
         self.steps = Substeps(
-            [vectors, quats, vectors, vectors],
-            [((N, max(J, 1)), real)],
-            [vectors, vectors],
+            [vector, ((N,), k.quat), vector, vector, hinge, hinge],
+            [hinge, ((N, D, D), real), vector],
+            scratch,
             launches,
-            substeps=substeps,
+            substeps=substeps // updates,
             device=device,
             dtype=dtype,
             graph=graph,
         )
 
-    def step(self, p, q, v, w, motor):
-        """Positions, quaternions, velocities and angular velocities (N, B, ...) a step later; motor torques (N, J)."""
-        return self.steps.step(p, q, v, w, motor)
+    @staticmethod
+    def matrix(inertia) -> torch.Tensor:
+        """Inertia (3, 3), float64, from principal moments or rows."""
+        inertia = torch.as_tensor(inertia, dtype=torch.float64)
+        return torch.diag(inertia) if inertia.dim() == 1 else inertia
 
-    def place(self, p, q, v, w, angles, rates) -> dict[str, torch.Tensor]:
-        """State "p", "q", "v", "w" (N, B, ...) in which all hinges hold.
+    def step(self, p, q, v, w, angles, rates, motor):
+        """State a step later: p, q, v, w (N, ...) of the free body, angles and rates (N, J); motor
+        torques (N, J)."""
+        for _ in range(self.updates):
+            origin = p.detach()  # any will do: what comes out does not depend on it
+            r = p - origin
+            inverse = torch.linalg.inv_ex(self.mass_matrix(r, q, angles, origin)).inverse
+            state = (r, q, w, v - torch.cross(w, r, dim=1), angles, rates)
+            r, q, w, u, angles, rates = self.steps.step(*state, motor, inverse, origin)
+            p, v = origin + r, u + torch.cross(w, r, dim=1)
+        return p, q, v, w, angles, rates
 
-        p, q, v, w (N, ...) of the first body; angles and rates (N, J) of the hinges. Bodies after those of
-        the hinges' tree are left out.
-        """
-        p, q, v, w = (t[:, None] for t in (p, q, v, w))
-        for own, rows, axis, a, b, turn in self.levels:
-            qa, wa = q[:, rows], w[:, rows]
-            qb = multiply(multiply(qa, about(axis, angles[:, own])), turn.expand_as(qa))
-            wb = wa + rotate(qa, axis) * rates[:, own, None]
-            a, b = rotate(qa, a), rotate(qb, b)
-            speed = v[:, rows] + torch.cross(wa, a, dim=-1) - torch.cross(wb, b, dim=-1)
-            p, q = torch.cat((p, p[:, rows] + a - b), 1), torch.cat((q, qb), 1)
-            v, w = torch.cat((v, speed), 1), torch.cat((w, wb), 1)
-        return {name: t[:, self.order] for name, t in zip("pqvw", (p, q, v, w), strict=True)}
+    def frames(self, p, q, angles) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions (N, B, 3) and quaternions (N, B, 4) of all bodies' frames."""
+        still = torch.zeros_like(q) + q.new_tensor((0.0, 0.0, 0.0, 1.0))
+        places, turns = torch.stack((torch.zeros_like(p), p), 1), torch.stack((still, q), 1)
+        bends = about(self.axes, angles[:, : len(self.axes)])
+        bent = multiply(self.turns.expand_as(bends), bends)
+        for own, rows in self.levels:  # hinges equally far from their roots, at once
+            x, turn = places[:, rows], turns[:, rows]
+            x = x + rotate(turn, self.anchors[own].expand_as(x))
+            places = torch.cat((places, x), 1)
+            turns = torch.cat((turns, multiply(turn, bent[:, own])), 1)
+        return places[:, self.order], turns[:, self.order]
 
-    def angles(self, q: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Angles and rates (N, J) of the hinges."""
-        qa, qb = q[:, self.parents], q[:, self.children]
-        axis, side_a, side_b = (
-            rotate(qa, self.axes),
-            rotate(qa, self.sides),
-            rotate(qb, self.sides_child),
-        )
-        sine = (torch.cross(side_a, side_b, dim=-1) * axis).sum(-1)
-        return torch.atan2(sine, (side_a * side_b).sum(-1)), (
-            (w[:, self.children] - w[:, self.parents]) * axis
-        ).sum(-1)
+    def spatial(self, c: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+        """Inertias (N, B, 6, 6) about the origin of bodies with these centres of mass and
+        orientations."""
+        R, C, m = rotation(turns), skew(c), self.masses[:, None, None]
+        one = torch.eye(3, device=c.device, dtype=c.dtype)
+        turning = R @ self.inertias @ R.mT - m * C @ C
+        upper, lower = (turning, m * C), (-m * C, (m * one).expand_as(C))
+        return torch.cat((torch.cat(upper, 3), torch.cat(lower, 3)), 2)
+
+    def mass_matrix(self, r, q, angles, origin) -> torch.Tensor:
+        """(N, D, D), about the origin; the free body is at r from it."""
+        places, turns = self.frames(r + origin, q, angles)
+        x, N = places - origin[:, None], len(r)
+        axes = rotate(turns[:, 1:], self.axes.expand(N, -1, 3))
+        # How each coordinate moves, angular and linear, what it moves (N, D, 6).
+        hinges = torch.cat((axes, torch.cross(x[:, 1:], axes, dim=2)), 2)
+        free = torch.eye(6, device=r.device, dtype=r.dtype).expand(N, 6, 6)
+        ways = torch.cat((free, hinges), 1)
+        inertias = self.spatial(x + rotate(turns, self.coms.expand(N, -1, 3)), turns)
+        each = ways[:, None] * self.moves[..., None]  # of each body (N, B, D, 6)
+        pushed, each = ((t.transpose(1, 2).flatten(2)) for t in (each @ inertias, each))
+        return pushed @ each.mT + self.armature
 
 
 # ------------------------------------------------------------------------------------------------- quaternions -------
@@ -501,3 +599,10 @@ def about(axis: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
     """Quaternions of turns by angle (...) about unit vectors axis (..., 3)."""
     half = angle[..., None] / 2
     return torch.cat((axis * half.sin(), half.cos()), -1)
+
+
+def rotation(q: torch.Tensor) -> torch.Tensor:
+    """Matrices (..., 3, 3) of quaternions (..., 4)."""
+    eye = torch.eye(3, device=q.device, dtype=q.dtype)
+    columns = [rotate(q, axis.expand(*q.shape[:-1], 3)) for axis in eye]
+    return torch.stack(columns, -1)

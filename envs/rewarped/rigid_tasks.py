@@ -1,7 +1,8 @@
-"""AntRun: a four-legged ant with eight hinges learns to run. HandReorient: a hand with sixteen turns a cube.
+"""AntRun: a four-legged ant with eight hinges learns to run. HandReorient: a hand with sixteen
+turns a cube.
 
-Sizes of actions, noise, observations, rewards and lengths are the published ones (SAPO, Xing et al. 2025, arXiv
-2412.12089). The published simulation has joint coordinates; ours has stiff hinges: see rigid.py.
+The published tasks (SAPO, Xing et al. 2025, arXiv 2412.12089), compared with their authors'
+package, `rewarped` 1.3.3, in tests/test_rewarped_original.py. Each class numbers its differences.
 """
 
 import math
@@ -11,16 +12,35 @@ import torch
 from envs.rewarped.base import DifferentiableEnv
 from envs.rewarped.rigid import Body, Box, Hinge, Rigid, Sphere, Springs, about, multiply, rotate
 
+
+class Articulated(DifferentiableEnv):
+    """A task on `Rigid`. State: p, q, v, w of the free body, angles, rates, the last actions, and
+    what a task adds."""
+
+    STATE = ("p", "q", "v", "w", "angles", "rates")
+
+    def vector(self, *numbers: float) -> torch.Tensor:
+        return torch.tensor(numbers, device=self.device, dtype=self.dtype)
+
+    def moved(self, state, torques: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The simulation's part of the state a step later."""
+        found = self.sim.step(*[state[name] for name in self.STATE], torques)
+        return dict(zip(self.STATE, found, strict=True))
+
+
 # ------------------------------------------------------------------------------------------------- AntRun ------------
-DENSITY, TORSO, LEG = 1000.0, 0.25, 0.08  # kg/m^3; radii, metres
-REACH, THIGH, SHIN = (
-    0.2 * math.sqrt(2),
-    0.2 * math.sqrt(2),
-    0.4 * math.sqrt(2),
-)  # torso to hip, hip to knee, to foot
-YAW = tuple(math.radians(45 + 90 * i) for i in range(4))  # of the legs
-ARMATURE = 0.005  # kg m^2, of the motor at a hinge
-KNEE = (0.0, 0.0, -1.0)  # axis about which a positive angle bends the shin down; the leg is along x
+DENSITY, LIGHT = 1000.0, 5.0  # of the capsules and of the torso's ball, kg/m^3
+TORSO, LEG = 0.25, 0.08  # radii, metres
+HALF = 0.2 * math.sqrt(2)  # length of a stub and of a thigh; a shin is twice as long
+ARMATURE = 0.005  # kg m^2, of a link about each axis, and of the motor at a hinge
+CORNERS = ((1, 1), (-1, 1), (-1, -1), (1, -1))  # of the legs: x ahead, y to the left, z up
+# A contact with the ground has the mean of the ant's and the ground's constants.
+ANT = Springs(
+    contact_ke=(4e3 + 1e5) / 2,
+    contact_kd=(1e3 + 1e3) / 2,
+    contact_kf=(3e2 + 1e3) / 2,
+    friction=(0.75 + 0.5) / 2,
+)
 
 
 def capsule(length: float, radius: float) -> tuple[float, float, float]:
@@ -36,64 +56,53 @@ def capsule(length: float, radius: float) -> tuple[float, float, float]:
 
 
 def ant() -> tuple[list[Body], list[Hinge], list[Sphere]]:
-    """Torso, then four thighs, then four shins; hinges in the order hip, knee of each leg."""
-    ball, (stub, along, across) = DENSITY * 4 / 3 * math.pi * TORSO**3, capsule(REACH, LEG)
-    away = (
-        REACH / 2
-    )  # the torso is a ball with four stubs, which point along the legs, 45 degrees between the axes
-    up = 0.4 * ball * TORSO**2 + 4 * (across + stub * away**2)
-    flat = 0.4 * ball * TORSO**2 + 4 * ((along + across) / 2 + stub * away**2 / 2)
-    bodies = [Body(ball + 4 * stub, (flat, up, flat))]
-    for length, axis in ((THIGH, 1), (SHIN, 2)):  # of the hinge, in the link's frame
-        mass, *moments = capsule(length, LEG)
-        moments = [moments[0], moments[1], moments[1]]
-        moments[axis] += ARMATURE
-        bodies += [Body(mass, tuple(moments))] * 4
-    hinges, spheres = [], [Sphere(0, (0.0, 0.0, 0.0), TORSO)]
-    for i, yaw in enumerate(YAW):
-        out, turn = (
-            (math.cos(yaw), -math.sin(yaw)),
-            (0.0, math.sin(yaw / 2), 0.0, math.cos(yaw / 2)),
-        )
-        hinges.append(
-            Hinge(
-                0,
-                1 + i,
-                (REACH * out[0], 0.0, REACH * out[1]),
-                (-THIGH / 2, 0.0, 0.0),
-                (0.0, 1.0, 0.0),
-                turn,
-                math.radians(-40),
-                math.radians(40),
-            )
-        )
-        hinges.append(
-            Hinge(
-                1 + i,
-                5 + i,
-                (THIGH / 2, 0.0, 0.0),
-                (-SHIN / 2, 0.0, 0.0),
-                KNEE,
-                low=math.radians(30),
-                high=math.radians(100),
-            )
-        )
-        spheres += [Sphere(5 + i, (side * SHIN / 2, 0.0, 0.0), LEG) for side in (-1, 1)]
+    """Torso, then a thigh and a shin for each leg. At angle 0 all frames are the torso's, and the
+    legs are straight."""
+    ball, (stub, along, across) = LIGHT * 4 / 3 * math.pi * TORSO**3, capsule(HALF, LEG)
+    # The torso is a ball with four stubs, which point along the legs, 45 degrees between the axes.
+    up = 0.4 * ball * TORSO**2 + 4 * (across + stub * HALF**2 / 4)
+    flat = 0.4 * ball * TORSO**2 + 4 * ((along + across) / 2 + stub * HALF**2 / 8)
+    bodies, hinges = [Body(ball + 4 * stub, (flat, flat, up))], []
+    spheres = [Sphere(0, (0.0, 0.0, 0.0), TORSO)]
+    for leg, (x, y) in enumerate(CORNERS):
+        reach = (0.2 * x, 0.2 * y, 0.0)  # from the torso to the hip, and on to the knee
+        spheres.append(Sphere(0, reach, LEG))  # of the stub; its other end is inside the ball
+        for link, length in ((1 + 2 * leg, HALF), (2 + 2 * leg, 2 * HALF)):
+            mass, along, across = capsule(length, LEG)
+            mixed, skew = (along + across) / 2 + ARMATURE, x * y * (along - across) / 2
+            rows = ((mixed, skew, 0.0), (skew, mixed, 0.0), (0.0, 0.0, across + ARMATURE))
+            end = tuple(length / HALF * v for v in reach)
+            bodies.append(Body(mass, rows, tuple(v / 2 for v in end)))
+            spheres += [Sphere(link, (0.0, 0.0, 0.0), LEG), Sphere(link, end, LEG)]
+        turn, bend = math.radians(40), (math.radians(30), math.radians(100))
+        # The second and the third knee bend by negative angles.
+        low, high = bend if leg in (0, 3) else (-bend[1], -bend[0])
+        knee = (-x * y * math.sqrt(0.5), math.sqrt(0.5), 0.0)
+        hinges.append(Hinge(0, reach, (0.0, 0.0, 1.0), low=-turn, high=turn, armature=ARMATURE))
+        hinges.append(Hinge(1 + 2 * leg, reach, knee, low=low, high=high, armature=ARMATURE))
     return bodies, hinges, spheres
 
 
-class AntRun(DifferentiableEnv):
+class AntRun(Articulated):
     """Run along x.
 
-    Actions: torques of the hinges, 200 N m at 1. Observation (37): height, orientation 4, velocity 3, angular velocity
-    3, hinges 8, their rates 8 times 0.1, up 1, heading 1, last actions 8. Reward: v_x + 0.1 up + heading + (height -
-    0.27), with up the torso's vertical axis along the world's and heading its x axis along the world's. The episode
-    ends below a height of 0.27. Nothing is mended: "paper" and "default" are the same.
-    Ours: hinges are springs of 1e6 N/m, the armature is a rotor in each link, limits of the hinges; `small` is 200
-    steps long.
+    Actions: torques of the hinges, 200 N m at -1. Observation (37): height, orientation 4, velocity
+    3, angular velocity 3, hinges 8, their rates 8 times 0.1, up 1, heading 1, last actions 8.
+    Reward: v_x + 0.1 up + heading + (height - 0.27), with up the torso's vertical axis along the
+    world's and heading its x axis along the world's. The episode ends below a height of 0.27.
+    Nothing is mended: "paper" and "default" are the same.
+
+    Differences from the original (rewarped 1.3.3):
+    1. It looks for contacts once a step, within 5 cm: what falls faster than 3 m/s sinks in first.
+    2. It also looks for contacts between the ant's links, and finds none unless two legs cross,
+       which the hips' limits prevent. Ours does not look.
+    3. Random numbers are our own.
+    4. `small` is 200 steps long.
     """
 
-    LOWEST, TORQUE, START = 0.27, 200.0, 0.75
+    LOWEST, TORQUE, START = 0.27, -200.0, 0.75
+    UPRIGHT = (-math.sqrt(0.5), 0.0, 0.0, math.sqrt(0.5))  # the torso's z axis along the world's y
+    ANGLES = (0.0, 1.0, 0.0, -1.0, 0.0, -1.0, 0.0, 1.0)
 
     def setup(self) -> None:
         self.sim = Rigid(
@@ -101,6 +110,7 @@ class AntRun(DifferentiableEnv):
             *ant(),
             dt=1 / 960,
             substeps=16,
+            springs=ANT,
             device=self.device,
             dtype=self.dtype,
             graph=self.graph,
@@ -109,132 +119,165 @@ class AntRun(DifferentiableEnv):
         self.max_episode_steps = {"full": 1000, "small": 200}[self.size]
         self.obs_dims = {"state": (37,)}
 
-    def vector(self, *xyz: float) -> torch.Tensor:
-        return torch.tensor(xyz, device=self.device, dtype=self.dtype)
-
     def fresh(self):
         p = self.vector(0, self.START, 0) + self.uniform(-0.1, 0.1, 3)
         axis = torch.nn.functional.normalize(self.uniform(-1, 1, 3), dim=-1)
         q = about(axis, self.uniform(-math.radians(7.5), math.radians(7.5)))
-        angles = self.vector(*(0.0, 1.0) * 4) + self.uniform(-0.2, 0.2, 8)
-        idle = torch.zeros(self.num_envs, 8, device=self.device, dtype=self.dtype)
+        angles = self.vector(*self.ANGLES) + self.uniform(-0.2, 0.2, 8)
         v, w, rates = (self.uniform(-0.25, 0.25, n) for n in (3, 3, 8))
-        return {**self.sim.place(p, q, v, w, angles, rates), "actions": idle}
+        return {
+            "p": p,
+            "q": multiply(q, self.vector(*self.UPRIGHT).expand_as(q)),
+            "v": v,
+            "w": w,
+            "angles": angles,
+            "rates": rates,
+            "actions": torch.zeros(self.num_envs, 8, device=self.device, dtype=self.dtype),
+        }
 
     def physics(self, state, actions):
-        p, q, v, w = self.sim.step(
-            state["p"], state["q"], state["v"], state["w"], self.TORQUE * actions
-        )
-        return {"p": p, "q": q, "v": v, "w": w, "actions": actions}
+        return {**self.moved(state, self.TORQUE * actions), "actions": actions}
 
     def posture(self, state) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Height, up and heading (N, 1)."""
-        q = state["q"][:, 0]
-        up, ahead = rotate(q, self.vector(0, 1, 0)), rotate(q, self.vector(1, 0, 0))
-        return state["p"][:, 0, 1:2], up[:, 1:2], ahead[:, :1]
+        up, ahead = (rotate(state["q"], self.vector(*axis)) for axis in ((0, 0, 1), (1, 0, 0)))
+        return state["p"][:, 1:2], up[:, 1:2], ahead[:, :1]
 
     def observe(self, state):
         height, up, heading = self.posture(state)
-        angles, rates = self.sim.angles(state["q"], state["w"])
-        return {
-            "state": torch.cat(
-                (
-                    height,
-                    state["q"][:, 0],
-                    state["v"][:, 0],
-                    state["w"][:, 0],
-                    angles,
-                    0.1 * rates,
-                    up,
-                    heading,
-                    state["actions"],
-                ),
-                1,
-            )
-        }
+        body = (height, state["q"], state["v"], state["w"], state["angles"], 0.1 * state["rates"])
+        return {"state": torch.cat((*body, up, heading, state["actions"]), 1)}
 
     def reward(self, state, actions):
         height, up, heading = self.posture(state)
-        rewards = state["v"][:, 0, 0] + (0.1 * up + heading + height - self.LOWEST)[:, 0]
+        rewards = state["v"][:, 0] + (0.1 * up + heading + height - self.LOWEST)[:, 0]
         return rewards, height[:, 0].detach() < self.LOWEST
 
     def render(self, world: int = 0, size: int = 256):
         """An image for people, uint8 (size, size, 3)."""
         from envs.rewarped import render
 
-        parts = [(THIGH, 1), (SHIN, 5)]
-        return render.draw_ant(self, world, size, TORSO, LEG, parts)
+        return render.draw_ant(self, world, size)
 
 
 # ------------------------------------------------------------------------------------------------- HandReorient ------
-# The Allegro hand's published joints, in its own frame: the palm looks along x, the fingers point along z. Of each link
-# in a finger: axis of its joint, limits, way to the next joint or to the tip, radius, mass.
+# The Allegro hand's published joints, in its own frame: the palm looks along x, the fingers point
+# along z. Of each link in a finger: axis of its joint, limits, way to the next joint or to the tip,
+# radius, mass, height of its centre of mass and inertia (xx, yy, zz, xy, xz, yz in 1e-6 kg m^2).
 FINGER = (
-    ((0.0, 0.0, 1.0), (-0.47, 0.47), (0.0, 0.0, 0.0164), 0.011, 0.0119),
-    ((0.0, 1.0, 0.0), (-0.196, 1.61), (0.0, 0.0, 0.054), 0.011, 0.065),
-    ((0.0, 1.0, 0.0), (-0.174, 1.709), (0.0, 0.0, 0.0384), 0.011, 0.0355),
-    ((0.0, 1.0, 0.0), (-0.227, 1.618), (0.0, 0.0, 0.0267), 0.012, 0.0264),
+    (
+        (0.0, 0.0, 1.0),
+        (-0.47, 0.47),
+        (0.0, 0.0, 0.0164),
+        0.011,
+        0.0119,
+        0.0,
+        (1.0, 0.6, 1.0, 0.0, 0.0, 0.0),
+    ),
+    (
+        (0.0, 1.0, 0.0),
+        (-0.196, 1.61),
+        (0.0, 0.0, 0.054),
+        0.011,
+        0.065,
+        0.0,
+        (79.6, 24.7, 79.6, 17.2, 8.8, 24.1),
+    ),
+    (
+        (0.0, 1.0, 0.0),
+        (-0.174, 1.709),
+        (0.0, 0.0, 0.0384),
+        0.011,
+        0.0355,
+        0.0,
+        (26.4, 13.5, 26.4, 6.7, 4.8, 9.4),
+    ),
+    (
+        (0.0, 1.0, 0.0),
+        (-0.227, 1.618),
+        (0.0, 0.0, 0.0267),
+        0.012,
+        0.0432,
+        0.0208,
+        (30.6, 29.5, 6.6, 1.3, 1.3, 1.8),
+    ),
 )
 THUMB = (
-    ((-1.0, 0.0, 0.0), (0.263, 1.396), (-0.027, 0.005, 0.0399), 0.012, 0.0176),
-    ((0.0, 0.0, 1.0), (-0.105, 1.163), (0.0, 0.0, 0.0177), 0.011, 0.0119),
-    ((0.0, 1.0, 0.0), (-0.189, 1.644), (0.0, 0.0, 0.0514), 0.011, 0.038),
-    ((0.0, 1.0, 0.0), (-0.162, 1.719), (0.0, 0.0, 0.0423), 0.012, 0.0388),
+    (
+        (-1.0, 0.0, 0.0),
+        (0.263, 1.396),
+        (-0.027, 0.005, 0.0399),
+        0.012,
+        0.0176,
+        0.0,
+        (18.9, 14.3, 18.9, 7.2, 5.4, 6.8),
+    ),
+    (
+        (0.0, 0.0, 1.0),
+        (-0.105, 1.163),
+        (0.0, 0.0, 0.0177),
+        0.011,
+        0.0119,
+        0.0,
+        (4.2, 4.5, 4.2, 1.0, 1.6, 1.4),
+    ),
+    (
+        (0.0, 1.0, 0.0),
+        (-0.189, 1.644),
+        (0.0, 0.0, 0.0514),
+        0.011,
+        0.038,
+        0.0,
+        (43.0, 14.4, 43.0, 9.6, 5.1, 13.4),
+    ),
+    (
+        (0.0, 1.0, 0.0),
+        (-0.162, 1.719),
+        (0.0, 0.0, 0.0423),
+        0.012,
+        0.0724,
+        0.0196,
+        (95.0, 76.8, 34.9, 8.0, 5.2, 11.3),
+    ),
 )
-SPLAY = math.sin(
-    math.radians(2.5)
-)  # half of the angle between a finger and the one beside it, 5 degrees
-FINGERS = (  # index, middle, ring, thumb: links, place on the palm, turn of the first link's frame in the palm's
-    (FINGER, (0.0, 0.0435, -0.001542), (-SPLAY, 0.0, 0.0, math.sqrt(1 - SPLAY**2))),
-    (FINGER, (0.0, 0.0, 0.0007), (0.0, 0.0, 0.0, 1.0)),
-    (FINGER, (0.0, -0.0435, -0.001542), (SPLAY, 0.0, 0.0, math.sqrt(1 - SPLAY**2))),
+SPLAY = math.sin(math.radians(2.5))  # half of the angle between a finger and the one beside it
+SIDEWAYS = math.sqrt(1 - SPLAY**2)
+# Thumb, then the fingers from the one farthest from it: links, place on the palm, turn of the first
+# link's frame in the palm's.
+FINGERS = (
     (THUMB, (-0.0182, 0.019333, -0.045987), (-0.521334, -0.521334, -0.477714, 0.477714)),
+    (FINGER, (0.0, -0.0435, -0.001542), (SPLAY, 0.0, 0.0, SIDEWAYS)),
+    (FINGER, (0.0, 0.0, 0.0007), (0.0, 0.0, 0.0, 1.0)),
+    (FINGER, (0.0, 0.0435, -0.001542), (-SPLAY, 0.0, 0.0, SIDEWAYS)),
 )
 PALM = [((-0.0069, y, -0.085), (-0.0069, y, -0.013), 0.018) for y in (-0.042, -0.014, 0.014, 0.042)]
+MOUNT, LIE = (0.0, 0.0, 0.5), (0.522998, -0.522998, 0.475892, 0.475892)  # of the palm: it looks up
 ROTOR = 1e-3  # kg m^2, of the motor at a joint
-SIDE, CUBE_DENSITY = 0.065, 1820.7  # of the cube: m, kg/m^3
+SIDE, CUBE_DENSITY = 0.065, 3641.33 / 2  # of the cube: m, kg/m^3
 
 
 def allegro() -> tuple[list[Body], list[Hinge], list[tuple]]:
-    """Palm, then the links of index, middle, ring finger and thumb; hinges; capsules (body, ends, radius).
+    """The cube, then thumb and fingers; hinges; capsules (body, ends, radius), -1 the palm."""
+    mass = CUBE_DENSITY * SIDE**3
+    bodies, hinges = [Body(mass, (mass * SIDE**2 / 6,) * 3)], []
+    lie, capsules = torch.tensor(LIE, dtype=torch.float64), []
+    mount = torch.tensor(MOUNT, dtype=torch.float64)
 
-    A link's frame is at the middle of its capsule, with the axes of its joint's frame.
-    """
-    bodies, hinges, capsules = (
-        [Body(1.0, (1.0, 1.0, 1.0), fixed=True)],
-        [],
-        [(0, *ends) for ends in PALM],
-    )
+    def placed(x) -> tuple:
+        return tuple((mount + rotate(lie, torch.tensor(x, dtype=torch.float64))).tolist())
+
+    for a, b, radius in PALM:
+        capsules.append((-1, placed(a), placed(b), radius))
     for links, where, turn in FINGERS:
-        parent, anchor = 0, where
-        for axis, (low, high), way, radius, mass in links:
-            half = tuple(x / 2 for x in way)
-            across, along = (
-                mass * (sum(x * x for x in way) / 12 + radius**2 / 4),
-                mass * radius**2 / 2,
-            )
-            bodies.append(Body(mass, (ROTOR + across, ROTOR + across, ROTOR + along)))
-            hinges.append(
-                Hinge(
-                    parent, len(bodies) - 1, anchor, tuple(-x for x in half), axis, turn, low, high
-                )
-            )
-            capsules.append((len(bodies) - 1, tuple(-x for x in half), half, radius))
-            parent, anchor, turn = len(bodies) - 1, half, (0.0, 0.0, 0.0, 1.0)
-    # A hinge's axis is in its parent's frame, the published ones are in the child's, which its turn takes there.
-    hinges = [
-        Hinge(
-            h.parent,
-            h.child,
-            h.anchor_a,
-            h.anchor_b,
-            tuple(rotate(torch.tensor(h.turn).double(), torch.tensor(h.axis).double()).tolist()),
-            h.turn,
-            h.low,
-            h.high,
-        )
-        for h in hinges
-    ]
+        parent, anchor = -1, placed(where)
+        turn = tuple(multiply(lie, torch.tensor(turn, dtype=torch.float64)).tolist())
+        for axis, (low, high), way, radius, mass, height, moments in links:
+            xx, yy, zz, xy, xz, yz = (1e-6 * moment for moment in moments)
+            rows = ((xx, xy, xz), (xy, yy, yz), (xz, yz, zz))
+            hinges.append(Hinge(parent, anchor, axis, turn, low, high, ROTOR))
+            parent, anchor, turn = len(bodies), way, (0.0, 0.0, 0.0, 1.0)
+            bodies.append(Body(mass, rows, (0.0, 0.0, height)))
+            capsules.append((parent, (0.0, 0.0, 0.0), way, radius))
     return bodies, hinges, capsules
 
 
@@ -248,151 +291,124 @@ def row(capsule: tuple, gap: float = 0.019) -> list[Sphere]:
     ]
 
 
-class HandReorient(DifferentiableEnv):
+class HandReorient(Articulated):
     """Turn a cube in the hand to a given orientation, then to the next one.
 
-    Actions: torques of the joints, 2 N m at 1. Observation (72): joints 16, their rates 16 times 0.2, the cube's
-    position 3, orientation 4, velocity 3 and angular velocity 3 times 0.2, the goal's position 3 and orientation 4, the
-    turn from goal to cube 4, last actions 16. Reward, with d the cube's distance to the goal's position and theta the
-    angle of the turn, 2 asin(min(|its vector part|, 1 - 1e-3)):
-        -10 d + 1 / (theta + 0.1) - 2e-4 |a|^2 + 250 sigmoid((0.1 - theta) / 1e-3)
-    Below theta = 0.1 the next goal is drawn: the reward still is for the old one, the observation has the new one. The
-    episode ends at d = 0.24. Nothing is mended: "paper" and "default" are the same.
-    Ours: the shapes, capsules on the published joints that need no mesh and touch the cube alone; how the hand
-    lies, and bends at the start; the goal's position, where a cube comes to rest; hinges are springs of 5e4 N/m, and
-    the armature is a rotor in each link; of a contact's published damping and viscous friction each sphere has a third;
-    `small` has 150 steps of 32 substeps.
+    Actions: torques of the joints, 2 N m at 1. Observation (72): joints 16 from -1 to 1 within
+    their limits, their rates 16 times 0.2, the cube's position 3, orientation 4, velocity 3 and
+    angular velocity 3 times 0.2, the goal's position 3 and orientation 4, the turn from goal to
+    cube 4, last actions 16; z is up. Reward, with d the cube's distance to the goal's position,
+    theta the angle of the turn, 2 asin(min(|its vector part|, 1 - 1e-3)), and S(x) = sigmoid(x /
+    1e-3):
+        -10 d + 1 / (theta + 0.1) - 2e-4 |a|^2 + 250 S(S(0.1 - theta) - 1)
+    so that the bonus is 125 up to 0.09 rad and gone at 0.095. Below theta = 0.1 the next goal is
+    drawn: the reward still is for the old one, the observation has the new one. The episode ends at
+    d = 0.24. Nothing is mended: "paper" and "default" are the same.
+
+    Differences from the original (rewarped 1.3.3):
+    1. Shapes of the hand: capsules on its joints, rows of spheres, that touch the cube and not each
+       other. There they are boxes and balls, which also touch each other; a box on a box makes up
+       to 24 contacts with an algorithm of its own.
+    2. Random numbers are our own.
+    3. There links and joints are numbered differently, and the mass matrix takes, by the joint's
+       number, the inertia of another link: a fault, not copied.
+    4. `small` has 150 steps of 32 substeps, and less damping at the limits, which would be unstable
+       there.
     """
 
     SIZES = {
-        "full": dict(dt=1 / 7680, substeps=64, steps=600),
-        "small": dict(dt=1 / 3840, substeps=32, steps=150),
+        "full": dict(dt=1 / 7680, substeps=64, steps=600, limit_d=10.0),
+        "small": dict(dt=1 / 3840, substeps=32, steps=150, limit_d=3.0),
     }
     TORQUE, FALLEN, NEAR, BONUS = 2.0, 0.24, 0.1, 250.0
-    BEND = (0.0, 0.35, 0.45, 0.45) * 3 + (0.9, 0.3, 0.3, 0.3)  # joints at the start, before noise
-    LIE = (0.5, 0.5, 0.5, 0.5)  # the palm looks up (y), the fingers point along x
-    GOAL = (-0.01, 0.045, 0.0)
-    SPRINGS = Springs(
-        ke=5e4,
-        kd=10.0,
-        align=500.0,
-        align_d=1.0,
-        limit=200.0,
-        limit_d=0.0,
-        damping=1.0,
-        contact_ke=500.0,
-        contact_kd=30.0,
-        contact_kf=30.0,
-        friction=0.5,
-    )
+    CUBE, GOAL = (0.0, -0.1, 0.6), (0.0, -0.1, 0.56)  # where the cube starts and where it shall be
 
     def setup(self) -> None:
         s, (bodies, hinges, self.capsules) = self.SIZES[self.size], allegro()
-        mass, self.cube = CUBE_DENSITY * SIDE**3, len(bodies)
-        bodies.append(Body(mass, (mass * SIDE**2 / 6,) * 3))
-        spheres = [sphere for capsule in self.capsules for sphere in row(capsule)]
         self.sim = Rigid(
             self.num_envs,
             bodies,
             hinges,
-            spheres,
+            [sphere for capsule in self.capsules for sphere in row(capsule)],
             dt=s["dt"],
             substeps=s["substeps"],
             ground=False,
-            boxes=(Box(self.cube, (SIDE / 2,) * 3),),
-            springs=self.SPRINGS,
+            boxes=(Box(0, (SIDE / 2,) * 3),),
+            springs=Springs(
+                limit=100.0,
+                limit_d=s["limit_d"],
+                contact_ke=500.0,
+                contact_kd=100.0,
+                contact_kf=100.0,
+                friction=0.5,
+            ),
+            gravity=(0.0, 0.0, -9.81),
             device=self.device,
             dtype=self.dtype,
             graph=self.graph,
         )
-        self.action_dim, self.control_hz, self.max_episode_steps = (
-            16,
-            1 / (s["dt"] * s["substeps"]),
-            s["steps"],
-        )
+        self.action_dim, self.max_episode_steps = 16, s["steps"]
+        self.control_hz = 1 / (s["dt"] * s["substeps"])
         self.obs_dims = {"state": (72,)}
         self.goal_position = self.vector(*self.GOAL)
-
-    def vector(self, *numbers: float) -> torch.Tensor:
-        return torch.tensor(numbers, device=self.device, dtype=self.dtype)
+        self.low = self.vector(*[hinge.low for hinge in hinges])
+        self.high = self.vector(*[hinge.high for hinge in hinges])
 
     def orientation(self) -> torch.Tensor:
-        """Quaternions (N, 4) of random turns, all equally likely (Shoemake 1992)."""
-        u, a, b = (self.uniform((0.0,) * 3, (1.0, 2 * math.pi, 2 * math.pi), 3)).unbind(1)
-        low, high = (1 - u).sqrt(), u.sqrt()
-        return torch.stack((low * a.sin(), low * a.cos(), high * b.sin(), high * b.cos()), 1)
+        """Quaternions (N, 4) of turns about y, then about x, each by any angle: as published, not
+        equally likely."""
+        angles = self.uniform(-math.pi, math.pi, 2)
+        first = about(self.vector(0, 1, 0), angles[:, 1])
+        return multiply(about(self.vector(1, 0, 0), angles[:, 0]), first)
 
     def fresh(self):
-        bend = self.vector(*self.BEND)
-        anywhere = self.uniform(
-            [h.low for h in self.sim.hinges], [h.high for h in self.sim.hinges], 16
-        )
-        angles = bend + 0.2 * (anywhere - bend)
-        still, idle = (
-            torch.zeros(self.num_envs, n, device=self.device, dtype=self.dtype) for n in (3, 16)
-        )
-        hand = self.sim.place(
-            still, self.vector(*self.LIE).expand(self.num_envs, 4), still, still, angles, idle
-        )
-        above = self.goal_position + self.vector(0.0, 0.04, 0.0) + self.uniform(-0.01, 0.01, 3)
-        cube, goal = (
-            {"p": above, "q": self.orientation(), "v": still, "w": still},
-            self.orientation(),
-        )
-        both = {name: torch.cat((hand[name], cube[name][:, None]), 1) for name in "pqvw"}
-        return {**both, "actions": idle, "goal": goal, "aim": goal}
+        still = torch.zeros(self.num_envs, 3, device=self.device, dtype=self.dtype)
+        idle = torch.zeros(self.num_envs, 16, device=self.device, dtype=self.dtype)
+        goal = self.orientation()
+        return {
+            "p": self.vector(*self.CUBE) + self.uniform(-0.01, 0.01, 3),
+            "q": self.orientation(),
+            "v": still,
+            "w": still,
+            "angles": 0.2 * self.uniform(self.low.tolist(), self.high.tolist(), 16),
+            "rates": idle,
+            "actions": idle,
+            "goal": goal,
+            "aim": goal,
+        }
 
     def off(self, state, goal: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The turn from a goal to the cube (N, 4), and its angle (N,)."""
-        turn = multiply(state["q"][:, self.cube], goal * self.vector(-1, -1, -1, 1))
+        turn = multiply(state["q"], goal * self.vector(-1, -1, -1, 1))
         sine = (turn[:, :3].square().sum(1) + 1e-12).sqrt()
         return turn, 2 * sine.clamp_max(1 - 1e-3).asin()
 
     def physics(self, state, actions):
-        p, q, v, w = self.sim.step(
-            state["p"], state["q"], state["v"], state["w"], self.TORQUE * actions
-        )
-        new, goal = (
-            {"p": p, "q": q, "v": v, "w": w, "actions": actions, "aim": state["goal"]},
-            state["goal"],
-        )
-        reached = self.off(new, goal)[1].detach() <= self.NEAR
+        new = {**self.moved(state, self.TORQUE * actions), "actions": actions, "aim": state["goal"]}
+        reached, goal = self.off(new, state["goal"])[1].detach() <= self.NEAR, state["goal"]
         if reached.any():
             goal = torch.where(reached[:, None], self.orientation(), goal)
         return {**new, "goal": goal}
 
     def observe(self, state):
-        angles, rates = self.sim.angles(state["q"], state["w"])
-        p, q, v, w = (state[name][:, self.cube] for name in "pqvw")
-        goal = self.goal_position.expand(self.num_envs, 3)
-        return {
-            "state": torch.cat(
-                (
-                    angles,
-                    0.2 * rates,
-                    p,
-                    q,
-                    v,
-                    0.2 * w,
-                    goal,
-                    state["goal"],
-                    self.off(state, state["goal"])[0],
-                    state["actions"],
-                ),
-                1,
-            )
-        }
+        angles = (2 * state["angles"] - self.high - self.low) / (self.high - self.low)
+        cube = (state["p"], state["q"], state["v"], 0.2 * state["w"])
+        goal = (self.goal_position.expand(self.num_envs, 3), state["goal"])
+        turn = self.off(state, state["goal"])[0]
+        parts = (angles, 0.2 * state["rates"], *cube, *goal, turn, state["actions"])
+        return {"state": torch.cat(parts, 1)}
 
     def reward(self, state, actions):
-        away = ((state["p"][:, self.cube] - self.goal_position).square().sum(1) + 1e-12).sqrt()
+        away = ((state["p"] - self.goal_position).square().sum(1) + 1e-12).sqrt()
         theta = self.off(state, state["aim"])[1]
         rewards = -10 * away + 1 / (theta + 0.1) - 2e-4 * actions.square().sum(1)
-        return rewards + self.BONUS * torch.sigmoid(
-            (self.NEAR - theta) / 1e-3
-        ), away.detach() >= self.FALLEN
+        near = torch.sigmoid((self.NEAR - theta) / 1e-3)
+        rewards = rewards + self.BONUS * torch.sigmoid((near - 1) / 1e-3)
+        return rewards, away.detach() >= self.FALLEN
 
     def render(self, world: int = 0, size: int = 256):
-        """An image for people, uint8 (size, size, 3); the goal's orientation is that of the cube on the left."""
+        """An image for people, uint8 (size, size, 3); the goal's orientation is that of the cube on
+        the left."""
         from envs.rewarped import render
 
         return render.draw_hand(self, world, size, SIDE)
