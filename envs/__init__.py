@@ -103,7 +103,14 @@ SIMULATORS = (
     ),
     ("*-v[0-9]*", "ManiSkill", "maniskill", "mani_skill", 'pip install -e ".[maniskill]"'),
     ("[a-z]*_[a-z]*", "DeepMind Control", "dmc", "dm_control", 'pip install -e ".[dmc]"'),
-    ("*", "differentiable simulation", "rewarped", "warp", 'pip install -e ".[rewarped]"'),
+    *(
+        (name, "differentiable simulation", "rewarped", "warp", 'pip install -e ".[rewarped]"')
+        for name in "RollingFlat FluidMove HandFlip SoftJumper AntRun HandReorient".split()
+    ),
+)
+KNOWN = (
+    "SO101ReachCube-v1 and its like, dot_reach, domain_task (DeepMind Control), Name-v1 (ManiSkill), "
+    "robosuite/Name, RollingFlat, FluidMove, HandFlip, SoftJumper, AntRun, HandReorient"
 )
 
 
@@ -117,9 +124,10 @@ def make(env_id: str, num_envs: int, device="cpu", **options):
         raise ValueError(
             f"{env_id} is an environment in JAX, made by envs.go1.make: see algos/ppo_mjx_go1.py"
         )
-    name, module, package, install = next(
-        row[1:] for row in SIMULATORS if fnmatchcase(env_id, row[0])
-    )
+    rows = [row[1:] for row in SIMULATORS if fnmatchcase(env_id, row[0])]
+    if not rows:
+        raise ValueError(f"no task is called {env_id}: there are {KNOWN}")
+    name, module, package, install = rows[0]
     if not installed(package):
         raise ValueError(f"{env_id} ({name}) needs {package}: {install}")
     given = {option: value for option, value in options.items() if value is not None}
