@@ -476,7 +476,7 @@ def test_images_and_throughput_are_written_and_wrong_choices_named(tmp_path, mon
     table = throughput_rewarped.Args(("AntRun",), "small", (1,), 1, 1, out=tmp_path / "table.csv")
     assert throughput_rewarped.main(table) == 0
     lines = (tmp_path / "table.csv").read_text().splitlines()
-    assert lines[0].startswith("task,what,worlds,env_steps_per_second")
+    assert lines[0].startswith("task,what,environments,env_steps_per_second")
     assert [line.startswith('"AntRun, small",forward') for line in lines[-3:]] == [
         False,
         True,
