@@ -23,5 +23,6 @@ for folder in ("algos", "scripts", "benchmarks", "tests"):
 @pytest.fixture(autouse=True)
 def ctrl_c_is_pythons_own():
     """A run that ends by an exception, as at a NaN, leaves its handler behind; the next test must not find it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, signal.default_int_handler)
