@@ -27,7 +27,7 @@ Commands, from the repository's root:
     resume     python algos/squint_sac.py --resume runs/NAME    (exact if it ran with --save-buffer)
 
 Expected result, two shared CPU cores, last evaluation of three seeds: SO101ReachCube-v1 99.5 +-
-0.9 % after 80,000 transitions and 15 +- 1 minutes (5 on quiet cores); SO101LiftCube-v1, without
+0.9 % after 80,000 transitions and 15 +- 1 minutes (4.4 on quiet cores); SO101LiftCube-v1, without
 --ema, 84 +- 12 % after 180,000 and 21 minutes. Curves and commands: docs/algos/squint_sac.md. Not
 yet run on a GPU.
 
