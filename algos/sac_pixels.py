@@ -31,11 +31,10 @@ Differences from the papers and the authors' code:
     actions are left out.
  2. The tanh's share of log pi is exact, as in DrQ's code; SAC+AE's and RAD's add 1e-6.
  3. Of RAD's ten augmentations there are the two that were best, crop and translate.
- 4. All weights begin orthogonal; in SAC+AE and RAD a convolution's are 0 but in the middle.
- 5. Every frame is stored once as uint8 and augmentation is part of the update; theirs store whole
+ 4. Every frame is stored once as uint8 and augmentation is part of the update; theirs store whole
     stacks.
- 6. The state of an environment that has one joins the features of the image.
- 7. Ours: several environments, --encoder reconstruction, and every combination of --encoder and
+ 5. The state of an environment that has one joins the features of the image.
+ 6. Ours: several environments, --encoder reconstruction, and every combination of --encoder and
     --augmentation. On a CPU the sizes are smaller: TUNED, below.
 
 Commands, from the repository's root:
@@ -93,6 +92,7 @@ SAC_AE = dict(  # and RAD, which is built on its code
     alpha_beta=0.5,
     encoder_tau=0.05,
     batch_size=128,
+    delta_orthogonal=True,
 )
 SMALL = dict(  # sizes for a CPU
     image_size=48,
@@ -167,6 +167,7 @@ class Args:
     encoder: Literal["separate", "critic", "autoencoder", "reconstruction"] = "critic"  # see above
     encoder_strides: tuple[int, ...] = (2, 1, 1, 1)  # of the 3 x 3 convolutions, one number a layer
     encoder_channels: int = 32  # filters of each convolution
+    delta_orthogonal: bool = False  # first weights only in the middle of a filter (SAC+AE, RAD)
     feature_dim: int = 50  # Z: numbers that actor and critic each make of the convolutions' output
     hidden: int = 1024  # width of the two layers of actor and critics
     augmentation: Literal["none", "shift", "crop", "translate"] = "shift"  # of each sampled image
@@ -285,11 +286,18 @@ def make_envs(args: Args) -> tuple:
 
 
 # --- Networks -------------------------------------------------------------------------------------
-def init_orthogonal(layer: nn.Module):
-    """Orthogonal weights, gain sqrt 2 for convolutions (ReLUs follow), else 1; zero biases."""
-    if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):  # differs (4)
+def init_orthogonal(layer: nn.Module, delta: bool):
+    """Orthogonal weights, gain sqrt 2 for convolutions (ReLUs follow), else 1; zero biases.
+
+    delta: a filter is zero but in its middle, where it is orthogonal (arXiv 1806.05393).
+    """
+    if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+        weight = layer.weight.data
         gain = 1.0 if isinstance(layer, nn.Linear) else math.sqrt(2)
-        nn.init.orthogonal_(layer.weight, gain)
+        if delta and weight.ndim == 4:
+            weight.zero_()
+            weight = weight[:, :, 1, 1]
+        nn.init.orthogonal_(weight, gain)
         nn.init.zeros_(layer.bias)
 
 
@@ -375,7 +383,7 @@ class Agent(nn.Module):
             self.decoder = Decoder(self.encoder, args)
         self.actor = Heads(self.encoder.features, state, 1, 2 * action, args)
         self.critic = Heads(self.encoder.features, state + action, 2, 1, args)
-        self.apply(init_orthogonal)
+        self.apply(partial(init_orthogonal, delta=args.delta_orthogonal))
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)))

@@ -381,11 +381,16 @@ def test_only_the_decoder_decays_and_the_convolutions_have_two_adams():
     assert both < set(q["params"])
 
 
-def test_first_weights_are_orthogonal_and_the_target_is_the_critic():
-    agent, _, _, _ = learning_parts(encoder="autoencoder")
+@pytest.mark.parametrize("delta", [False, True])
+def test_first_weights_are_orthogonal_and_the_target_is_the_critic(delta):
+    agent, _, _, _ = learning_parts(encoder="autoencoder", delta_orthogonal=delta)
     for layer in agent.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-            weight = layer.weight.detach().flatten(1)
+            weight = layer.weight.detach()
+            if delta and weight.ndim == 4:
+                assert weight.count_nonzero() == weight[:, :, 1, 1].count_nonzero()
+                weight = weight[:, :, 1, 1]
+            weight = weight.flatten(1)
             if weight.shape[0] > weight.shape[1]:
                 weight = weight.T
             square = 1.0 if isinstance(layer, nn.Linear) else 2.0
