@@ -86,8 +86,9 @@ def elements(env) -> int:
 def memory(env) -> float:
     """Megabytes of the arrays of all workspaces."""
     if without_grid(env.env_id):
-        steps = env.sim.steps
-        tensors = (*steps.states, *steps.adj_states, *steps.inputs, *steps.adj_inputs)
+        found = [env.sim.steps, getattr(env.sim, "weighing", env.sim.steps)]
+        spaces = {id(space): space for steps in found for space in steps.spaces}.values()
+        tensors = [tensor for space in spaces for tensor in space.held()]
         return sum(t.numel() * t.element_size() for t in tensors) / 1e6
     total = 0
     for space in env.sim.spaces:

@@ -109,6 +109,7 @@ class DifferentiableEnv:
 
     def detach(self) -> None:
         """Begins a window: what comes after has no gradient with respect to what came before."""
+        self.sim.detach()
         self.state = {name: value.detach() for name, value in self.state.items()}
         self.obs = self.observe(self.state)
 

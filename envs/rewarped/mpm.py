@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 import warp as wp
 
-from envs.rewarped.substeps import Launcher, all_finite, own_gradient
+from envs.rewarped.substeps import Launcher, Spaces, all_finite, need_values, own_gradient
 
 MATERIALS = ("elastic", "plasticine", "fluid")
 CAPSULE, BOX = (
@@ -676,12 +676,11 @@ class _Step(torch.autograd.Function):
     """One step of the simulation, as torch sees it: (particles, poses) -> particles."""
 
     @staticmethod
-    def forward(ctx, sim, keep, *tensors):
+    def forward(ctx, sim, space, *tensors):
         particles, poses = (
             Particles(*tensors[:4]),
             Poses(*tensors[4:]) if len(tensors) > 4 else None,
         )
-        space = sim.workspace(keep)
         ctx.sim, ctx.space, ctx.serial = sim, space, space.serial
         if sim.checkpoint:
             ctx.save_for_backward(*tensors)
@@ -695,10 +694,8 @@ class _Step(torch.autograd.Function):
         if sim.checkpoint:
             saved = ctx.saved_tensors
             space.forward(Particles(*saved[:4]), Poses(*saved[4:]) if ctx.has_poses else None)
-        elif space.serial != ctx.serial:
-            raise RuntimeError(
-                "backward() came after detach(): the substeps of that window are overwritten"
-            )
+        else:
+            need_values(space, ctx.serial)
         adj_particles, adj_poses = space.backward(adj)
         found = list(adj_particles)
         if ctx.has_poses:
@@ -711,7 +708,7 @@ class _Step(torch.autograd.Function):
         return None, None, *kept[:4], *(pose.movedim(0, 1) for pose in kept[4:])
 
 
-class MPM:
+class MPM(Spaces):
     """N environments of P particles of one material.
 
     material         "elastic", "plasticine" or "fluid"
@@ -773,7 +770,8 @@ class MPM:
             substeps,
         )
         self.device, self.dtype = torch.device(device), dtype
-        self.checkpoint, self.window, self.graph = checkpoint, window, graph
+        super().__init__(device, checkpoint, window)
+        self.graph = graph
         self.dx, self.dt, self.gravity = 1.0 / grid, dt, gravity
         self.friction, self.ground_friction = friction, ground_friction
         self.mu, self.lam = (
@@ -794,26 +792,9 @@ class MPM:
         wp.load_module(
             self.stress.module, device=str(self.device)
         )  # before any capture, which cannot compile
-        self.spaces, self.used = [], 0
-        self.bad_gradients = torch.zeros((), dtype=torch.int64, device=self.device)
 
-    def workspace(self, keep: bool) -> _Workspace:
-        """Arrays for a step. Those of a step whose gradient is wanted are kept until `detach`, unless checkpointed."""
-        keep = keep and not self.checkpoint
-        if keep and self.used == self.window:
-            raise RuntimeError(
-                f"{self.window + 1} steps without detach(): more than window={self.window}"
-            )
-        if self.used == len(self.spaces):
-            self.spaces.append(_Workspace(self, 1 if self.checkpoint else self.substeps))
-        space = self.spaces[self.used]
-        space.serial += 1
-        self.used += keep
-        return space
-
-    def detach(self) -> None:
-        """Begins a window: the arrays of older steps may be overwritten."""
-        self.used = 0
+    def new_workspace(self) -> _Workspace:
+        return _Workspace(self, 1 if self.checkpoint else self.substeps)
 
     def step(self, particles: Particles, poses: Poses | None = None) -> Particles:
         """Particles a step later; differentiable with respect to particles and poses."""
@@ -822,5 +803,4 @@ class MPM:
                 f"{len(self.kinds)} colliders, but poses {'are missing' if poses is None else 'given'}"
             )
         tensors = (*particles, *(poses or ()))
-        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        return Particles(*_Step.apply(self, keep, *tensors))
+        return Particles(*_Step.apply(self, self.workspace(tensors), *tensors))

@@ -15,11 +15,12 @@ step begins: then a hinge's axis s at x moves what hangs on it by (s, x cross s)
                signed distance
     wrenches   a thread a body: forces on it less those that its own acceleration needs, to all
                coordinates that move it
-    solve      a thread a piece of a row of the inverse mass matrix: accelerations
+    solve      a thread a row of the inverse mass matrix: accelerations
     advance    a thread a coordinate: velocities, then positions
 
 The mass matrix is that of the beginning of a step, as in the published simulation, which computes
-it once a step: a batched inverse in torch, and every kernel stays small. For what moves while it
+it once a step: root, links and `weigh`, a thread a body and a coordinate, then a batched inverse in
+torch. For what moves while it
 holds that is wrong: a body in flight feels m t v x g of its weight as a torque after the time t.
 `updates` computes it more often.
 
@@ -35,11 +36,9 @@ from dataclasses import dataclass
 import torch
 import warp as wp
 
-from envs.rewarped.kinematics import skew
 from envs.rewarped.substeps import Substeps
 
 DEPTH = 4  # most hinges between a body and the root of its tree
-CHUNK = 8  # entries of a row that one thread multiplies
 
 
 # ------------------------------------------------------------------------------------------------------- kernels -----
@@ -269,14 +268,86 @@ def kernels(real) -> types.SimpleNamespace:
                 wp.atomic_add(force, n, 6 + j, share)
 
     @kernel
-    def solve(inverse: scalars3, force: scalars2, coordinates: int, change: scalars2):
-        n, i, chunk = wp.tid()
+    def weigh(
+        carriers: ints2,
+        rooted: ints,
+        weighed: ints,
+        mass: scalars,
+        com: points,
+        inertia: matrices,
+        X: vectors,
+        Q: quats,
+        way: vectors,
+        moment: vectors,
+        matrix: scalars3,
+    ):
+        """One column of the mass matrix, as far as one body makes it: the momentum that the body
+        has at a unit of this coordinate, to all coordinates that move it."""
+        n, b, slot = wp.tid()
+        one, zero = real(1.0), real(0.0)
+        column = int(-1)  # noqa: UP018  (to Warp a literal is a constant)
+        w = vec3()
+        u = vec3()
+        if slot < 6:
+            if rooted[b] == 1:
+                column = slot
+            w = vec3(
+                wp.where(slot == 0, one, zero),
+                wp.where(slot == 1, one, zero),
+                wp.where(slot == 2, one, zero),
+            )
+            u = vec3(
+                wp.where(slot == 3, one, zero),
+                wp.where(slot == 4, one, zero),
+                wp.where(slot == 5, one, zero),
+            )
+        else:
+            own = carriers[b, slot - 6]
+            if own >= 0:
+                column = 6 + own
+                w = way[n, own]
+                u = moment[n, own]
+        if column >= 0:
+            a = weighed[b]
+            q = Q[n, a]
+            c = X[n, a] + wp.quat_rotate(q, com[a])
+            push = (u + wp.cross(w, c)) * mass[a]
+            twist = wp.quat_rotate(q, inertia[a] @ wp.quat_rotate_inv(q, w)) + wp.cross(c, push)
+            if rooted[b] == 1:
+                for i in range(3):
+                    wp.atomic_add(matrix, n, i, column, twist[i])
+                    wp.atomic_add(matrix, n, 3 + i, column, push[i])
+            for k in range(DEPTH):
+                j = carriers[b, k]
+                if j >= 0:
+                    share = wp.dot(way[n, j], twist) + wp.dot(moment[n, j], push)
+                    wp.atomic_add(matrix, n, 6 + j, column, share)
+
+    @functools.partial(wp.kernel, module=name, enable_backward=False)
+    def solve(inverse: scalars3, force: scalars2, change: scalars2):
+        n, i = wp.tid()
         total = real(0.0)
-        for step in range(CHUNK):  # unrolled: the adjoint of a dynamic loop would be wrong
-            k = chunk * CHUNK + step
-            if k < coordinates:
-                total = total + inverse[n, i, k] * force[n, k]
-        wp.atomic_add(change, n, i, total)
+        for k in range(force.shape[1]):
+            total += inverse[n, i, k] * force[n, k]
+        change[n, i] = total
+
+    @functools.partial(wp.kernel, module=name, enable_backward=False)
+    def adj_solve(
+        inverse: scalars3,
+        change: scalars2,
+        adj_change: scalars2,
+        adj_force: scalars2,
+        adj_matrix: scalars3,
+    ):
+        """The adjoint of `solve`, by hand, in terms of the matrix: with change = M^-1 force, it is
+        l = M^-1 adj_change for the force and -l change^T for M."""
+        n, i = wp.tid()
+        total = real(0.0)
+        for k in range(change.shape[1]):
+            total += inverse[n, k, i] * adj_change[n, k]
+        adj_force[n, i] = total
+        for k in range(change.shape[1]):
+            adj_matrix[n, i, k] = adj_matrix[n, i, k] - total * change[n, k]
 
     @kernel
     def advance(
@@ -399,6 +470,8 @@ class Rigid:
         device="cpu",
         dtype=torch.float32,
         graph: bool = False,
+        checkpoint: bool = True,
+        window: int = 32,
     ):
         carriers = [[]]  # of each body: the hinges between it and the root of its tree
         for j, hinge in enumerate(hinges):
@@ -438,15 +511,10 @@ class Rigid:
         self.anchors = new([h.anchor for h in hinges]).view(-1, 3)
         self.axes = new([h.axis for h in hinges]).view(-1, 3)
         self.turns = new([h.turn for h in hinges]).view(-1, 4)
-        self.masses, self.coms = new([b.mass for b in bodies]), new([b.com for b in bodies])
-        self.inertias = inertias.to(device, dtype)
         self.armature = torch.diag(new([0.0] * 6 + [h.armature for h in hinges]))
-        # Which coordinates move which body (B, D).
+        self.empty = torch.zeros(N, D, D, device=device, dtype=dtype)
+        # Whether the free body moves them.
         rooted = [b == 0 or hinges[carriers[b][0]].parent == 0 for b in range(B)]
-        moves = [
-            [1.0 * rooted[b]] * 6 + [1.0 * (j in carriers[b]) for j in range(J)] for b in range(B)
-        ]
-        self.moves = new(moves)
 
         def array(rows, kind):
             empty = (0,) * kind._length_ if hasattr(kind, "_length_") else 0
@@ -481,47 +549,69 @@ class Rigid:
             array((b.place for b in boxes), k.vec3),
             array((b.half for b in boxes), k.vec3),
         ]
-        padded = [(c + [-1] * DEPTH)[:DEPTH] for c in carriers]
-        weight = [
+        heavy = [
             array((b.mass for b in bodies), real),
             array((b.com for b in bodies), k.vec3),
             wp.array(inertias.numpy(), dtype=k.mat33, device=where),
-            array((int(r) for r in rooted), wp.int32),
-            wp.array(padded, dtype=wp.int32, device=where),
-            k.vec3(*gravity),
         ]
+        roots = array((int(r) for r in rooted), wp.int32)
+        padded = [(c + [-1] * DEPTH)[:DEPTH] for c in carriers]
+        above = wp.array(padded, dtype=wp.int32, device=where)
+        self.weighed = array(range(B), wp.int32)  # whose inertia each body has in the mass matrix
         s = springs or Springs()
         hold = [s.limit, s.limit_d, s.damping]
         contact = [s.contact_ke, s.contact_kd, s.contact_kf, s.friction]
 
-        def launches(state, inputs, scratch, following):
-            (*free, angle, rate), (motor, inverse, origin) = state, inputs
-            X, Q, W, U, BW, BU, way, moment, f, t, force, change = scratch
-            frames, bias = [X, Q, W, U], [BW, BU, way, moment]
-            found = [(k.root, (N,), [*free, origin], frames)]
+        def placing(state, motor, origin, scratch):
+            """Launches of root and links."""
+            *free, angle, rate = state
+            X, Q, W, U, BW, BU, way, moment, force = scratch
+            found = [(k.root, (N,), [*free, origin], [X, Q, W, U])]
             for level in levels:
                 own = [angle, rate, motor, level, *tree, *hold]
-                found.append((k.links, (N, len(level)), own, [*frames, *bias, force]))
+                found.append((k.links, (N, len(level)), own, scratch))
+            return found
+
+        def weighing(state, inputs, scratch, following, adjoint):
+            origin, X, Q, way, moment = inputs[-1], scratch[0], scratch[1], scratch[6], scratch[7]
+            weight = [above, roots, self.weighed, *heavy, X, Q, way, moment]
+            last = (k.weigh, (N, B, 6 + DEPTH), weight, following)
+            return [*placing(inputs[:6], inputs[6], origin, scratch), last]
+
+        def launches(state, inputs, scratch, following, adjoint):
+            motor, matrix, inverse, origin = inputs
+            *placed, f, t, change = scratch
+            X, Q, W, U, BW, BU, way, moment, force = placed
+            frames, bias = [X, Q, W, U], [BW, BU, way, moment]
+            found = placing(state, motor, origin, placed)
             if K and ground:
                 found.append((k.contacts, (N, K), [origin, *touch, *contact], [*frames, f, t]))
             if K and M:
                 found.append((k.touches, (N, K, M), [*touch, *block, *contact], [*frames, f, t]))
+            weight = [*heavy, roots, above, k.vec3(*gravity)]
             found.append((k.wrenches, (N, B), weight, [*frames, *bias, f, t, force]))
-            found.append((k.solve, (N, D, -(-D // CHUNK)), [inverse, force, D], [change]))
+            back = [inverse, change, adjoint(change)], [adjoint(force), adjoint(matrix)]
+            by_hand = (k.adj_solve, (N, D), *back)
+            found.append((k.solve, (N, D), [inverse, force], [change], by_hand))
             return [*found, (k.advance, (N, 1 + J), [*state, change, dt], following)]
 
         vector, hinge, each = ((N,), k.vec3), ((N, max(J, 1)), real), ((N, B + 1), k.vec3)
-        scratch = [each, ((N, B + 1), k.quat), each, each, each, each]
-        scratch += [((N, max(J, 1)), k.vec3)] * 2 + [each, each, ((N, D), real), ((N, D), real)]
+        square = ((N, D, D), real)
+        state = [vector, ((N,), k.quat), vector, vector, hinge, hinge]
+        placed = [each, ((N, B + 1), k.quat), each, each, each, each]
+        placed += [((N, max(J, 1)), k.vec3)] * 2 + [((N, D), real)]
+        options = dict(device=device, dtype=dtype, graph=graph, checkpoint=checkpoint)
+        options |= dict(window=window * updates)
+        self.weighing = Substeps(
+            [square], [*state, hinge, vector], placed, weighing, substeps=1, **options
+        )
         self.steps = Substeps(
-            [vector, ((N,), k.quat), vector, vector, hinge, hinge],
-            [hinge, ((N, D, D), real), vector],
-            scratch,
+            state,
+            [hinge, square, square, vector],
+            [*placed, each, each, ((N, D), real)],
             launches,
             substeps=substeps // updates,
-            device=device,
-            dtype=dtype,
-            graph=graph,
+            **options,
         )
 
     @staticmethod
@@ -536,11 +626,17 @@ class Rigid:
         for _ in range(self.updates):
             origin = p.detach()  # any will do: what comes out does not depend on it
             r = p - origin
-            inverse = torch.linalg.inv_ex(self.mass_matrix(r, q, angles, origin)).inverse
             state = (r, q, w, v - torch.cross(w, r, dim=1), angles, rates)
-            r, q, w, u, angles, rates = self.steps.step(*state, motor, inverse, origin)
+            (matrix,) = self.weighing.step(self.empty, *state, motor, origin)
+            inverse = torch.linalg.inv_ex(matrix.detach() + self.armature).inverse
+            r, q, w, u, angles, rates = self.steps.step(*state, motor, matrix, inverse, origin)
             p, v = origin + r, u + torch.cross(w, r, dim=1)
         return p, q, v, w, angles, rates
+
+    def detach(self) -> None:
+        """Begins a window."""
+        self.weighing.detach()
+        self.steps.detach()
 
     def frames(self, p, q, angles) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions (N, B, 3) and quaternions (N, B, 4) of all bodies' frames."""
@@ -554,29 +650,6 @@ class Rigid:
             places = torch.cat((places, x), 1)
             turns = torch.cat((turns, multiply(turn, bent[:, own])), 1)
         return places[:, self.order], turns[:, self.order]
-
-    def spatial(self, c: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-        """Inertias (N, B, 6, 6) about the origin of bodies with these centres of mass and
-        orientations."""
-        R, C, m = rotation(turns), skew(c), self.masses[:, None, None]
-        one = torch.eye(3, device=c.device, dtype=c.dtype)
-        turning = R @ self.inertias @ R.mT - m * C @ C
-        upper, lower = (turning, m * C), (-m * C, (m * one).expand_as(C))
-        return torch.cat((torch.cat(upper, 3), torch.cat(lower, 3)), 2)
-
-    def mass_matrix(self, r, q, angles, origin) -> torch.Tensor:
-        """(N, D, D), about the origin; the free body is at r from it."""
-        places, turns = self.frames(r + origin, q, angles)
-        x, N = places - origin[:, None], len(r)
-        axes = rotate(turns[:, 1:], self.axes.expand(N, -1, 3))
-        # How each coordinate moves, angular and linear, what it moves (N, D, 6).
-        hinges = torch.cat((axes, torch.cross(x[:, 1:], axes, dim=2)), 2)
-        free = torch.eye(6, device=r.device, dtype=r.dtype).expand(N, 6, 6)
-        ways = torch.cat((free, hinges), 1)
-        inertias = self.spatial(x + rotate(turns, self.coms.expand(N, -1, 3)), turns)
-        each = ways[:, None] * self.moves[..., None]  # of each body (N, B, D, 6)
-        pushed, each = ((t.transpose(1, 2).flatten(2)) for t in (each @ inertias, each))
-        return pushed @ each.mT + self.armature
 
 
 # ------------------------------------------------------------------------------------------------- quaternions -------
@@ -599,10 +672,3 @@ def about(axis: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
     """Quaternions of turns by angle (...) about unit vectors axis (..., 3)."""
     half = angle[..., None] / 2
     return torch.cat((axis * half.sin(), half.cos()), -1)
-
-
-def rotation(q: torch.Tensor) -> torch.Tensor:
-    """Matrices (..., 3, 3) of quaternions (..., 4)."""
-    eye = torch.eye(3, device=q.device, dtype=q.dtype)
-    columns = [rotate(q, axis.expand(*q.shape[:-1], 3)) for axis in eye]
-    return torch.stack(columns, -1)

@@ -114,6 +114,8 @@ class AntRun(Articulated):
             device=self.device,
             dtype=self.dtype,
             graph=self.graph,
+            checkpoint=self.checkpoint,
+            window=self.window,
         )
         self.action_dim, self.control_hz = 8, 60.0
         self.max_episode_steps = {"full": 1000, "small": 200}[self.size]
@@ -346,6 +348,8 @@ class HandReorient(Articulated):
             device=self.device,
             dtype=self.dtype,
             graph=self.graph,
+            checkpoint=self.checkpoint,
+            window=self.window,
         )
         self.action_dim, self.max_episode_steps = 16, s["steps"]
         self.control_hz = 1 / (s["dt"] * s["substeps"])
