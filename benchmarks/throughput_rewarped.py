@@ -94,7 +94,7 @@ def memory(env) -> float:
     for space in env.sim.spaces:
         tensors = (*space.particles, *space.adj_particles, *space.poses, *space.adj_poses)
         total += sum(t.numel() * t.element_size() for t in tensors)
-        arrays = [a for grid in space.grids for a in grid] + list(space.adj_grid) + [space.seen]
+        arrays = [a for grid in space.grids for a in grid] + [*space.adj_grid, *space.A, space.seen]
         total += sum(a.capacity for a in arrays) + sum(
             a.capacity for pair in space.touched for a in pair
         )

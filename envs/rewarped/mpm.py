@@ -186,17 +186,19 @@ def kernels(real) -> types.SimpleNamespace:
         P = wp.diag(
             vec3(adj_strain[0] / sigma[0], adj_strain[1] / sigma[1], adj_strain[2] / sigma[2])
         )
+        root = vec3(wp.sqrt(sigma[0]), wp.sqrt(sigma[1]), wp.sqrt(sigma[2]))
+        grown = vec3(wp.exp(new[0]), wp.exp(new[1]), wp.exp(new[2]))
         for i in range(3):
             for j in range(3):
-                if i != j:
+                if i < j:
                     x = strain[j] - strain[i]
-                    middle = wp.exp((strain[i] + strain[j]) / real(2.0))  # sqrt(sigma_i sigma_j)
-                    middle_new = wp.exp((new[i] + new[j]) / real(2.0))
-                    a = middle_new / middle * sinh_ratio(x, s)
-                    b = (wp.exp(new[i]) + wp.exp(new[j])) / (sigma[i] + sigma[j])
-                    c = mu * s * x_over_sinh(x) / (middle * middle)
-                    P[i, j] = (a + b) / real(2.0) * W[i, j] + (a - b) / real(2.0) * W[j, i]
-                    P[i, j] += (T[i, j] + T[j, i]) * c * sigma[j]
+                    middle = root[i] * root[j]
+                    a = wp.sqrt(grown[i] * grown[j]) / middle * sinh_ratio(x, s)
+                    b = (grown[i] + grown[j]) / (sigma[i] + sigma[j])
+                    c = mu * s * x_over_sinh(x) / (middle * middle) * (T[i, j] + T[j, i])
+                    even, odd = (a + b) / real(2.0), (a - b) / real(2.0)
+                    P[i, j] = even * W[i, j] + odd * W[j, i] + c * sigma[j]
+                    P[j, i] = even * W[j, i] + odd * W[i, j] + c * sigma[i]
         wp.adjoint[F] += U @ P @ wp.transpose(V)
 
     @kernel
@@ -232,7 +234,35 @@ def kernels(real) -> types.SimpleNamespace:
             real(0.5) * (f - real(0.5)) * (f - real(0.5)),
         )
 
-    @functools.partial(wp.kernel, module=name, enable_backward=False)
+    @func
+    def slope(f: real):
+        """Derivatives of `spline`."""
+        return vec3(f - real(1.5), real(2.0) - f * real(2.0), f - real(0.5))
+
+    plain = functools.partial(
+        wp.kernel, module=name, enable_backward=False
+    )  # with no adjoint, or one by hand
+
+    @plain
+    def clear(nodes: ints, count: ints, m: grid_scalars, mv: grid_vectors, gv: grid_vectors):
+        """Zeros where the grid has been used; most of it is empty."""
+        t = wp.tid()
+        if t < count[0]:
+            G, node = m.shape[1], nodes[t]
+            i, j, k, n = node // (G * G) % G, node // G % G, node % G, node // (G * G * G)
+            m[n, i, j, k] = real(0.0)
+            mv[n, i, j, k] = vec3()
+            gv[n, i, j, k] = vec3()
+
+    @plain
+    def unsee(nodes: ints, count: ints, seen: grid_ints):
+        """`seen` as it was before `mark`."""
+        t = wp.tid()
+        if t < count[0]:
+            G, node = seen.shape[1], nodes[t]
+            seen[node // (G * G * G), node // (G * G) % G, node // G % G, node % G] = 0
+
+    @plain
     def mark(x: vectors, inv_dx: real, seen: grid_ints, nodes: ints, count: ints):
         """Lists the nodes that particles touch, each once; most of the grid is empty."""
         n, p = wp.tid()
@@ -246,7 +276,7 @@ def kernels(real) -> types.SimpleNamespace:
                             ((n * G + bx + i) * G + by + j) * G + bz + k
                         )
 
-    @kernel
+    @plain
     def p2g(
         x: vectors,
         v: vectors,
@@ -271,7 +301,46 @@ def kernels(real) -> types.SimpleNamespace:
                     wp.atomic_add(grid_m, n, ix, iy, iz, w)
                     wp.atomic_add(grid_mv, n, ix, iy, iz, (vp + Ap @ offset) * w)
 
-    @kernel
+    @plain
+    def adj_p2g(
+        x: vectors,
+        v: vectors,
+        A: matrices,
+        dx: real,
+        inv_dx: real,
+        adj_m: grid_scalars,
+        adj_mv: grid_vectors,
+        adj_x: vectors,
+        adj_v: vectors,
+        adj_A: matrices,
+    ):
+        """With o = x_i - x, of the weights m + mv . (v + A o); adj_A alone is not added to."""
+        n, p = wp.tid()
+        xp, vp, Ap, G = x[n, p], v[n, p], A[n, p], adj_m.shape[1]
+        bx, by, bz = corner(xp[0], inv_dx, G), corner(xp[1], inv_dx, G), corner(xp[2], inv_dx, G)
+        fx, fy, fz = xp[0] * inv_dx - real(bx), xp[1] * inv_dx - real(by), xp[2] * inv_dx - real(bz)
+        wx, wy, wz = spline(fx), spline(fy), spline(fz)
+        sx, sy, sz = slope(fx), slope(fy), slope(fz)
+        to_v, to_A, to_f = vec3(), mat33(), vec3()
+        for i in range(3):
+            for j in range(3):
+                for k in range(3):
+                    ix, iy, iz = bx + i, by + j, bz + k
+                    offset = vec3(real(ix), real(iy), real(iz)) * dx - xp
+                    momentum = adj_mv[n, ix, iy, iz]
+                    share = adj_m[n, ix, iy, iz] + wp.dot(momentum, vp + Ap @ offset)
+                    weighed = momentum * (wx[i] * wy[j] * wz[k])
+                    to_v += weighed
+                    to_A += wp.outer(weighed, offset)
+                    to_f += (
+                        vec3(sx[i] * wy[j] * wz[k], wx[i] * sy[j] * wz[k], wx[i] * wy[j] * sz[k])
+                        * share
+                    )
+        adj_x[n, p] = adj_x[n, p] + to_f * inv_dx - wp.transpose(Ap) @ to_v
+        adj_v[n, p] = adj_v[n, p] + to_v
+        adj_A[n, p] = to_A
+
+    @plain
     def g2p(
         x: vectors,
         grid_v: grid_vectors,
@@ -307,6 +376,50 @@ def kernels(real) -> types.SimpleNamespace:
             wp.clamp(moved[1], least, most),
             wp.clamp(moved[2], least, most),
         )
+
+    @plain
+    def adj_g2p(
+        x: vectors,
+        grid_v: grid_vectors,
+        dx: real,
+        inv_dx: real,
+        dt: real,
+        x_next: vectors,
+        v_next: vectors,
+        adj_x_next: vectors,
+        adj_v_next: vectors,
+        adj_C_next: matrices,
+        adj_x: vectors,
+        adj_grid_v: grid_vectors,
+    ):
+        """With o = x_i - x, a node's velocity goes into v and B by its weight: B is linear in o."""
+        n, p = wp.tid()
+        xp, moved, G = x[n, p], x_next[n, p], grid_v.shape[1]
+        adj_moved, least = adj_x_next[n, p], real(0.5) * dx
+        for k in range(3):  # one that the domain's border holds passes nothing on
+            if moved[k] <= least or moved[k] >= real(1.0) - least:
+                adj_moved[k] = real(0.0)
+        adj_v = adj_v_next[n, p] + adj_moved * dt
+        adj_B = adj_C_next[n, p] * (real(4.0) * inv_dx * inv_dx)
+        bx, by, bz = corner(xp[0], inv_dx, G), corner(xp[1], inv_dx, G), corner(xp[2], inv_dx, G)
+        fx, fy, fz = xp[0] * inv_dx - real(bx), xp[1] * inv_dx - real(by), xp[2] * inv_dx - real(bz)
+        wx, wy, wz = spline(fx), spline(fy), spline(fz)
+        sx, sy, sz = slope(fx), slope(fy), slope(fz)
+        to_f = vec3()
+        for i in range(3):
+            for j in range(3):
+                for k in range(3):
+                    ix, iy, iz = bx + i, by + j, bz + k
+                    offset = vec3(real(ix), real(iy), real(iz)) * dx - xp
+                    adj_vi = adj_v + adj_B @ offset
+                    share = wp.dot(grid_v[n, ix, iy, iz], adj_vi)
+                    wp.atomic_add(adj_grid_v, n, ix, iy, iz, adj_vi * (wx[i] * wy[j] * wz[k]))
+                    to_f += (
+                        vec3(sx[i] * wy[j] * wz[k], wx[i] * sy[j] * wz[k], wx[i] * wy[j] * sz[k])
+                        * share
+                    )
+        to_x = adj_moved + to_f * inv_dx - wp.transpose(adj_B) @ v_next[n, p]
+        adj_x[n, p] = adj_x[n, p] + to_x
 
     # ---- colliders and walls -----------------------------------------------------------------------------------------
     @func
@@ -560,11 +673,10 @@ class _Workspace(Launcher):
 
         def arrays(
             count,
-        ):  # what a substep computes on its way: A of the particles; mass, momentum, velocity of nodes
+        ):  # what a substep computes on its way: mass, momentum, velocity of nodes
             make = functools.partial(wp.zeros, device=str(sim.device))
             return [
                 (
-                    make((N, P), dtype=sim.k.mat33),
                     make((N, G, G, G), dtype=sim.real),
                     make((N, G, G, G), dtype=sim.k.vec3),
                     make((N, G, G, G), dtype=sim.k.vec3),
@@ -573,6 +685,11 @@ class _Workspace(Launcher):
             ]
 
         self.grids, self.adj_grid = arrays(grids), arrays(1)[0]
+        affine = functools.partial(wp.zeros, (N, P), dtype=sim.k.mat33, device=str(sim.device))
+        self.A, self.adj_A = (
+            [affine() for _ in range(S)],
+            affine(),
+        )  # of the particles, each substep
         ints = functools.partial(wp.zeros, dtype=wp.int32, device=str(sim.device))
         self.seen, self.touched = (
             ints((N, G, G, G)),
@@ -593,9 +710,9 @@ class _Workspace(Launcher):
             self.adj_w[s + 1],
             self.adj_p[s],
         )
-        A, m, mv, gv = self.grids[s % len(self.grids)]
+        A, (m, mv, gv) = self.A[s], self.grids[s % len(self.grids)]
         touched = self.touched[s % len(self.grids)]
-        aA, am, amv, agv = self.adj_grid
+        aA, (am, amv, agv) = self.adj_A, self.adj_grid
         material = [sim.dt, sim.mu, sim.lam, sim.limit, sim.scale]
         world = [sim.dx, sim.dt, sim.gravity, sim.friction, sim.ground_friction, len(sim.kinds)]
         shapes = [
@@ -603,9 +720,11 @@ class _Workspace(Launcher):
             sim.sizes_,
         ]  # without an adjoint; were they their own, it would be added to them
         spacing = [sim.dx, 1.0 / sim.dx]
+        adj_p2g = [x, v, A, *spacing, am, amv], [ax, av, aA]
+        adj_g2p = [x, gv, *spacing, sim.dt, x1, v1, ax1, av1, aC1], [ax, agv]
         return [
             (sim.stress, (N, P), [F, C, *material], [F1, A], [aF, aC, *material], [aF1, aA]),
-            (k.p2g, (N, P), [x, v, A, *spacing], [m, mv], [ax, av, aA, *spacing], [am, amv]),
+            (k.p2g, (N, P), [x, v, A, *spacing], [m, mv], (k.adj_p2g, (N, P), *adj_p2g)),
             (
                 k.grid,
                 None,
@@ -619,8 +738,7 @@ class _Workspace(Launcher):
                 (N, P),
                 [x, gv, *spacing, sim.dt],
                 [x1, v1, C1],
-                [ax, agv, *spacing, sim.dt],
-                [ax1, av1, aC1],
+                (k.adj_g2p, (N, P), *adj_g2p),
             ),
         ]
 
@@ -632,24 +750,29 @@ class _Workspace(Launcher):
             dim = int(count.numpy()[0]) if self.ask else len(nodes)
         return kernel, dim, *rest
 
-    def forward_substep(self, s: int, particles: bool = True) -> None:
-        """Substep s; without `particles` only its grid is built."""
+    def on_touched(self, kernel, s: int, *arrays) -> None:
+        """Launch a kernel without adjoint on the nodes that substep s touches, or touched before."""
+        inputs = [*self.touched[s % len(self.grids)], *arrays]
+        self.launch(self.sized((kernel, None, inputs, []), s))
+
+    def forward_substep(self, s: int, rebuild: bool = False) -> None:
+        """Substep s; to `rebuild` only its grid."""
         sim, touched = self.sim, self.touched[s % len(self.grids)]
-        for array in (*self.grids[s % len(self.grids)][1:], self.seen, touched[1]):
-            array.zero_()
+        self.on_touched(sim.k.clear, s, *self.grids[s % len(self.grids)])
+        touched[1].zero_()
         mark = [self.w[s].x, 1.0 / sim.dx, self.seen, *touched]
         self.launch((sim.k.mark, (sim.num_envs, sim.num_particles), mark, []))
-        for launch in self.launches[s][: 4 if particles else 3]:
+        self.on_touched(sim.k.unsee, s, self.seen)
+        for launch in self.launches[s][1:3] if rebuild else self.launches[s]:
             self.launch(self.sized(launch, s))
 
     def backward_substep(self, s: int) -> None:
         """Adjoint of substep s. A grid that all substeps share is first built again, in place of that of s + 1."""
         if self.shared:
-            self.forward_substep(s, particles=False)
-        for array in self.adj_grid:
-            array.zero_()
+            self.forward_substep(s, rebuild=True)
         for launch in reversed(self.launches[s]):
             self.launch(self.sized(launch, s), adjoint=True)
+        self.on_touched(self.sim.k.clear, s, *self.adj_grid)
 
     def forward(self, particles: Particles, poses: Poses | None) -> Particles:
         """Particles after a step, views into the workspace."""

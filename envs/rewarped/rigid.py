@@ -55,7 +55,7 @@ def kernels(real) -> types.SimpleNamespace:
         wp.types.quaternion(real),
         wp.types.matrix((3, 3), real),
     )
-    vectors, quats, scalars2 = (wp.array(dtype=t, ndim=2) for t in (vec3, quat, real))
+    vectors, frames, scalars2 = (wp.array(dtype=t, ndim=2) for t in (vec3, mat33, real))
     points, turns, matrices, scalars, ints = (
         wp.array(dtype=t, ndim=1) for t in (vec3, quat, mat33, real, wp.int32)
     )
@@ -69,18 +69,18 @@ def kernels(real) -> types.SimpleNamespace:
         u: points,
         origin: points,
         X: vectors,
-        Q: quats,
+        R: frames,
         W: vectors,
         U: vectors,
     ):
         n = wp.tid()
         world = X.shape[1] - 1
         X[n, 0] = r[n]
-        Q[n, 0] = q[n]
+        R[n, 0] = wp.quat_to_matrix(q[n])
         W[n, 0] = w[n]
         U[n, 0] = u[n]
         X[n, world] = -origin[n]
-        Q[n, world] = quat(real(0.0), real(0.0), real(0.0), real(1.0))
+        R[n, world] = wp.identity(n=3, dtype=real)
 
     @kernel
     def links(
@@ -98,7 +98,7 @@ def kernels(real) -> types.SimpleNamespace:
         limit_d: real,
         damping: real,
         X: vectors,
-        Q: quats,
+        R: frames,
         W: vectors,
         U: vectors,
         BW: vectors,
@@ -110,13 +110,13 @@ def kernels(real) -> types.SimpleNamespace:
         n, i = wp.tid()
         j = level[i]
         a, b, speed = parent[j], j + 1, rate[n, j]
-        x = X[n, a] + wp.quat_rotate(Q[n, a], anchor[j])
-        q = Q[n, a] * turn[j] * wp.quat_from_axis_angle(axis[j], angle[n, j])
-        s = wp.quat_rotate(q, axis[j])
+        x = X[n, a] + R[n, a] @ anchor[j]
+        rot = R[n, a] @ wp.quat_to_matrix(turn[j] * wp.quat_from_axis_angle(axis[j], angle[n, j]))
+        s = rot @ axis[j]
         m = wp.cross(x, s)
         w, u = W[n, a] + s * speed, U[n, a] + m * speed
         X[n, b] = x
-        Q[n, b] = q
+        R[n, b] = rot
         W[n, b] = w
         U[n, b] = u
         BW[n, b] = BW[n, a] + wp.cross(w, s) * speed
@@ -150,7 +150,7 @@ def kernels(real) -> types.SimpleNamespace:
         kf: real,
         friction: real,
         X: vectors,
-        Q: quats,
+        R: frames,
         W: vectors,
         U: vectors,
         f: vectors,
@@ -158,7 +158,7 @@ def kernels(real) -> types.SimpleNamespace:
     ):
         n, k = wp.tid()
         b, zero = body[k], real(0.0)
-        x = X[n, b] + wp.quat_rotate(Q[n, b], offset[k]) - vec3(zero, radius[k], zero)  # its lowest
+        x = X[n, b] + R[n, b] @ offset[k] - vec3(zero, radius[k], zero)  # its lowest
         height = x[1] + origin[n][1]
         if height < zero:
             u = U[n, b] + wp.cross(W[n, b], x)
@@ -207,7 +207,7 @@ def kernels(real) -> types.SimpleNamespace:
         kf: real,
         friction: real,
         X: vectors,
-        Q: quats,
+        R: frames,
         W: vectors,
         U: vectors,
         f: vectors,
@@ -215,11 +215,11 @@ def kernels(real) -> types.SimpleNamespace:
     ):
         n, k, m = wp.tid()
         a, b = body[k], box_body[m]
-        centre = X[n, a] + wp.quat_rotate(Q[n, a], offset[k])
-        local = wp.quat_rotate_inv(Q[n, b], centre - X[n, b]) - box_place[m]
+        centre = X[n, a] + R[n, a] @ offset[k]
+        local = wp.transpose(R[n, b]) @ (centre - X[n, b]) - box_place[m]
         depth = radius[k] - box_distance(box_half[m], local)
         if depth > real(0.0) and a != b:
-            normal = wp.quat_rotate(Q[n, b], box_normal(box_half[m], local))
+            normal = R[n, b] @ box_normal(box_half[m], local)
             x = centre - normal * radius[k]  # the sphere's deepest point
             u = U[n, a] + wp.cross(W[n, a], x) - U[n, b] - wp.cross(W[n, b], x)
             force = penalty(depth, normal, u, ke, kd, kf, friction)
@@ -238,7 +238,7 @@ def kernels(real) -> types.SimpleNamespace:
         carriers: ints2,
         gravity: vec3,
         X: vectors,
-        Q: quats,
+        R: frames,
         W: vectors,
         U: vectors,
         BW: vectors,
@@ -250,10 +250,11 @@ def kernels(real) -> types.SimpleNamespace:
         force: scalars2,
     ):
         n, b = wp.tid()
-        q, w, bw = Q[n, b], W[n, b], BW[n, b]
-        c = X[n, b] + wp.quat_rotate(q, com[b])
-        spin = wp.quat_rotate(q, inertia[b] @ wp.quat_rotate_inv(q, w))
-        turning = wp.quat_rotate(q, inertia[b] @ wp.quat_rotate_inv(q, bw)) + wp.cross(w, spin)
+        rot, w, bw = R[n, b], W[n, b], BW[n, b]
+        c = X[n, b] + rot @ com[b]
+        back = wp.transpose(rot)
+        spin = rot @ (inertia[b] @ (back @ w))
+        turning = rot @ (inertia[b] @ (back @ bw)) + wp.cross(w, spin)
         speeding = BU[n, b] + wp.cross(bw, c) + wp.cross(w, U[n, b] + wp.cross(w, c)) - gravity
         push = f[n, b] - speeding * mass[b]
         twist = t[n, b] - turning - wp.cross(c, speeding * mass[b])
@@ -276,7 +277,7 @@ def kernels(real) -> types.SimpleNamespace:
         com: points,
         inertia: matrices,
         X: vectors,
-        Q: quats,
+        R: frames,
         way: vectors,
         moment: vectors,
         matrix: scalars3,
@@ -309,10 +310,10 @@ def kernels(real) -> types.SimpleNamespace:
                 u = moment[n, own]
         if column >= 0:
             a = weighed[b]
-            q = Q[n, a]
-            c = X[n, a] + wp.quat_rotate(q, com[a])
+            rot = R[n, a]
+            c = X[n, a] + rot @ com[a]
             push = (u + wp.cross(w, c)) * mass[a]
-            twist = wp.quat_rotate(q, inertia[a] @ wp.quat_rotate_inv(q, w)) + wp.cross(c, push)
+            twist = rot @ (inertia[a] @ (wp.transpose(rot) @ w)) + wp.cross(c, push)
             if rooted[b] == 1:
                 for i in range(3):
                     wp.atomic_add(matrix, n, i, column, twist[i])
@@ -565,31 +566,31 @@ class Rigid:
         def placing(state, motor, origin, scratch):
             """Launches of root and links."""
             *free, angle, rate = state
-            X, Q, W, U, BW, BU, way, moment, force = scratch
-            found = [(k.root, (N,), [*free, origin], [X, Q, W, U])]
+            X, R, W, U, BW, BU, way, moment, force = scratch
+            found = [(k.root, (N,), [*free, origin], [X, R, W, U])]
             for level in levels:
                 own = [angle, rate, motor, level, *tree, *hold]
                 found.append((k.links, (N, len(level)), own, scratch))
             return found
 
         def weighing(state, inputs, scratch, following, adjoint):
-            origin, X, Q, way, moment = inputs[-1], scratch[0], scratch[1], scratch[6], scratch[7]
-            weight = [above, roots, self.weighed, *heavy, X, Q, way, moment]
+            origin, X, R, way, moment = inputs[-1], scratch[0], scratch[1], scratch[6], scratch[7]
+            weight = [above, roots, self.weighed, *heavy, X, R, way, moment]
             last = (k.weigh, (N, B, 6 + DEPTH), weight, following)
             return [*placing(inputs[:6], inputs[6], origin, scratch), last]
 
         def launches(state, inputs, scratch, following, adjoint):
             motor, matrix, inverse, origin = inputs
             *placed, f, t, change = scratch
-            X, Q, W, U, BW, BU, way, moment, force = placed
-            frames, bias = [X, Q, W, U], [BW, BU, way, moment]
+            X, R, W, U, BW, BU, way, moment, force = placed
+            places, bias = [X, R, W, U], [BW, BU, way, moment]
             found = placing(state, motor, origin, placed)
             if K and ground:
-                found.append((k.contacts, (N, K), [origin, *touch, *contact], [*frames, f, t]))
+                found.append((k.contacts, (N, K), [origin, *touch, *contact], [*places, f, t]))
             if K and M:
-                found.append((k.touches, (N, K, M), [*touch, *block, *contact], [*frames, f, t]))
+                found.append((k.touches, (N, K, M), [*touch, *block, *contact], [*places, f, t]))
             weight = [*heavy, roots, above, k.vec3(*gravity)]
-            found.append((k.wrenches, (N, B), weight, [*frames, *bias, f, t, force]))
+            found.append((k.wrenches, (N, B), weight, [*places, *bias, f, t, force]))
             back = [inverse, change, adjoint(change)], [adjoint(force), adjoint(matrix)]
             by_hand = (k.adj_solve, (N, D), *back)
             found.append((k.solve, (N, D), [inverse, force], [change], by_hand))
@@ -598,7 +599,7 @@ class Rigid:
         vector, hinge, each = ((N,), k.vec3), ((N, max(J, 1)), real), ((N, B + 1), k.vec3)
         square = ((N, D, D), real)
         state = [vector, ((N,), k.quat), vector, vector, hinge, hinge]
-        placed = [each, ((N, B + 1), k.quat), each, each, each, each]
+        placed = [each, ((N, B + 1), k.mat33), each, each, each, each]
         placed += [((N, max(J, 1)), k.vec3)] * 2 + [((N, D), real)]
         options = dict(device=device, dtype=dtype, graph=graph, checkpoint=checkpoint)
         options |= dict(window=window * updates)

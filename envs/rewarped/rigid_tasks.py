@@ -142,8 +142,9 @@ class AntRun(Articulated):
 
     def posture(self, state) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Height, up and heading (N, 1)."""
-        up, ahead = (rotate(state["q"], self.vector(*axis)) for axis in ((0, 0, 1), (1, 0, 0)))
-        return state["p"][:, 1:2], up[:, 1:2], ahead[:, :1]
+        x, y, z, w = state["q"].split(1, 1)
+        up, heading = 2 * (y * z - w * x), 1 - 2 * (y * y + z * z)
+        return state["p"][:, 1:2], up, heading
 
     def observe(self, state):
         height, up, heading = self.posture(state)

@@ -130,7 +130,8 @@ class Substeps(Spaces):
     """S substeps of N environments.
 
     states, inputs, scratch   lists of (shape, Warp type); every shape begins with N. States have a value before and
-                              after each substep, inputs hold for a whole step, scratch and the state to come are zero before each substep
+                              after each substep, inputs hold for a whole step; before a substep, scratch and the
+                              state to come are zero
     launches(state, inputs, scratch, following, adjoint)   -> [(kernel, dim, inputs, outputs)] of a substep, all lists
                               of arrays and numbers; a fifth entry is a launch by hand of its adjoint, in which
                               adjoint(array) is that of an array. Arrays that are none of those given are constants
