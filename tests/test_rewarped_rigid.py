@@ -132,6 +132,20 @@ def test_two_links_on_a_free_body_keep_momentum():
         assert (one - other).norm() < 1e-3 * one.norm()
 
 
+def test_without_checkpoints_a_window_that_is_over_has_no_gradient():
+    """Its arrays may have been used again; and a window has as many steps as were asked for."""
+    env = rewarped.make("AntRun", 1, size="small", checkpoint=False, window=2)
+    action = torch.zeros(1, 8, requires_grad=True)
+    reward = env.step(action)[1].sum()
+    env.detach()
+    env.step(action)
+    with pytest.raises(RuntimeError, match="after detach"):
+        reward.backward()
+    env.step(action)
+    with pytest.raises(RuntimeError, match="more than window=2"):
+        env.step(action)
+
+
 def test_limits_hold_and_a_ball_rests_in_the_ground():
     """At rest a ball of mass m sinks by m g / k."""
     ball = [Sphere(0, (0.0, 0.0, 0.0), 0.2)]

@@ -52,6 +52,7 @@ def kernels(real) -> types.SimpleNamespace:
         functools.partial(wp.kernel, module=name),
         functools.partial(wp.func, module=name),
     )
+    plain = functools.partial(kernel, enable_backward=False)  # with no adjoint, or one by hand
     vec3, mat33 = wp.types.vector(3, real), wp.types.matrix((3, 3), real)
     vectors, matrices = wp.array(dtype=vec3, ndim=2), wp.array(dtype=mat33, ndim=2)
     grid_scalars, grid_vectors = wp.array(dtype=real, ndim=4), wp.array(dtype=vec3, ndim=4)
@@ -103,12 +104,8 @@ def kernels(real) -> types.SimpleNamespace:
         A[n, p] = C[n, p] - eye() * (lam * J * (J - one) * scale)
 
     @func
-    def principal(F: mat33):
-        """Singular value decomposition F = U diag(sigma) V^T and log strains; sigma is kept away from zero."""
-        U, sigma, V = wp.svd3(F)
-        least = real(0.05)
-        sigma = vec3(wp.max(sigma[0], least), wp.max(sigma[1], least), wp.max(sigma[2], least))
-        return U, sigma, V, vec3(wp.log(sigma[0]), wp.log(sigma[1]), wp.log(sigma[2]))
+    def log_strain(sigma: vec3):
+        return vec3(wp.log(sigma[0]), wp.log(sigma[1]), wp.log(sigma[2]))
 
     @func
     def shrink(strain: vec3, limit: real):
@@ -124,26 +121,6 @@ def kernels(real) -> types.SimpleNamespace:
         return mean, factor, direction
 
     @func
-    def hencky(F: mat33, mu: real, lam: real, limit: real):
-        """Returns the plastic F and its Kirchhoff stress: log strains e = log sigma(F), yield at |dev e| = limit.
-
-        Outside, dev e shrinks to the limit (von Mises, volume kept). tau = U diag(2 mu e + lam tr e) U^T.
-        """
-        U, sigma, V, strain = principal(F)
-        mean, factor, direction = shrink(strain, limit)
-        center = vec3(mean, mean, mean)
-        strain = center + (strain - center) * factor
-        tau = U @ wp.diag(strain * (mu * real(2.0)) + center * (lam * real(3.0))) @ wp.transpose(U)
-        if factor < real(1.0):
-            plastic = (
-                U
-                @ wp.diag(vec3(wp.exp(strain[0]), wp.exp(strain[1]), wp.exp(strain[2])))
-                @ wp.transpose(V)
-            )
-            return plastic, tau
-        return F, tau
-
-    @func
     def sinh_ratio(x: real, s: real):
         """sinh(s x / 2) / sinh(x / 2), also at x = 0."""
         if wp.abs(x) < real(1e-3):
@@ -157,17 +134,26 @@ def kernels(real) -> types.SimpleNamespace:
             return real(1.0) - x * x / real(6.0)
         return x / wp.sinh(x)
 
-    @wp.func_grad(hencky)
-    def adj_hencky(F: mat33, mu: real, lam: real, limit: real, adj_plastic: mat33, adj_tau: mat33):
-        """The adjoint by hand, because that of svd3 divides by differences of singular values and is silently wrong
-        where two are equal: at F = I, where every episode begins.
+    @func
+    def adj_hencky(
+        U: mat33,
+        sigma: vec3,
+        V: mat33,
+        mu: real,
+        lam: real,
+        limit: real,
+        adj_plastic: mat33,
+        adj_tau: mat33,
+    ):
+        """The adjoint of return and stress by hand, because that of svd3 divides by differences of singular values and
+        is silently wrong where two are equal: at F = I, where every episode begins.
 
-        hencky is an isotropic function of F: with dF = U P V^T, the diagonal of P changes the singular values and the
+        They are isotropic functions of F: with dF = U P V^T, the diagonal of P changes the singular values and the
         rest turns U and V. What multiplies the turns are divided differences, (g_j - g_i) / (sigma_j - sigma_i) of the
         new singular values g, and 2 mu s (e_j - e_i) / (sigma_j^2 - sigma_i^2); written with x = e_j - e_i both are
         smooth functions of x that have a value at x = 0.
         """
-        U, sigma, V, strain = principal(F)
+        strain = log_strain(sigma)
         mean, s, direction = shrink(strain, limit)
         center = vec3(mean, mean, mean)
         new = center + (strain - center) * s
@@ -199,9 +185,9 @@ def kernels(real) -> types.SimpleNamespace:
                     even, odd = (a + b) / real(2.0), (a - b) / real(2.0)
                     P[i, j] = even * W[i, j] + odd * W[j, i] + c * sigma[j]
                     P[j, i] = even * W[j, i] + odd * W[i, j] + c * sigma[i]
-        wp.adjoint[F] += U @ P @ wp.transpose(V)
+        return U @ P @ wp.transpose(V)
 
-    @kernel
+    @plain
     def stress_plasticine(
         F: matrices,
         C: matrices,
@@ -212,12 +198,55 @@ def kernels(real) -> types.SimpleNamespace:
         scale: real,
         F_next: matrices,
         A: matrices,
+        left: matrices,
+        right: matrices,
+        stretch: vectors,
     ):
-        """Hencky strain with von Mises return; see `hencky`."""
+        """Log strains e = log sigma of F = U diag(sigma) V^T, kept for the adjoint; yield at |dev e| = limit.
+
+        Outside, dev e shrinks to the limit (von Mises, volume kept). tau = U diag(2 mu e + lam tr e) U^T.
+        """
         n, p = wp.tid()
-        plastic, tau = hencky((eye() + C[n, p] * dt) @ F[n, p], mu, lam, limit)
+        plastic = (eye() + C[n, p] * dt) @ F[n, p]
+        U, sigma, V = wp.svd3(plastic)
+        least = real(0.05)  # away from zero
+        sigma = vec3(wp.max(sigma[0], least), wp.max(sigma[1], least), wp.max(sigma[2], least))
+        left[n, p] = U
+        right[n, p] = V
+        stretch[n, p] = sigma
+        strain = log_strain(sigma)
+        mean, factor, direction = shrink(strain, limit)
+        center = vec3(mean, mean, mean)
+        strain = center + (strain - center) * factor
+        tau = U @ wp.diag(strain * (mu * real(2.0)) + center * (lam * real(3.0))) @ wp.transpose(U)
+        if factor < real(1.0):
+            grown = vec3(wp.exp(strain[0]), wp.exp(strain[1]), wp.exp(strain[2]))
+            plastic = U @ wp.diag(grown) @ wp.transpose(V)
         F_next[n, p] = plastic
         A[n, p] = C[n, p] - tau * scale
+
+    @plain
+    def adj_stress_plasticine(
+        F: matrices,
+        C: matrices,
+        dt: real,
+        mu: real,
+        lam: real,
+        limit: real,
+        scale: real,
+        left: matrices,
+        right: matrices,
+        stretch: vectors,
+        adj_F_next: matrices,
+        adj_A: matrices,
+        adj_F: matrices,
+        adj_C: matrices,
+    ):
+        n, p = wp.tid()
+        U, V, sigma, adj_Ap = left[n, p], right[n, p], stretch[n, p], adj_A[n, p]
+        adj = adj_hencky(U, sigma, V, mu, lam, limit, adj_F_next[n, p], adj_Ap * (-scale))
+        adj_F[n, p] = adj_F[n, p] + wp.transpose(eye() + C[n, p] * dt) @ adj
+        adj_C[n, p] = adj_C[n, p] + adj_Ap + adj @ wp.transpose(F[n, p]) * dt
 
     # ---- transfers ---------------------------------------------------------------------------------------------------
     @func
@@ -603,7 +632,7 @@ def kernels(real) -> types.SimpleNamespace:
             grid_v[n, i, j, k] = walls(v, i, j, k, G, ground)
 
     found = {k: v for k, v in locals().items() if isinstance(v, wp.Kernel)}
-    return types.SimpleNamespace(vec3=vec3, mat33=mat33, hencky=hencky, **found)
+    return types.SimpleNamespace(vec3=vec3, mat33=mat33, **found)
 
 
 # ------------------------------------------------------------------------------------------------- states and poses --
@@ -686,10 +715,12 @@ class _Workspace(Launcher):
 
         self.grids, self.adj_grid = arrays(grids), arrays(1)[0]
         affine = functools.partial(wp.zeros, (N, P), dtype=sim.k.mat33, device=str(sim.device))
-        self.A, self.adj_A = (
-            [affine() for _ in range(S)],
-            affine(),
-        )  # of the particles, each substep
+        self.A, self.adj_A = [affine() for _ in range(S)], affine()
+        # What the stress of plasticine leaves for its adjoint: U, V and sigma of F.
+        stretches = functools.partial(wp.zeros, (N, P), dtype=sim.k.vec3, device=str(sim.device))
+        self.svd = [()] * S
+        if sim.material == "plasticine":
+            self.svd = [(affine(), affine(), stretches()) for _ in range(S)]
         ints = functools.partial(wp.zeros, dtype=wp.int32, device=str(sim.device))
         self.seen, self.touched = (
             ints((N, G, G, G)),
@@ -720,10 +751,14 @@ class _Workspace(Launcher):
             sim.sizes_,
         ]  # without an adjoint; were they their own, it would be added to them
         spacing = [sim.dx, 1.0 / sim.dx]
+        adj_stress = [aF, aC, *material], [aF1, aA]
+        if self.svd[s]:
+            by_hand = [F, C, *material, *self.svd[s], aF1, aA], [aF, aC]
+            adj_stress = [(k.adj_stress_plasticine, (N, P), *by_hand)]
         adj_p2g = [x, v, A, *spacing, am, amv], [ax, av, aA]
         adj_g2p = [x, gv, *spacing, sim.dt, x1, v1, ax1, av1, aC1], [ax, agv]
         return [
-            (sim.stress, (N, P), [F, C, *material], [F1, A], [aF, aC, *material], [aF1, aA]),
+            (sim.stress, (N, P), [F, C, *material], [F1, A, *self.svd[s]], *adj_stress),
             (k.p2g, (N, P), [x, v, A, *spacing], [m, mv], (k.adj_p2g, (N, P), *adj_p2g)),
             (
                 k.grid,
@@ -905,7 +940,7 @@ class MPM(Spaces):
         self.scale = 4 * dt / (density * self.dx**2)
         self.real = wp.float32 if dtype == torch.float32 else wp.float64
         self.k = kernels(self.real)
-        self.stress = getattr(self.k, f"stress_{material}")
+        self.material, self.stress = material, getattr(self.k, f"stress_{material}")
         self.kinds = [kind for kind, _ in colliders]
         padded = [(*size, 0.0, 0.0, 0.0)[:3] for _, size in colliders]
         self.kinds_ = wp.array(self.kinds or [0], dtype=wp.int32, device=str(self.device))
