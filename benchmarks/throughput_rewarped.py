@@ -228,7 +228,7 @@ def process(where: str, *words) -> subprocess.Popen:
         env["PYTHONPATH"] = str(Path(where).resolve())
     command = [sys.executable if ours else where, "-c", program, *map(str, words)]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    return subprocess.Popen(command, text=True, env=env, **pipes)
+    return subprocess.Popen(command, text=True, env=env, cwd=where if ours else None, **pipes)
 
 
 def seconds(one: subprocess.Popen) -> float:
