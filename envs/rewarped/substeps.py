@@ -6,7 +6,6 @@ steps or one for each step of a window. `Substeps` is the rest for simulations w
 (fem.py and rigid.py): a workspace keeps what each substep computed. mpm.py has workspaces of its own, with grids.
 """
 
-import functools
 import math
 
 import torch
@@ -25,8 +24,7 @@ def own_gradient(finite: torch.Tensor, adjoint: torch.Tensor) -> torch.Tensor:
 
 def all_finite(tensors) -> torch.Tensor:
     """Environments (N,) whose entries are finite in every tensor (N, ...)."""
-    each = [tensor.isfinite().reshape(len(tensor), -1).all(1) for tensor in tensors]
-    return functools.reduce(torch.logical_and, each)
+    return torch.cat([tensor.reshape(len(tensor), -1) for tensor in tensors], 1).isfinite().all(1)
 
 
 def need_values(space, serial: int) -> None:
@@ -188,6 +186,7 @@ class Workspace(Launcher):
                 rows.append(row)
             return values, adjoint, rows
 
+        self.sizes = [[(*shape, *tail(kind)) for shape, kind in some] for some in (states, inputs)]
         self.values, self.adj_values, self.states = new(states, substeps + 1, substeps + 1)
         _, self.adj_held, (self.inputs,) = new(inputs, 1, 1)
         self.scratch, self.adj_scratch, between = new(scratch, substeps, 1)
@@ -223,14 +222,14 @@ class Workspace(Launcher):
         for launch in reversed(self.launches[s]):
             self.launch(launch, adjoint=True)
 
-    def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """States after a step, from states and inputs before it; views that the next step overwrites."""
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """States after a step, from states and inputs before it."""
         self.values.zero_()
         self.scratch.zero_()
         for (mine, *_), value in zip((*self.states[0], *self.inputs), tensors, strict=True):
             mine.copy_(value)
         self.run("forward_all")
-        return [value for value, *_ in self.states[-1]]
+        return pieces(self.values[-1].clone(), self.sizes[0])
 
     def backward(self, *adj: torch.Tensor) -> list[torch.Tensor]:
         """Adjoints of states and inputs before the step that was run last, from those of the states after it."""
@@ -239,12 +238,19 @@ class Workspace(Launcher):
         for (_, own, _), value in zip(self.states[-1], adj, strict=True):
             own.copy_(value)
         self.run("backward_all")
-        return [adjoint for _, adjoint, _ in (*self.states[0], *self.inputs)]
+        found = self.adj_values[0].clone(), self.adj_held[0].clone()
+        return [piece for one in zip(found, self.sizes, strict=True) for piece in pieces(*one)]
 
 
 def tail(kind) -> tuple[int, ...]:
     """Shape of one entry of a Warp type."""
     return () if kind in (wp.float32, wp.float64) else tuple(kind._shape_)
+
+
+def pieces(flat: torch.Tensor, shapes) -> tuple[torch.Tensor, ...]:
+    """Tensors of these shapes, one after the other."""
+    found = flat.split([math.prod(shape) for shape in shapes])
+    return tuple(piece.view(shape) for piece, shape in zip(found, shapes, strict=True))
 
 
 def arrays(row) -> list:
@@ -260,7 +266,7 @@ class _Step(torch.autograd.Function):
         ctx.sub, ctx.space, ctx.serial = sub, space, space.serial
         if sub.checkpoint:
             ctx.save_for_backward(*tensors)
-        return tuple(tensor.clone() for tensor in space.forward(*tensors))
+        return space.forward(*tensors)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -271,6 +277,9 @@ class _Step(torch.autograd.Function):
         else:
             need_values(space, ctx.serial)
         found = space.backward(*adj)
+        total = space.adj_values[0].sum() + space.adj_held.sum()
+        if space.device.type == "cpu" and total.isfinite():  # a GPU would wait for the answer
+            return None, None, *found
         finite = all_finite(found)
         sub.bad_gradients += (~finite).sum()
         return None, None, *(own_gradient(finite, tensor) for tensor in found)
