@@ -238,6 +238,33 @@ def test_scale_clip_and_history_by_hand(folder, tmp_path):
     np.testing.assert_allclose(first, [0.2, 0, 1] * 3, atol=1e-6)
 
 
+def test_unitrees_own_controller_says_the_same(folder, tmp_path):
+    """Its observations and joint targets, from these files but for order, clip, scale and history.
+
+    golden/deploy_go1.npz: random signals and actions, and what unitree_rl_lab's observation and action managers
+    (C++, commit e72a072, compiled with yaml-cpp 0.7) made of them.
+    """
+
+    def change(cfg):
+        for term in cfg["observations"].values():
+            rising = [0.3 * (i + 1) for i in range(len(term["scale"]))]
+            term.update(history_length=5, scale=rising, clip=[-0.7, 0.9])
+        cfg["joint_ids_map"] = [3, 0, 9, 6, 4, 1, 10, 7, 5, 2, 11, 8]
+
+    class Said:
+        def run(self, names, inputs):
+            seen.append(inputs["obs"][0])
+            return [golden["action"][len(seen) - 1][None]]
+
+    golden, seen = np.load(ROOT / "tests/golden/deploy_go1.npz"), []
+    controller = Controller(rewritten(folder, tmp_path / "walk", change))
+    controller.session = Said()
+    for tick, expected in enumerate(golden["targets"]):
+        targets = controller.act({name: golden[name][tick] for name in SIGNALS})
+        np.testing.assert_allclose(seen[-1], golden["obs"][tick], atol=1e-6)
+        np.testing.assert_allclose(targets, expected, atol=1e-6)
+
+
 def test_a_policy_with_joints_in_another_order_moves_the_same_motors(policy, folder, tmp_path):
     """Isaac's order: all hips, all thighs, all calves, left legs first."""
     legs = ("FL", "FR", "RL", "RR")
