@@ -22,7 +22,8 @@ Commands, from the repository's root:
     evaluate       python algos/ppo_mjx_go1.py --evaluate --checkpoint runs/STUDENT/best.npz
     smallest run   the first with a teacher of Go1Stand and --total-timesteps 100000
 
-Expected result: not yet measured. docs/algos/distill_go1.md.
+Expected result: Go1Stand, teacher 7.3: the student has 7.2 after 76,800 transitions, half a CPU-minute;
+walking is not yet measured. docs/algos/distill_go1.md.
 
 Shapes: N environments, T steps of a rollout, E epochs, M minibatches, b = N T / M transitions of a
 minibatch, A actions, F entries of an observation, K iterations in one call of the program.
@@ -151,12 +152,14 @@ def make_envs(args: Args) -> tuple:
         from envs import go1
     except ImportError as error:
         raise ValueError(f"make_envs needs envs.go1: pip install -e .[go1]  ({error})") from error
-    taught, known = load(args.teacher)["args"], go1.EnvConfig.__dataclass_fields__
-    options = {name: value for name, value in taught.items() if name in known}
+    taught = load(args.teacher)["args"]
+    need(not taught["no_linvel"], f"{args.teacher} lacks the velocity itself: nothing to teach")
+    known = taught.keys() & go1.EnvConfig.__dataclass_fields__.keys()
+    options = {name: taught[name] for name in known}
     options |= dict(no_linvel=True, warp_worlds=args.num_envs)
     env = go1.make(args.env_id, args.backend, args.threads, **options)
-    for varied in ("domain_randomization", "kp_factor", "kd_factor"):
-        options.pop(varied, None)
+    judged = ("noise_level", "no_linvel", "action_latency", "pushes")  # all else is for training
+    options = {name: options[name] for name in judged}
     return env, go1.make(args.env_id, "mujoco-c", args.threads, **options)
 
 
@@ -229,7 +232,7 @@ def learn(params: dict, opt_state, batch: dict, key, kept: dict, args: Args) -> 
     orders = jax.vmap(lambda epoch: jax.random.permutation(epoch, size))(epochs)  # (E, T N)
     indices = orders.reshape(args.update_epochs * args.num_minibatches, -1)  # (E M, b)
     (params, opt_state), metrics = jax.lax.scan(minibatch, (params, opt_state), indices)
-    return params, opt_state, {name: value.mean() for name, value in metrics.items()}
+    return params, opt_state, jax.tree.map(jnp.mean, metrics)
 
 
 def iterate(learner, state, first, env, teacher: dict, kept: dict, args: Args, iterations: int):
@@ -259,7 +262,7 @@ def iterate(learner, state, first, env, teacher: dict, kept: dict, args: Args, i
         state, (batch, means) = jax.lax.scan(step, state, keys)
         batch = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
         params, opt_state, metrics = learn(params, opt_state, batch, learn_key, kept, args)
-        metrics |= {name: value.mean() for name, value in means.items()}
+        metrics |= jax.tree.map(jnp.mean, means)
         return ((params, opt_state), state), metrics
 
     (learner, state), log = jax.lax.scan(
@@ -446,8 +449,7 @@ def train(args: Args) -> dict:
     env, eval_env = make_envs(args)
     shapes = taught["shapes"] | {"state": env.obs_dim}
     same = shapes["privileged_state"] == env.privileged_dim and shapes["action"] == env.action_dim
-    more = taught["shapes"]["state"] > env.obs_dim
-    need(same and more, f"{args.teacher} is of another robot, or sees no more than a student")
+    need(same, f"{args.teacher} comes from another robot: its shapes are {taught['shapes']}")
     params, kept = begin_student(teacher, env.obs_dim)
     learner = params, optimizer(args).init(params)
     keys = jax.random.split(jax.random.PRNGKey(args.seed), args.num_envs)
