@@ -22,8 +22,8 @@ Commands, from the repository's root:
     evaluate       python algos/ppo_mjx_go1.py --evaluate --checkpoint runs/STUDENT/best.npz
     smallest run   the first with a teacher of Go1Stand and --total-timesteps 100000
 
-Expected result: Go1Stand, teacher 7.3: the student has 7.2 after 76,800 transitions, half a CPU-minute;
-walking is not yet measured. docs/algos/distill_go1.md.
+Expected result: Go1Stand, one seed: the teacher has 7.3, the student 7.2 after 76,800 transitions.
+Walking is not yet measured. docs/algos/distill_go1.md.
 
 Shapes: N environments, T steps of a rollout, E epochs, M minibatches, b = N T / M transitions of a
 minibatch, A actions, F entries of an observation, K iterations in one call of the program.
@@ -154,7 +154,7 @@ def make_envs(args: Args) -> tuple:
         raise ValueError(f"make_envs needs envs.go1: pip install -e .[go1]  ({error})") from error
     taught = load(args.teacher)["args"]
     need(not taught["no_linvel"], f"{args.teacher} lacks the velocity itself: nothing to teach")
-    known = taught.keys() & go1.EnvConfig.__dataclass_fields__.keys()
+    known = taught.keys() & go1.EnvConfig.__dataclass_fields__
     options = {name: taught[name] for name in known}
     options |= dict(no_linvel=True, warp_worlds=args.num_envs)
     env = go1.make(args.env_id, args.backend, args.threads, **options)
