@@ -53,7 +53,11 @@ class ExportError(Exception):
 class Args:
     policy: str  # checkpoint of algos/ppo_mjx_go1.py or algos/distill_go1.py (.npz)
     out: str  # folder for exported/policy.onnx and params/deploy.yaml
-    command_range: tuple[float, float, float] = (1.5, 0.8, 1.2)  # largest forward, sideways, turning
+    command_range: tuple[float, float, float] = (
+        1.5,
+        0.8,
+        1.2,
+    )  # largest forward, sideways, turning
     seconds: float = 4.0  # of the walk by which the files are checked
 
 
