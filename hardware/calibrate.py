@@ -5,6 +5,7 @@
     python hardware/calibrate.py --port /dev/ttyACM0 --check my_arm.json   compares a file with the motors; reads only
     python hardware/calibrate.py --port /dev/ttyACM0 --write my_arm.json   puts a file, lerobot's too, into the motors
     python hardware/calibrate.py --port /dev/ttyACM0 --read my_arm.json    saves what the motors hold
+    python hardware/calibrate.py --port /dev/ttyACM0 --hand-over           full torque again, for other programs
     python hardware/calibrate.py --emulate --out my_arm.json               tries it out on an arm that is not there
 
 Torque is off all the time. Nothing is written, neither into the motors nor to a file, before the very end, when
@@ -72,14 +73,17 @@ class Args:
     write: str | None = None  # put this file into the motors
     read: str | None = None  # save what the motors hold to this new file
     assign_ids: bool = False  # give new motors their ids, one by one
+    hand_over: bool = False  # undo the weak torque that motors power up with, for another program
     emulate: bool = False  # an emulated arm, moved by an emulated hand, in place of --port
 
     def check_choices(self) -> None:
         """Raises ValueError for choices that cannot work together."""
-        tasks = [self.out, self.check, self.write, self.read, self.assign_ids]
+        tasks = [self.out, self.check, self.write, self.read, self.assign_ids, self.hand_over]
         new = self.out or self.read
         for message, wrong in {
-            "give one of --out, --check, --write, --read and --assign-ids": sum(map(bool, tasks))
+            "give one of --out, --check, --write, --read, --hand-over and --assign-ids": sum(
+                map(bool, tasks)
+            )
             != 1,
             "give --port, or --emulate": bool(self.port) == self.emulate,
             f"{new} exists: choose another name, or move it away": bool(new) and Path(new).exists(),
@@ -300,7 +304,7 @@ def settle(bus: Bus, journal: Path, sleep: Callable[[float], None] = time.sleep)
     for id, name, old, new in changes:  # byte by byte: power may have failed in between
         bytes_of = (encode(name, value) for value in (have[id][name], old, new))
         if any(there not in (a, b) for there, a, b in zip(*bytes_of, strict=True)):
-            text = f"a calibration was cut off on {when}, of another arm: servo {id} has {name} = {have[id][name]}"
+            text = f"a calibration was cut off on {when}, of another arm, or servo {id} was written to since"
             raise ArmFault(f"{text}. Connect that arm first, or delete {journal}", "start")
     new = {id for id, name, old, _ in changes if have[id][name] != old}
     if (done := undo(bus, changes, sleep, AGAIN)) != UNDONE:
@@ -522,6 +526,8 @@ def main(args: Args, bench: tuple | None = None, journal: Path | None = None) ->
                 print(f"note: a calibration of {who} was cut off on {when}: {AGAIN}")
         if args.assign_ids:
             assign_ids(bus, person, sleep)
+        elif args.hand_over:
+            hand_over(bus, sleep)
         elif args.out:
             make(bus, person, sleep, args.out, journal)
         elif args.write:
@@ -555,6 +561,21 @@ def main(args: Args, bench: tuple | None = None, journal: Path | None = None) ->
         raise
     finally:
         bus.close()
+
+
+def hand_over(bus: Bus, sleep: Callable[[float], None]) -> None:
+    """Motors power up with the torque that lerobot expects, not with SO101's weak one, which its next start writes."""
+    let_go(bus, sleep)
+    check_motors(bus, IDS)
+    wanted = {
+        id: {"max_torque": 500 if name == "gripper" else 1000}
+        for name, id in zip(JOINTS, IDS, strict=True)
+    }
+    for id, _, old, new in write_eeprom(bus, wanted, sleep, "run it again"):
+        print(
+            f"{JOINTS[IDS.index(id)]}: powers up with {new / 10:g} % of its torque, was {old / 10:g} %"
+        )
+    print("the motors are ready for another program; switch their power off and on")
 
 
 def make(

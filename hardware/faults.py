@@ -367,7 +367,7 @@ NOTHING: Callable = lambda rig: None  # noqa: E731
 @dataclass
 class Fault:
     """inject: called on the rig in the middle of the operation. before: on a new rig. The fault is `standing` if only
-    `before` is given. stops: whether the operation has to end; False: it has to go on. by_hand: a hand moves a joint."""
+    `before` is given. stops: whether the operation has to end; False: it has to go on. by_hand: a hand moves it."""
 
     name: str
     inject: Callable = NOTHING

@@ -172,7 +172,8 @@ def may_switch_on(request: bytes) -> bool:
         return False
     first, last = REGISTERS["torque_enable"][0], sum(REGISTERS["goal_position"])
     size = request[6] if instruction == SYNC_WRITE else len(request) - 7
-    off = instruction == WRITE and (address, size, request[6]) == (first, 1, 0)
+    values = request[8:-1:2] if instruction == SYNC_WRITE else request[6:-1]
+    off = (address, size) == (first, 1) and not any(values)
     return address < last and address + size > first and not off
 
 

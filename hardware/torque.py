@@ -14,7 +14,7 @@ HOLD, WEAK = 0.3, 1.0  # s on the way down: stands where it is; sinks instead of
 WEAK_TORQUE = 150  # per mille of the stall torque
 # Servos have no time-out of their own: without a line they hold their last goal for as long as they have power.
 KNOWN = "torque is off, read back from every servo"
-LAST_RESORT = "switch the power off, nothing else lets go of it"
+LAST_RESORT = "switch the power off, nothing else lets go"
 
 
 @dataclass

@@ -899,6 +899,25 @@ def test_what_is_missing_is_named_before_anything_moves(tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_the_recorder_and_its_encoder_are_there_before_torque(tmp_path, monkeypatch):
+    (tmp_path / "best.npz").write_bytes(exported())
+    CALIBRATION.to_json(tmp_path / "arm.json")
+    imageio.imwrite(tmp_path / "still.png", picture())
+
+    class Full:
+        def __init__(self, *_, **options):
+            assert options["live"], "its queue never holds up the control loop"
+            raise Refused("the disk is full")
+
+    monkeypatch.setattr(deploy, "Recorder", Full)
+    with PtyServer() as server:
+        args = Args(str(tmp_path / "best.npz"), server.port, str(tmp_path / "arm.json"),
+                    (str(tmp_path / "still.png"),), keyboard=False, step="no")  # fmt: skip
+        with pytest.raises(Refused, match="the disk is full"):
+            deploy.main(args)
+        assert server.ask(get="written", args=["torque_enable"])["writes"] == []
+
+
 def test_an_error_is_one_line_with_its_status(tmp_path):
     run = command("--checkpoint", "none.pt", "--emulate", cwd=tmp_path)
     assert (run.returncode, run.stderr) == (2, "error: there is no policy none.pt\n")
