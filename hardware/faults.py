@@ -422,6 +422,10 @@ def broken(obs) -> None:
     raise RuntimeError("weights are damaged")
 
 
+def ending(obs) -> None:
+    raise SystemExit(0)
+
+
 def camera(source: Callable) -> Callable:
     return lambda rig: setattr(rig, "source", lambda: source(rig))
 
@@ -712,6 +716,7 @@ FAULTS = [
     Fault("the policy's answer has another shape", answer(np.zeros((1, 5))), ("run", "step")),
     Fault("the policy's answer is a text", answer("left")),
     Fault("the policy raises an exception", lambda rig: setattr(rig.policy, "act", broken), ("run", "step")),
+    Fault("the policy ends the program", lambda rig: setattr(rig.policy, "act", ending), ("run", "step")),
     Fault("the policy hangs", slow(1000.0), ("run", "step")),
     Fault("the policy takes 0.2 s", slow(0.2)),
     Fault("the policy takes 0.18 s once", slow(0.18, 1), stops=False),

@@ -397,10 +397,16 @@ def test_unplugging_in_a_run_ends_within_a_second_of_virtual_time():
     )
 
 
-def test_any_exception_of_the_policy_lets_go():
+@pytest.mark.parametrize("kind", [ZeroDivisionError, MemoryError, SystemExit, KeyboardInterrupt])
+def test_any_exception_of_the_policy_lets_go(kind):
+    """One that would end the program with status 0, too."""
     rig = Rig()
-    rig.policy.act = lambda obs: 1 / 0
-    with pytest.raises(Fault, match="policy failed at tick 0: ZeroDivisionError: division by zero"):
+
+    def act(obs):
+        raise kind("division by zero")
+
+    rig.policy.act = act
+    with pytest.raises(Fault, match=f"policy failed at tick 0: {kind.__name__}: division by zero"):
         with rig.deployment as d:
             d.start(), d.run(5)
     assert not any(rig.torques()) and "division by zero" in d.problem
