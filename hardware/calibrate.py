@@ -372,6 +372,7 @@ def set_id(bus: Bus, old: int, new: int, sleep: Callable[[float], None] = time.s
     alone; whatever is raised has a note of the id that it answers to."""
     lock, address = REGISTERS["lock"][0], REGISTERS["id"][0]
     if old == new:
+        bus.sync_write(lock, {new: b"\x01"})  # a command that was killed may have left it open
         return
     try:
         try:
