@@ -16,7 +16,8 @@ Differences from the authors' code:
  3. Episode clocks are staggered at the start; theirs run in lockstep.
  4. The tanh's share of log pi is exact (theirs adds 1e-6), and projection keeps the mass at 1
     (theirs can lose or double that of an atom that falls exactly on another).
- 5. Ours, not the paper's: `--asymmetric`; `--ema`, an average of encoder and actor over time that
+ 5. The actor is updated after the last of four critic updates; theirs after the first.
+ 6. Ours, not the paper's: `--asymmetric`; `--ema`, an average of encoder and actor over time that
     is evaluated, saved and deployed while the raw weights explore. On a CPU 0.99, and the sizes
     are smaller: TUNED, below.
 
@@ -551,11 +552,11 @@ def update_block(agent: Agent, batches: dict, args: Args, q_loss=critic_loss, pi
         follow(agent.target.parameters(), agent.critic.parameters(), args.tau)
     noise = torch.randn_like(batch["actions"])
     agent.critic.requires_grad_(False)  # spares the critic's own gradients, which nobody would use
-    loss, actor_metrics = pi_loss(agent, batch, features, noise, args)
+    loss, actor_metrics = pi_loss(agent, batch, features, noise, args)  # differs (5)
     agent.critic.requires_grad_(True)
     descend(loss, agent.actor_optimizer)
     acting = [*agent.encoder.parameters(), *agent.actor.parameters()]
-    follow(agent.averaged.parameters(), acting, 1 - args.ema)  # differs (5)
+    follow(agent.averaged.parameters(), acting, 1 - args.ema)  # differs (6)
     return metrics | actor_metrics
 
 
