@@ -49,6 +49,7 @@ def work(seconds: float) -> float:
     shapes = dict(channels=3, state=12, privileged=0, action=6)
     agent = squint_sac.Agent(args, shapes)
     update = squint_sac.make_update(agent, args)
+    share = args.batch_size // args.learners
     obs = dict(
         rgb=torch.randint(0, 256, (64, 16, 16, 3), dtype=torch.uint8),
         state=torch.randn(64, 12),
@@ -62,7 +63,7 @@ def work(seconds: float) -> float:
     def loop(duration: float) -> float:
         done, begin = 0, time.perf_counter()
         while time.perf_counter() - begin < duration:
-            update(replay.sample(args.policy_frequency, args.batch_size))
+            update(replay.sample(args.policy_frequency, args.learners, share))
             done += args.policy_frequency
         return done / (time.perf_counter() - begin)
 
