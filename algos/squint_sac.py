@@ -641,13 +641,18 @@ def evaluate(policy, env, episodes: int, video: Path | None = None) -> dict:
     }
 
 
-def evaluate_all(policy, eval_envs: dict, args: Args, video: Path) -> dict:
-    """`evaluate` in every environment, whose suffix its metrics get; the video is of suffix ""."""
-    results = {}
-    for suffix, env in eval_envs.items():
-        film = None if suffix or not args.capture_video else video
-        metrics = evaluate(policy, env, args.eval_episodes, film)
-        results |= {key + suffix: value for key, value in metrics.items()}
+def evaluate_all(policy, eval_envs: dict, args: Args, video: Path, last: bool) -> dict:
+    """`evaluate` in every environment, whose suffix its metrics get; the video is of suffix "".
+
+    Only the last evaluation spends time on the others: before it their metrics are NaN.
+    """
+    film = video if args.capture_video else None
+    metrics = evaluate(policy, eval_envs[""], args.eval_episodes, film)
+    results = dict(metrics)
+    for suffix in eval_envs.keys() - {""}:
+        if last:
+            metrics = evaluate(policy, eval_envs[suffix], args.eval_episodes)
+        results |= {k + suffix: v if last else math.nan for k, v in metrics.items()}
     return results
 
 
@@ -844,7 +849,9 @@ def train(args: Args) -> dict:
     env, eval_envs = make_envs(args)
     if args.evaluate:
         video = Path(args.checkpoint).with_suffix(".mp4")
-        results = evaluate_all(Policy(args.checkpoint, args.device), eval_envs, args, video)
+        results = evaluate_all(
+            Policy(args.checkpoint, args.device), eval_envs, args, video, last=True
+        )
         print(json.dumps(results))
         return results
     run = open_run(args)
@@ -927,7 +934,7 @@ def train(args: Args) -> dict:
         # evaluate
         if eval_due:
             video = run / f"videos/step_{step:09d}.mp4"
-            results = evaluate_all(Policy(content, args.device), eval_envs, args, video)
+            results = evaluate_all(Policy(content, args.device), eval_envs, args, video, last)
             write_row(run / "eval.csv", clock | results, args.track)
             bar.write(f"{step} steps: success {results['eval/success_rate']:.1%}")
             if results["eval/success_rate"] >= progress["best"]:
