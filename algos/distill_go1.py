@@ -255,14 +255,14 @@ def iterate(learner, state, first, env, teacher: dict, kept: dict, args: Args, i
             teacher_loc, teacher_std = policy(teacher, state.obs["privileged_state"][:, :sees])
             transition = dict(obs=obs, teacher_loc=teacher_loc, teacher_std=teacher_std)
             state = env.step_batch(state, actions)
-            means = {"train/reward": state.reward.mean(), "train/falls": state.terminated.mean()}
-            return state, (transition, means)
+            outcome = {"train/reward": state.reward, "train/falls": state.terminated}
+            return state, (transition, outcome)
 
         keys = jax.random.split(act_key, args.unroll_length)
-        state, (batch, means) = jax.lax.scan(step, state, keys)
+        state, (batch, outcomes) = jax.lax.scan(step, state, keys)
         batch = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
         params, opt_state, metrics = learn(params, opt_state, batch, learn_key, kept, args)
-        metrics |= jax.tree.map(jnp.mean, means)
+        metrics |= jax.tree.map(jnp.mean, outcomes)
         return ((params, opt_state), state), metrics
 
     (learner, state), log = jax.lax.scan(
