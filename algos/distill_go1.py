@@ -156,7 +156,6 @@ def make_envs(args: Args) -> tuple:
     seen = {name: taught[name] for name in ("noise_level", "action_latency", "pushes")}
     seen["no_linvel"] = args.no_linvel
     varied = {name: taught[name] for name in ("domain_randomization", "kp_factor", "kd_factor")}
-    varied["commands"] = taught.get("commands", "published")  # older teachers knew no other
     varied["warp_worlds"] = args.num_envs
     env = go1.make(args.env_id, args.backend, args.threads, **seen, **varied)
     return env, go1.make(args.env_id, "mujoco-c", args.threads, **seen)
