@@ -86,7 +86,7 @@ EPISODE = ("return", "success_at_end")  # what is logged of an episode that ende
 DECODER_PENALTY = 1e-6  # of the features' square, beside the reconstruction
 
 # --- Args -----------------------------------------------------------------------------------------
-SAC_AE = dict(  # and RAD, which is built on its code
+SAC_AE = dict(
     copies=1,
     alpha_lr=1e-4,
     alpha_beta=0.5,
@@ -94,6 +94,7 @@ SAC_AE = dict(  # and RAD, which is built on its code
     batch_size=128,
     delta_orthogonal=True,
 )
+RAD = SAC_AE | dict(trunk_tanh=False)  # built on SAC+AE's code
 SMALL = dict(  # sizes for a CPU
     image_size=48,
     margin=2,
@@ -112,8 +113,10 @@ SLOW = dict(action_repeat=4, total_timesteps=125_000)
 # "env_id device preset" -> defaults other than DrQ's, those of Args; later rows win
 TUNED = {
     "* sac_ae": SAC_AE | dict(encoder="autoencoder", augmentation="none", buffer_size=1_000_000),
-    "* rad": SAC_AE | dict(augmentation="crop", margin=16),
+    "* rad": RAD | dict(augmentation="crop", margin=16),  # 16 of 100 pixels
+    "* rad_translate": RAD | dict(augmentation="translate", image_size=108, margin=8),
     "cheetah_* rad": dict(lr=2e-4),
+    "cheetah_* rad_translate": dict(lr=2e-4, feature_dim=64, learning_starts=10_000),
     # PlaNet's action repeats: 500,000 frames are 62,500, 125,000 or else 250,000 steps
     "cartpole_*": dict(action_repeat=8, total_timesteps=62_500),
     "reacher_*": SLOW,
@@ -121,6 +124,8 @@ TUNED = {
     "cup_*": SLOW,
     # what follows is ours
     "* cpu *": SMALL,
+    "* cpu rad": dict(margin=9),  # the published share: 9 of 57 pixels
+    "* cpu rad_translate": dict(margin=4),
     "dot_reach *": SMALL
     | dict(
         image_size=32,
@@ -134,6 +139,8 @@ TUNED = {
         eval_episodes=64,
         eval_envs=64,
     ),
+    "dot_reach * rad": dict(margin=6),
+    "dot_reach * rad_translate": dict(margin=2),
 }
 
 
@@ -141,7 +148,7 @@ TUNED = {
 class Args:
     # run
     env_id: str = "dot_reach"  # task: dot_reach, SO101... or a DeepMind Control id, domain_task
-    preset: Literal["drq", "rad", "sac_ae"] = "drq"  # whose published values are the defaults
+    preset: Literal["drq", "rad", "rad_translate", "sac_ae"] = "drq"  # its values are the defaults
     seed: int = 1  # of weights, exploration, sampling and episodes
     name: str = ""  # folder under runs/; empty: made from task, seed and time
     total_timesteps: int = 250_000  # environment transitions; x action_repeat = frames
@@ -169,9 +176,10 @@ class Args:
     encoder_channels: int = 32  # filters of each convolution
     delta_orthogonal: bool = False  # first weights only in the middle of a filter (SAC+AE, RAD)
     feature_dim: int = 50  # Z: numbers that actor and critic each make of the convolutions' output
+    trunk_tanh: bool = True  # a tanh on them; RAD has none
     hidden: int = 1024  # width of the two layers of actor and critics
     augmentation: Literal["none", "shift", "crop", "translate"] = "shift"  # of each sampled image
-    margin: int = 4  # pixels of shift; by which an image to crop is larger, to translate smaller
+    margin: int = 4  # pixels of shift; that a crop leaves out; that are black in a translation
     copies: int = 2  # K: of each image, augmented anew; targets are averaged, losses added
     buffer_size: int = 100_000  # frames kept, over all environments
     batch_size: int = 512  # transitions per update
@@ -195,8 +203,7 @@ class Args:
     @property
     def render_size(self) -> int:
         """Pixels a side of the image that the environment draws and the buffer stores."""
-        larger = dict(crop=self.margin, translate=-self.margin)
-        return self.image_size + larger.get(self.augmentation, 0)
+        return self.image_size + self.margin * (self.augmentation == "crop")
 
 
 # same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
@@ -388,6 +395,9 @@ class Agent(nn.Module):
             self.decoder = Decoder(self.encoder, args)
         self.actor = Heads(self.encoder.features, state, 1, 2 * action, args)
         self.critic = Heads(self.encoder.features, state + action, 2, 1, args)
+        if not args.trunk_tanh:
+            self.actor.trunk.pop(-1)
+            self.critic.trunk.pop(-1)
         self.apply(partial(init_orthogonal, delta=args.delta_orthogonal))
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
@@ -546,8 +556,8 @@ class Replay:
 def augment(rgb, args: Args, draw=None):
     """uint8 (B, H, W, C) as drawn -> uint8 as the networks see it. draw: (B, 2), uniform in [0, 1)
 
-    One draw serves all frames of a stack, so that motion stays what it was. Acting and evaluation
-    see the middle one of all windows.
+    One draw serves all frames of a stack, so that motion stays what it was. Without draws it is
+    the middle window.
     """
     if args.augmentation == "none":
         return rgb
@@ -557,8 +567,9 @@ def augment(rgb, args: Args, draw=None):
     corner = (draw * (margin + 1)).long()  # of a window on the image
     if args.augmentation == "shift":
         corner = (draw * (2 * margin + 1)).long() - margin
-    if args.augmentation == "translate":  # is a window on the image with a black frame
-        rgb = F.pad(rgb, (0, 0, *[margin] * 4))
+    if args.augmentation == "translate":  # is a window on the image's middle in a black frame
+        middle = slice(margin // 2, margin // 2 + args.image_size - margin)
+        rgb = F.pad(rgb[:, middle, middle], (0, 0, *[margin] * 4))
     where = corner[:, :, None] + torch.arange(args.image_size, device=rgb.device)
     rows, columns = where.clamp(0, rgb.shape[1] - 1).unbind(1)  # edges are repeated
     image = torch.arange(len(rgb), device=rgb.device)
@@ -739,14 +750,9 @@ def evaluate(checkpoint, env, args: Args, video: Path) -> dict:
         video.parent.mkdir(exist_ok=True)
         imageio.mimwrite(video, frames, fps=env.control_hz)
     returns, successes = torch.cat(scores, 1).double()
-    mean = returns.mean().item()
-    std = returns.std().item()
-    half = 1.96 * std / math.sqrt(len(returns))
     results = {
-        "eval/return": mean,
-        "eval/return_std": std,
-        "eval/ci_low": mean - half,
-        "eval/ci_high": mean + half,
+        "eval/return": returns.mean().item(),
+        "eval/return_std": returns.std(correction=0).item(),
     }
     if getattr(env, "has_success", True):
         results["eval/success_rate"] = successes.mean().item()
@@ -976,8 +982,10 @@ def train(args: Args) -> dict:
             actions = torch.rand_like(still) * 2 - 1
         else:
             seen = replay.observe(replay.head)
+            if args.augmentation == "crop":  # a translation acts on the whole image, as RAD's code
+                seen["rgb"] = augment(seen["rgb"], args)
             with torch.no_grad():
-                features = agent.policy_features(augment(seen["rgb"], args))
+                features = agent.policy_features(seen["rgb"])
                 actions, _ = sample_actions(agent, features, seen["state"])
 
         # step
