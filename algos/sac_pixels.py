@@ -22,20 +22,25 @@ Yarats et al., "Improving Sample Efficiency in Model-Free Reinforcement Learning
     alpha    mean of -alpha (log pi(a|o) + H), H = -A                               (SAC 18)
     decoder  mean of (decoder(z) - o)^2 + lambda |z|^2 / 2, z the critic's features (SAC+AE)
 
-Differences from the papers and the authors' code:
- 1. The actor's loss uses the features that the critic's loss computed, from before that step;
-    SAC+AE, RAD and DrQ compute them again after it. It saves a pass through the convolutions. The
-    reconstruction's step comes before the actor's, not after it. DrQ's losses are added over
-    copies, as in its code; its paper averages them. Both observations have K copies, where its
-    paper tells K from M. The 1,000 updates that SAC+AE's code makes at once after its random
-    actions are left out.
+Losses, gradients, optimizers' steps, actions and augmented images of all four presets agree with
+the authors' own code on the same inputs (tests/test_pixels_originals.py). Differences from it:
+ 1. Order. Two critic updates, then actor, temperature and target; theirs come after the first of
+    the two. The actor's loss uses the features that the critic's loss computed, from before that
+    step, which saves a pass through the convolutions; theirs are computed again after it. The
+    reconstruction's step comes before the actor's and the target's, not after them. SAC+AE's 1,000
+    updates at once after its random actions are left out.
  2. The tanh's share of log pi is exact, as in DrQ's code; SAC+AE's and RAD's add 1e-6.
  3. Of RAD's ten augmentations there are the two that were best, crop and translate.
- 4. Every frame is stored once as uint8 and augmentation is part of the update; theirs store whole
-    stacks.
+ 4. Every frame is stored once as uint8, an episode's last one too, and augmentation is part of the
+    update; theirs stores whole stacks and counts transitions.
  5. The state of an environment that has one joins the features of the image.
  6. Ours: several environments, --encoder reconstruction, and every combination of --encoder and
     --augmentation. On a CPU the sizes are smaller: TUNED, below.
+ 7. DrQ's shifts are whole pixels; its code leaves them to kornia, whose version 0.3.1 of that time
+    reads up to 0.07 pixels beside. DrQ's losses are added over the copies, as in its code; its
+    paper averages them, and tells K copies of o' from M of o.
+ 8. Evaluation has environments and seeds of its own; theirs is in the training environment. A
+    quadruped is seen by DrQ's camera under every preset.
 
 Commands, from the repository's root:
     train          python algos/sac_pixels.py --env-id cartpole_swingup --preset drq
@@ -94,8 +99,7 @@ SAC_AE = dict(
     batch_size=128,
     delta_orthogonal=True,
 )
-RAD = SAC_AE | dict(trunk_tanh=False)  # built on SAC+AE's code
-SMALL = dict(  # sizes for a CPU
+SMALL = dict(  # sizes for a CPU: differs (6)
     image_size=48,
     margin=2,
     encoder_strides=(2, 1, 1),
@@ -113,10 +117,11 @@ SLOW = dict(action_repeat=4, total_timesteps=125_000)
 # "env_id device preset" -> defaults other than DrQ's, those of Args; later rows win
 TUNED = {
     "* sac_ae": SAC_AE | dict(encoder="autoencoder", augmentation="none", buffer_size=1_000_000),
-    "* rad": RAD | dict(augmentation="crop", margin=16),  # 16 of 100 pixels
-    "* rad_translate": RAD | dict(augmentation="translate", image_size=108, margin=8),
-    "cheetah_* rad": dict(lr=2e-4),
-    "cheetah_* rad_translate": dict(lr=2e-4, feature_dim=64, learning_starts=10_000),
+    # RAD is built on SAC+AE's code; both its networks end their trunk without a tanh
+    "* rad*": SAC_AE | dict(trunk_tanh=False, augmentation="crop", margin=16),  # of 100 pixels
+    "* rad_translate": dict(augmentation="translate", image_size=108, margin=8),
+    "cheetah_* rad*": dict(lr=2e-4),
+    "cheetah_* rad_translate": dict(feature_dim=64, learning_starts=10_000),
     # PlaNet's action repeats: 500,000 frames are 62,500, 125,000 or else 250,000 steps
     "cartpole_*": dict(action_repeat=8, total_timesteps=62_500),
     "reacher_*": SLOW,
@@ -178,7 +183,7 @@ class Args:
     feature_dim: int = 50  # Z: numbers that actor and critic each make of the convolutions' output
     trunk_tanh: bool = True  # a tanh on them; RAD has none
     hidden: int = 1024  # width of the two layers of actor and critics
-    augmentation: Literal["none", "shift", "crop", "translate"] = "shift"  # of each sampled image
+    augmentation: Literal["none", "shift", "crop", "translate"] = "shift"  # of samples: differs (3)
     margin: int = 4  # pixels of shift; that a crop leaves out; that are black in a translation
     copies: int = 2  # K: of each image, augmented anew; targets are averaged, losses added
     buffer_size: int = 100_000  # frames kept, over all environments
@@ -554,7 +559,7 @@ class Replay:
 
 # --- Update functions -----------------------------------------------------------------------------
 def augment(rgb, args: Args, draw=None):
-    """uint8 (B, H, W, C) as drawn -> uint8 as the networks see it. draw: (B, 2), uniform in [0, 1)
+    """uint8 (B, H, W, C) as drawn -> uint8 as networks see it. draw: (B, 2), uniform in [0, 1)
 
     One draw serves all frames of a stack, so that motion stays what it was. Without draws it is
     the middle window.
@@ -566,7 +571,7 @@ def augment(rgb, args: Args, draw=None):
     margin = args.margin
     corner = (draw * (margin + 1)).long()  # of a window on the image
     if args.augmentation == "shift":
-        corner = (draw * (2 * margin + 1)).long() - margin
+        corner = (draw * (2 * margin + 1)).long() - margin  # differs (7)
     if args.augmentation == "translate":  # is a window on the image's middle in a black frame
         middle = slice(margin // 2, margin // 2 + args.image_size - margin)
         rgb = F.pad(rgb[:, middle, middle], (0, 0, *[margin] * 4))
@@ -676,7 +681,10 @@ def target_update(agent: Agent, args: Args):
 
 
 def update(agent: Agent, optimizers: dict, losses: list, args: Args, batches: list):
-    """The critic learns from each batch, then actor, temperature and target once. -> metrics"""
+    """The critic learns from each batch, then actor, temperature and target once: differs (1).
+
+    -> metrics
+    """
     q_loss, pi_loss, autoencoder = losses
     for batch in batches:
         batch = views(batch, args)
@@ -731,7 +739,10 @@ def episode_sums(info: dict, ended):
 
 
 def evaluate(checkpoint, env, args: Args, video: Path) -> dict:
-    """Whole episodes, mean actions, fixed seeds. -> metrics. The video shows the first episode."""
+    """Whole episodes, mean actions, fixed seeds: differs (8). -> metrics
+
+    The video shows the first episode.
+    """
     policy = Policy(checkpoint, args.device)
     scores, frames = [], []
     for seed in range(EVAL_SEED, EVAL_SEED + args.eval_episodes // args.eval_envs):
