@@ -68,12 +68,16 @@ def fresh_agent(module, args):
     return agent
 
 
-def compare(agent, expected: dict, stage: str, found: dict, **close):
-    """`found`, by name, with what was written down of theirs."""
+def compare(agent, expected: dict, stage: str, found: dict, tolerance: float):
+    """`found`, by name, with what was written down of theirs: norms, and numbers as shares of a tensor's largest."""
     found = {key: swapped(key, value.detach(), agent, True) for key, value in found.items()}
     assert sorted(found) == expected[f"{stage}_names"].tolist()
     result = recipe.summary({key: value.numpy() for key, value in found.items()})
-    np.testing.assert_allclose(result, expected[stage], **close, err_msg=stage)
+    theirs = expected[stage].astype(float)
+    scale = np.abs(theirs[:, 1:]).max(1, keepdims=True)
+    np.testing.assert_allclose(result[:, 0], theirs[:, 0], rtol=tolerance, err_msg=stage)
+    distance = np.abs(result - theirs)[:, 1:]
+    assert (distance <= tolerance * scale).all(), f"{stage}: {(distance / scale).max()}"
 
 
 def weights_of(agent) -> dict:
@@ -123,9 +127,10 @@ def give(monkeypatch, name: str, value):
     monkeypatch.setattr(torch, name, lambda like, **options: value)
 
 
-GRADIENT = dict(rtol=1e-4, atol=1e-6)
-# Adam divides by the gradient's size, and so enlarges rounding where it is next to nothing.
-CHANGE = dict(rtol=1e-3, atol=2e-6)
+GRADIENT = 1e-4
+# Adam divides by the gradient's size, and so enlarges rounding where that is next to nothing; and log alpha moves by
+# 2e-4, of which float32 has a thousandth.
+CHANGE = 3e-3
 
 
 # --- SAC: DrQ, RAD with both augmentations, SAC+AE --------------------------------------------------------------------
@@ -142,16 +147,16 @@ def test_the_critic_learns_as_theirs_and_its_target_follows(monkeypatch, name):
         if first:
             assert loss.item() == pytest.approx(float(expected["critic_loss"]), rel=1e-5)
             gradients = learner_gradients(agent, optimizers["q_optimizer"])
-            compare(agent, expected, "critic_gradients", gradients, **GRADIENT)
+            compare(agent, expected, "critic_gradients", gradients, GRADIENT)
             target = {key: value for key, value in before.items() if "target" in key}
             learned = weights_of(agent)
             sp.target_update(agent, args)
             followed = {
                 key: value for key, value in changes(agent, before).items() if key in target
             }
-            compare(agent, expected, "target_change", followed, **CHANGE)
+            compare(agent, expected, "target_change", followed, CHANGE)
             agent.load_state_dict(learned | target)
-    compare(agent, expected, "critic_change", changes(agent, before), **CHANGE)
+    compare(agent, expected, "critic_change", changes(agent, before), CHANGE)
 
 
 @pytest.mark.parametrize("name", SAC)
@@ -171,8 +176,8 @@ def test_actor_and_temperature_learn_as_theirs(monkeypatch, name):
             for ours, theirs in (("loss/actor", "actor_loss"), ("loss/alpha", "alpha_loss")):
                 assert metrics[ours].item() == pytest.approx(float(expected[theirs]), rel=1e-5)
             gradients = learner_gradients(agent, optimizer)
-            compare(agent, expected, "actor_gradients", gradients, **GRADIENT)
-    compare(agent, expected, "actor_change", changes(agent, before), **CHANGE)
+            compare(agent, expected, "actor_gradients", gradients, GRADIENT)
+    compare(agent, expected, "actor_change", changes(agent, before), CHANGE)
 
 
 def test_the_autoencoder_learns_as_theirs(monkeypatch):
@@ -186,8 +191,8 @@ def test_the_autoencoder_learns_as_theirs(monkeypatch):
         if first:
             assert loss.item() == pytest.approx(float(expected["decoder_loss"]), rel=1e-5)
             gradients = learner_gradients(agent, optimizer)
-            compare(agent, expected, "decoder_gradients", gradients, **GRADIENT)
-    compare(agent, expected, "decoder_change", changes(agent, before), **CHANGE)
+            compare(agent, expected, "decoder_gradients", gradients, GRADIENT)
+    compare(agent, expected, "decoder_change", changes(agent, before), CHANGE)
 
 
 @pytest.mark.parametrize("name", SAC)
@@ -290,8 +295,8 @@ def test_drqv2_learns_as_theirs(monkeypatch):
         if first:
             assert loss.item() == pytest.approx(float(expected["critic_loss"]), rel=1e-5)
             gradients = learner_gradients(agent, optimizers["critic_optimizer"])
-            compare(agent, expected, "critic_gradients", gradients, **GRADIENT)
-    compare(agent, expected, "critic_change", changes(agent, before), **CHANGE)
+            compare(agent, expected, "critic_gradients", gradients, GRADIENT)
+    compare(agent, expected, "critic_change", changes(agent, before), CHANGE)
 
     agent = fresh_agent(dq, args)
     optimizer = dq.make_optimizers(agent, args)["actor_optimizer"]
@@ -305,8 +310,8 @@ def test_drqv2_learns_as_theirs(monkeypatch):
         if first:
             assert loss.item() == pytest.approx(float(expected["actor_loss"]), rel=1e-5)
             gradients = learner_gradients(agent, optimizer)
-            compare(agent, expected, "actor_gradients", gradients, **GRADIENT)
-    compare(agent, expected, "actor_change", changes(agent, before), **CHANGE)
+            compare(agent, expected, "actor_gradients", gradients, GRADIENT)
+    compare(agent, expected, "actor_change", changes(agent, before), CHANGE)
 
 
 def test_a_whole_update_of_drqv2_is_theirs(monkeypatch):
@@ -317,7 +322,7 @@ def test_a_whole_update_of_drqv2_is_theirs(monkeypatch):
     before, numbers = weights_of(agent), [noise(21), noise(25)]
     monkeypatch.setattr(torch, "randn_like", lambda like: numbers.pop(0))
     dq.make_update(agent, dq.make_optimizers(agent, args), args)(a_batch(84, 1), drqv2_std(args))
-    compare(agent, expected, "update_change", changes(agent, before), **CHANGE)
+    compare(agent, expected, "update_change", changes(agent, before), CHANGE)
 
 
 def test_mean_actions_of_drqv2_are_theirs():
