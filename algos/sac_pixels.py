@@ -392,7 +392,7 @@ class Agent(nn.Module):
     def __init__(self, args: Args, shapes: dict):
         super().__init__()
         channels = shapes["channels"] * args.frame_stack
-        state, action = shapes["state"], shapes["action"]
+        state, action = shapes["state"], shapes["action"]  # differs (5)
         self.encoder = Encoder(channels, args)
         self.actor_encoder = Encoder(channels, args) if args.encoder == "separate" else None
         self.decoder = None
@@ -964,7 +964,7 @@ def train(args: Args) -> dict:
     learn = make_update(agent, optimizers, args)
     still = torch.zeros((args.num_envs, env.action_dim), device=args.device)
     obs = env.step(still)[0]  # reset() would undo the staggering
-    replay = Replay(obs, still, args)
+    replay = Replay(obs, still, args)  # differs (4)
     parts = dict(agent=agent, random=GlobalRandom(), **optimizers)
     if args.save_buffer:
         parts |= dict(env=env, replay=replay)
