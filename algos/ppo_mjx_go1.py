@@ -45,11 +45,16 @@ import signal
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+# compiled programs are kept from run to run, small ones too; must be set before JAX is imported
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 
 import imageio.v2 as imageio
 import jax
@@ -64,7 +69,10 @@ from tqdm import tqdm
 warnings.filterwarnings("ignore", message="os.fork", category=RuntimeWarning)
 ALGO = "ppo_mjx_go1"
 START = time.time()  # `wall_time` counts from here
-EVAL_SEED = 10_000
+EVAL_SEED = 10_000  # of the evaluations beside training, which choose best.npz
+FINAL_SEED = 20_000  # of the one that is reported
+MAX_OVERFLOW = 1e-3  # share of steps whose contacts or constraints may not have fitted
+SHARES = 2  # of the environments outside XLA: one acts while the other's physics runs
 VIDEO_SECONDS = 10
 MIN_STD = 1e-3  # of the policy's Gaussian
 MIN_OBS_STD = 1e-2  # of an observation's entry: differs (4)
@@ -135,6 +143,7 @@ class Args:
     noise_level: float = 1.0  # factor on the noise of the policy's observation
     no_linvel: bool = False  # hide the body's velocity, which no sensor of the robot measures
     pushes: bool = False  # push the trunk now and then
+    sim_dt: float = 0.004  # s of a physics step in training; evaluation keeps to 0.004
     threads: int | None = None  # of MuJoCo's C library; None: all cores
 
     # algorithm
@@ -242,6 +251,7 @@ def make_envs(args: Args) -> tuple:
         domain_randomization=args.domain_randomization,
         kp_factor=args.kp_factor,
         kd_factor=args.kd_factor,
+        sim_dt=args.sim_dt,
         warp_worlds=args.num_envs,
     )
     return go1.make(args.env_id, args.backend, args.threads, **seen, **varied), eval_env
@@ -280,7 +290,8 @@ class ActorCritic(nnx.Module):
             bias = self.actor.layers[-1].bias
             bias[...] = bias[...].at[actions:].set(start)
         else:
-            self.scale = nnx.Param(jnp.full(actions, start))
+            # not of JAX's weak type, with which the first update would be compiled a second time
+            self.scale = nnx.Param(jnp.full(actions, start, jnp.float32))
 
     def policy(self, obs: dict):
         """Normalised obs -> mean and deviation (..., A) of the Gaussian before the tanh."""
@@ -321,14 +332,22 @@ def optimizer(args: Args) -> optax.GradientTransformation:
 
 def new_learner(shapes: dict, args: Args) -> tuple[nnx.GraphDef, Learner]:
     """-> the networks without their weights, which are static inside jit, and everything else."""
-    model, state = nnx.split(ActorCritic(shapes, args, nnx.Rngs(jax.random.key(args.seed))))
-    params = nnx.as_pure(state)
-    stats = {}
-    for name in ("state", "privileged_state"):
-        zeros = jnp.zeros(shapes[name])
-        stats[name] = Stats(jnp.zeros(()), zeros, zeros + 1)
-    rate = jnp.asarray(args.learning_rate, jnp.float32)
-    return model, Learner(params, optimizer(args).init(params), stats, rate)
+
+    def make() -> ActorCritic:
+        return ActorCritic(shapes, args, nnx.Rngs(jax.random.key(args.seed)))
+
+    @jax.jit  # one program instead of one for each weight
+    def begin() -> Learner:
+        params = nnx.as_pure(nnx.state(make()))
+        stats = {}
+        for name in ("state", "privileged_state"):
+            zeros = jnp.zeros(shapes[name])
+            stats[name] = Stats(jnp.zeros(()), zeros, zeros + 1)
+        rate = jnp.asarray(args.learning_rate, jnp.float32)
+        return Learner(params, optimizer(args).init(params), stats, rate)
+
+    model, _ = nnx.split(nnx.eval_shape(make))
+    return model, begin()
 
 
 # --- Update functions -----------------------------------------------------------------------------
@@ -528,14 +547,56 @@ def iterate(learner: Learner, state, first, env, model: nnx.GraphDef, args: Args
     return learner, state, log
 
 
+def in_threads(env, model: nnx.GraphDef, args: Args, iterations: int):
+    """-> `iterate` for physics outside XLA; its state is a tuple of SHARES of the environments.
+
+    While one share is simulated another acts. No compiled part calls back, so JAX can cache all.
+    """
+    pool = ThreadPoolExecutor(SHARES)
+    play = jax.jit(partial(act, model=model))
+    judge = jax.jit(lambda learner, state: (outcome(learner, state, model), step_log(state)))
+
+    @jax.jit
+    def teach(learner, taken, key):
+        batches, logs = zip(*taken, strict=True)
+        batch = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *batches)
+        means, sums = jax.tree.map(lambda *parts: sum(parts), *logs)
+        means = {name: value / SHARES for name, value in means.items()}
+        learner, metrics = learn(learner, batch, key, model, args)
+        return learner, (metrics | means, sums)
+
+    def rollout(learner, state, key):
+        """T steps of a share -> its state; batch and log with leaves (T, ...)."""
+        steps = []
+        for step_key in jax.random.split(key, args.unroll_length):
+            actions, choice = play(learner, state.obs, step_key)
+            state = env.step_batch(state, actions)
+            results, log = judge(learner, state)
+            steps.append((choice | results, log))
+        return state, jax.tree.map(lambda *leaves: np.stack(leaves), *steps)
+
+    def run(learner, shares, first):
+        logs = []
+        for number in range(first, first + iterations):
+            key = jax.random.fold_in(jax.random.key(args.seed), number)
+            *keys, learn_key = jax.random.split(key, SHARES + 1)
+            jobs = pool.map(partial(rollout, learner), shares, keys)
+            shares, taken = zip(*jobs, strict=True)
+            learner, log = teach(learner, taken, learn_key)
+            logs.append(log)
+        return learner, shares, jax.tree.map(lambda *rows: np.stack(rows), *logs)
+
+    return run
+
+
 # --- evaluate -------------------------------------------------------------------------------------
 # same in: ppo_mjx_go1, distill_go1
-def evaluate(act, env, episodes: int) -> tuple[dict, list]:
+def evaluate(act, env, episodes: int, seed: int = EVAL_SEED) -> tuple[dict, list]:
     """Whole episodes with fixed seeds, one environment for each; act: obs -> actions.
 
     -> metrics; qpos of the first environment's first seconds
     """
-    state = env.reset_batch(jax.random.split(jax.random.PRNGKey(EVAL_SEED), episodes))
+    state = env.reset_batch(jax.random.split(jax.random.PRNGKey(seed), episodes))
     running = np.ones(episodes, bool)
     returns, lengths, falls = np.zeros(episodes), np.zeros(episodes), np.zeros(episodes)
     sums, film = {}, []
@@ -565,6 +626,20 @@ def evaluate(act, env, episodes: int) -> tuple[dict, list]:
     }
     results |= {f"eval/{name}": value / lengths.sum() for name, value in sums.items()}
     return {name: float(value) for name, value in results.items()}, film
+
+
+def evaluate_file(path: str | Path, env, args: Args) -> tuple[dict, list]:
+    """A checkpoint's policy on episodes that did not choose it: metrics `final/...`, film."""
+    policy, actions = Policy(path), []
+
+    def act(obs):
+        actions.append(policy.act(obs))
+        return actions[-1]
+
+    results, film = evaluate(act, env, args.eval_episodes, FINAL_SEED)
+    results = {name.replace("eval/", "final/"): value for name, value in results.items()}
+    jerk = np.abs(np.diff(actions, n=3, axis=0)).mean()
+    return results | {"final/action_jerk": float(jerk) * env.control_hz**3}, film
 
 
 def write_video(path: Path, film: list, env):
@@ -749,7 +824,7 @@ def train(args: Args) -> dict:
     check(args)
     env, eval_env = make_envs(args)
     if args.evaluate:
-        results, film = evaluate(Policy(args.checkpoint).act, eval_env, args.eval_episodes)
+        results, film = evaluate_file(args.checkpoint, eval_env, args)
         if args.capture_video:
             write_video(Path(args.checkpoint).parent / "videos/evaluate.mp4", film, eval_env)
         print(json.dumps(results))
@@ -759,6 +834,9 @@ def train(args: Args) -> dict:
     model, learner = new_learner(shapes, args)
     keys = jax.random.split(jax.random.PRNGKey(args.seed), args.num_envs)
     state = env.reset_batch(keys, stagger=True)  # differs (3)
+    if args.backend == "mujoco-c":
+        state = jax.tree.map(np.asarray, state)
+        state = tuple(jax.tree.map(lambda x, i=i: x[i::SHARES], state) for i in range(SHARES))
     progress = dict(iteration=0, global_step=0, wall_time=0.0, train_time=0.0, best=-math.inf)
     if args.resume:
         checkpoint = load(Path(args.resume) / "checkpoint.npz")
@@ -786,8 +864,11 @@ def train(args: Args) -> dict:
     per_iteration = args.num_envs * args.unroll_length
     iterations = max(1, args.log_freq // per_iteration)
     per_call = iterations * per_iteration
-    program = partial(iterate, env=env, model=model, args=args, iterations=iterations)
-    program = jax.jit(program).lower(learner, state, np.int32(0)).compile()
+    if args.backend == "mujoco-c":
+        program = in_threads(env, model, args, iterations)
+    else:
+        program = partial(iterate, env=env, model=model, args=args, iterations=iterations)
+        program = jax.jit(program).lower(learner, state, np.int32(0)).compile()
 
     results = {}
     born = START - progress["wall_time"]
@@ -811,6 +892,9 @@ def train(args: Args) -> dict:
         row = log_row(log) | {"time/sps": per_call / seconds}
         check_finite(learner.params, row, step, run)
         write_row(run / "metrics.csv", clock | row, args.track)
+        lost = row.get("train/overflow", 0.0)
+        said = f"contacts or constraints did not fit in {lost:.2%} of the steps up to {step}: "
+        need(lost <= MAX_OVERFLOW, said + "the simulator needs more room for them")
         bar.update(per_call)
         bar.set_postfix_str(f"return {row['train/return']:.2f}, length {row['train/length']:.0f}")
 
@@ -835,7 +919,9 @@ def train(args: Args) -> dict:
     interrupt.restore()
     if interrupt.asked:
         sys.exit(f"interrupted at step {step}: continue with --resume {run}")
-    return results | progress | {"run": str(run)}
+    final, _ = evaluate_file(run / "best.npz", eval_env, args)
+    write_row(run / "final.csv", {"global_step": step} | final, args.track)
+    return results | final | progress | {"run": str(run)}
 
 
 if __name__ == "__main__":
