@@ -129,7 +129,7 @@ class Args:
     evaluate: bool = False  # only evaluate --checkpoint
     checkpoint: str | None = None  # file (.npz) whose networks and statistics to begin with
     resume: str | None = None  # run folder to continue, exactly, with all its arguments
-    capture_video: bool = True  # of the first seconds of one episode, at every evaluation
+    capture_video: bool = True  # of the first seconds of one episode, by the best policy at the end
     track: bool = False  # log to Weights & Biases too
 
     # environment
@@ -547,6 +547,11 @@ def iterate(learner: Learner, state, first, env, model: nnx.GraphDef, args: Args
     return learner, state, log
 
 
+def stacked(trees: list | tuple):
+    """Trees with equal leaves' shapes as one, with a leading axis."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+
 def in_threads(env, model: nnx.GraphDef, args: Args, iterations: int):
     """-> `iterate` for physics outside XLA; its state is a tuple of SHARES of the environments.
 
@@ -554,37 +559,31 @@ def in_threads(env, model: nnx.GraphDef, args: Args, iterations: int):
     """
     pool = ThreadPoolExecutor(SHARES)
     play = jax.jit(partial(act, model=model))
+    teach = jax.jit(partial(learn, model=model, args=args))
     judge = jax.jit(lambda learner, state: (outcome(learner, state, model), step_log(state)))
 
-    @jax.jit
-    def teach(learner, taken, key):
-        batches, logs = zip(*taken, strict=True)
-        batch = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *batches)
-        means, sums = jax.tree.map(lambda *parts: sum(parts), *logs)
-        means = {name: value / SHARES for name, value in means.items()}
-        learner, metrics = learn(learner, batch, key, model, args)
-        return learner, (metrics | means, sums)
-
     def rollout(learner, state, key):
-        """T steps of a share -> its state; batch and log with leaves (T, ...)."""
+        """T steps of a share -> its state, batch, log; the leaves of both are (T, ...)."""
         steps = []
         for step_key in jax.random.split(key, args.unroll_length):
             actions, choice = play(learner, state.obs, step_key)
             state = env.step_batch(state, actions)
             results, log = judge(learner, state)
             steps.append((choice | results, log))
-        return state, jax.tree.map(lambda *leaves: np.stack(leaves), *steps)
+        return state, *stacked(steps)
 
     def run(learner, shares, first):
-        logs = []
+        rows = []
         for number in range(first, first + iterations):
             key = jax.random.fold_in(jax.random.key(args.seed), number)
             *keys, learn_key = jax.random.split(key, SHARES + 1)
             jobs = pool.map(partial(rollout, learner), shares, keys)
-            shares, taken = zip(*jobs, strict=True)
-            learner, log = teach(learner, taken, learn_key)
-            logs.append(log)
-        return learner, shares, jax.tree.map(lambda *rows: np.stack(rows), *logs)
+            shares, batches, logs = zip(*jobs, strict=True)
+            batch = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *batches)
+            learner, metrics = teach(learner, batch, learn_key)
+            means, sums = stacked(logs)
+            rows.append((metrics | means, sums))
+        return learner, shares, stacked(rows)
 
     return run
 
@@ -628,8 +627,8 @@ def evaluate(act, env, episodes: int, seed: int = EVAL_SEED) -> tuple[dict, list
     return {name: float(value) for name, value in results.items()}, film
 
 
-def evaluate_file(path: str | Path, env, args: Args) -> tuple[dict, list]:
-    """A checkpoint's policy on episodes that did not choose it: metrics `final/...`, film."""
+def evaluate_file(path: str | Path, env, args: Args) -> dict:
+    """A checkpoint's policy, on episodes that did not choose it -> metrics `final/...`; a video."""
     policy, actions = Policy(path), []
 
     def act(obs):
@@ -639,14 +638,12 @@ def evaluate_file(path: str | Path, env, args: Args) -> tuple[dict, list]:
     results, film = evaluate(act, env, args.eval_episodes, FINAL_SEED)
     results = {name.replace("eval/", "final/"): value for name, value in results.items()}
     jerk = np.abs(np.diff(actions, n=3, axis=0)).mean()
-    return results | {"final/action_jerk": float(jerk) * env.control_hz**3}, film
-
-
-def write_video(path: Path, film: list, env):
-    """An mp4 at half the control rate."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    frames = env.render(np.stack(film[::2]))
-    imageio.mimwrite(path, frames, fps=round(env.control_hz / 2), macro_block_size=1)
+    if args.capture_video:  # at half the control rate
+        video = Path(path).parent / "videos/evaluate.mp4"
+        video.parent.mkdir(exist_ok=True)
+        frames = env.render(np.stack(film[::2]))
+        imageio.mimwrite(video, frames, fps=round(env.control_hz / 2), macro_block_size=1)
+    return results | {"final/action_jerk": float(jerk) * env.control_hz**3}
 
 
 # --- save / load ----------------------------------------------------------------------------------
@@ -824,32 +821,29 @@ def train(args: Args) -> dict:
     check(args)
     env, eval_env = make_envs(args)
     if args.evaluate:
-        results, film = evaluate_file(args.checkpoint, eval_env, args)
-        if args.capture_video:
-            write_video(Path(args.checkpoint).parent / "videos/evaluate.mp4", film, eval_env)
+        results = evaluate_file(args.checkpoint, eval_env, args)
         print(json.dumps(results))
         return results
 
     shapes = dict(state=env.obs_dim, privileged_state=env.privileged_dim, action=env.action_dim)
     model, learner = new_learner(shapes, args)
     keys = jax.random.split(jax.random.PRNGKey(args.seed), args.num_envs)
-    state = env.reset_batch(keys, stagger=True)  # differs (3)
     if args.backend == "mujoco-c":
-        state = jax.tree.map(np.asarray, state)
-        state = tuple(jax.tree.map(lambda x, i=i: x[i::SHARES], state) for i in range(SHARES))
+        shares = np.array_split(keys, SHARES)
+        state = tuple(env.reset_batch(share, stagger=True) for share in shares)
+    else:
+        state = env.reset_batch(keys, stagger=True)  # differs (3)
     progress = dict(iteration=0, global_step=0, wall_time=0.0, train_time=0.0, best=-math.inf)
+    source = Path(args.resume) / "checkpoint.npz" if args.resume else args.checkpoint
+    if source:
+        checkpoint = load(source)
+        for name in learner._fields if args.resume else ("params", "stats"):
+            part = restored(getattr(learner, name), name, checkpoint)
+            learner = learner._replace(**{name: part})
     if args.resume:
-        checkpoint = load(Path(args.resume) / "checkpoint.npz")
-        parts = learner._asdict().items()
-        learner = Learner(*(restored(part, name, checkpoint) for name, part in parts))
         state = restored(state, "env", checkpoint)
         progress = checkpoint["progress"]
         cut_back(Path(args.resume), checkpoint["csv_sizes"])
-    elif args.checkpoint:  # networks and statistics alone
-        checkpoint = load(args.checkpoint)
-        params = restored(learner.params, "params", checkpoint)
-        stats = restored(learner.stats, "stats", checkpoint)
-        learner = learner._replace(params=params, stats=stats)
 
     run = open_run(args)
     versions = {module.__name__: module.__version__ for module in (jax, optax, np)}
@@ -893,8 +887,8 @@ def train(args: Args) -> dict:
         check_finite(learner.params, row, step, run)
         write_row(run / "metrics.csv", clock | row, args.track)
         lost = row.get("train/overflow", 0.0)
-        said = f"contacts or constraints did not fit in {lost:.2%} of the steps up to {step}: "
-        need(lost <= MAX_OVERFLOW, said + "the simulator needs more room for them")
+        said = f"contacts or constraints did not fit in {lost:.2%} of the steps before {step}"
+        need(lost <= MAX_OVERFLOW, f"{said}: give the simulator more room for them")
         bar.update(per_call)
         bar.set_postfix_str(f"return {row['train/return']:.2f}, length {row['train/length']:.0f}")
 
@@ -903,11 +897,9 @@ def train(args: Args) -> dict:
         if due:
             weights = dict(params=learner.params, stats=learner.stats)
             policy = Policy(meta | dict(arrays=named(**weights)))
-            results, film = evaluate(policy.act, eval_env, args.eval_episodes)
+            results, _ = evaluate(policy.act, eval_env, args.eval_episodes)
             write_row(run / "eval.csv", clock | results, args.track)
             bar.write(f"{step} steps: return {results['eval/return']:.2f}")
-            if args.capture_video:
-                write_video(run / f"videos/step_{step:09d}.mp4", film, eval_env)
             if results["eval/return"] > progress["best"]:
                 progress["best"] = results["eval/return"]
                 save_as("best.npz", **weights)
@@ -919,7 +911,7 @@ def train(args: Args) -> dict:
     interrupt.restore()
     if interrupt.asked:
         sys.exit(f"interrupted at step {step}: continue with --resume {run}")
-    final, _ = evaluate_file(run / "best.npz", eval_env, args)
+    final = evaluate_file(run / "best.npz", eval_env, args)
     write_row(run / "final.csv", {"global_step": step} | final, args.track)
     return results | final | progress | {"run": str(run)}
 

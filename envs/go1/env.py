@@ -167,6 +167,8 @@ class Go1Env:
         reward = jnp.where(sane, jnp.clip(sum(scaled.values()) * c.ctrl_dt, 0.0, 1e4), 0.0)
         metrics = {f"reward/{name}": value for name, value in scaled.items()}
         metrics |= self._errors(state.command, m, qpos)
+        moved = jnp.abs(action - state.last_action).mean()
+        metrics["action_rate"] = moved * c.action_scale / c.ctrl_dt  # rad/s of the joint targets
         metrics = {name: jnp.where(sane, value, 0.0) for name, value in metrics.items()}
         metrics["nan"] = 1.0 - sane
         metrics["overflow"] = overflow.astype(jnp.float32)
@@ -220,7 +222,7 @@ class Go1Env:
     @property
     def metric_names(self) -> list[str]:
         names = [f"reward/{name}" for name in self.task.rewards]
-        names += ["lin_vel_error", "yaw_vel_error"]
+        names += ["lin_vel_error", "yaw_vel_error", "action_rate"]
         if self.task.stand:
             names += ["height_error", "tilt_error"]
         return [*names, "nan", "overflow"]
