@@ -11,14 +11,20 @@ MuJoCo Playground's (arXiv 2502.08844).
 
 Differences from brax's PPO, whose hyper-parameters these are:
  1. A time-out bootstraps V(s_T) from the observation before the reset, and teaches like every other
-    step; advantages are computed once per iteration. brax leaves such steps out and computes
-    advantages anew for each minibatch.
+    step; advantages are computed once per iteration. brax leaves such steps out, or, if asked, adds
+    V of the state before the step; it computes advantages anew for each minibatch.
  2. Observation statistics stand still within an iteration, so the first ratio is exactly 1; the
-    very first rollout only fills them. brax changes them between acting and learning.
- 3. No hard reset of all environments between evaluations; their clocks are staggered instead.
+    very first rollout only fills them. brax changes them between acting and learning, except with
+    an adaptive rate.
+ 3. No hard reset of all environments between evaluations (brax: an option; Playground sets it to
+    ten for each); their clocks are staggered instead.
  4. An observation entry counts with a standard deviation of at least 0.01 (brax: 0.000001).
- 5. By flags: KL-adaptive learning rate, state-independent deviation (rsl_rl's, arXiv 2109.11978).
+ 5. By flag a deviation that is no function of the state, with the tanh (rsl_rl's, arXiv 2109.11978;
+    brax has it for a Gaussian without). The KL-adaptive learning rate is in brax too.
     On a CPU the sizes are smaller: TUNED, below.
+ 6. best.npz is chosen by episodes with fixed seeds, and reported on others (final.csv). brax
+    evaluates on new ones every time and keeps no best.
+brax as of 0.14.2.
 
 Commands, from the repository's root:
     train          python algos/ppo_mjx_go1.py --env-id Go1JoystickFlat
@@ -26,7 +32,7 @@ Commands, from the repository's root:
     smallest run   python algos/ppo_mjx_go1.py --env-id Go1Stand --backend mjx-jax
     evaluate       python algos/ppo_mjx_go1.py --evaluate --checkpoint runs/NAME/best.npz
     resume         python algos/ppo_mjx_go1.py --resume runs/NAME    (exactly)
-JAX_COMPILATION_CACHE_DIR=~/.cache/jax keeps compiled programs from run to run.
+Compiled programs are kept in ~/.cache/jax (JAX_COMPILATION_CACHE_DIR) from run to run.
 
 Expected result: on two shared CPU cores with mujoco-c first steps in 6 minutes, a return of 20 of
 40 in 12, 28 and a velocity error of 0.1 m/s in 27. Not yet measured on a GPU. Curves and commands:
