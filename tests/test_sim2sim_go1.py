@@ -9,6 +9,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -544,3 +545,22 @@ def test_the_table_of_the_page_is_that_of_the_results():
     assert [row["condition"] for row in rows] == [
         condition.label for condition in sim.sweep_conditions()
     ]
+
+
+def test_the_page_says_what_each_condition_is():
+    """Its table has a row for everything that is varied alone, with the values of the sweep."""
+    page = (ROOT / "docs/sim2sim_go1.md").read_text()
+    values, plain = {}, Condition()
+    for condition in sim.sweep_conditions():
+        changed = [
+            f.name
+            for f in fields(condition)
+            if getattr(condition, f.name) != getattr(plain, f.name)
+        ]
+        if len(changed) == 1:
+            values.setdefault(changed[0], []).append(getattr(condition, changed[0]))
+    assert values.keys() == {f.name for f in fields(plain)}
+    for name, tried in values.items():
+        scale, unit = (1000, " ms") if name.endswith("delay") else (1, " rad" * (name == "zero"))
+        told = ", ".join(f"{scale * value:g}" for value in tried) + unit
+        assert f"| `{name}` | {told} |" in page, name
