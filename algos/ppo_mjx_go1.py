@@ -558,7 +558,7 @@ def iterate(learner: Learner, state, first, env, model: nnx.GraphDef, args: Args
     return learner, state, log
 
 
-def stacked(trees: list | tuple):
+def stacked(trees):
     """Trees with equal leaves' shapes as one, with a leading axis."""
     return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 

@@ -37,6 +37,7 @@ Differences from Playground's task, each for a reason:
  7. The first observation of an episode is computed in closed form; its accelerometer reads as at
     rest, torques are 0.
  8. commands="balanced", which training uses, has more commands to stand and to turn on the spot.
+
 Contacts or constraints that do not fit into a back end's memory are counted in metrics["overflow"];
 ppo_mjx_go1 stops where that is more than one step of a thousand. metrics["action_rate"] is the mean
 speed of the joint targets, rad/s.
