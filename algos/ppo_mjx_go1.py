@@ -354,7 +354,7 @@ def new_learner(shapes: dict, args: Args) -> tuple[nnx.GraphDef, Learner]:
         for name in ("state", "privileged_state"):
             zeros = jnp.zeros(shapes[name])
             stats[name] = Stats(jnp.zeros(()), zeros, zeros + 1)
-        rate = jnp.asarray(args.learning_rate, jnp.float32)
+        rate = jnp.float32(args.learning_rate)
         return Learner(params, optimizer(args).init(params), stats, rate)
 
     model, _ = nnx.split(nnx.eval_shape(make))
@@ -902,8 +902,7 @@ def train(args: Args) -> dict:
         check_finite(learner.params, row, step, run)
         write_row(run / "metrics.csv", clock | row, args.track)
         lost = row.get("train/overflow", 0.0)
-        said = f"contacts or constraints did not fit in {lost:.2%} of the steps before {step}"
-        need(lost <= MAX_OVERFLOW, f"{said}: give the simulator more room for them")
+        need(lost <= MAX_OVERFLOW, f"step {step}: contacts lost in {lost:.2%} of steps: allow more")
         bar.update(per_call)
         bar.set_postfix_str(f"return {row['train/return']:.2f}, length {row['train/length']:.0f}")
 

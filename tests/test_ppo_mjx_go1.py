@@ -615,7 +615,7 @@ def test_contacts_that_do_not_fit_stop_a_run(fake, monkeypatch):
             return state._replace(metrics=state.metrics | {"overflow": jnp.zeros(())})
 
     monkeypatch.setattr(ppo, "make_envs", lambda args: (Full(), FakeEnv()))
-    said = rf"^contacts or constraints did not fit in \d\.\d\d% of the steps before {CALL}: "
+    said = rf"^step {CALL}: contacts lost in \d\.\d\d% of steps: allow more$"
     with pytest.raises(ValueError, match=said):
         ppo.train(arguments(name="full"))
     assert float(table("runs/full/metrics.csv")[0]["train/overflow"]) > ppo.MAX_OVERFLOW
