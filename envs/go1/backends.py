@@ -156,7 +156,8 @@ class PhysicsInC:
         """Whether contacts or constraints did not fit. (N,) bool.
 
         `rollout` stops a robot's clock, states[..., 0], at the first warning. One whose numbers are
-        still sound did not diverge: it ran out of memory.
+        still sound did not diverge: it ran out of memory (or a target was no number). The library's
+        own counters begin anew with each robot.
         """
         stopped = states[:, -1, 0] < (self.config.substeps - 0.5) * self.config.sim_dt
         return stopped & (np.abs(states[:, -1]) < STOPS_BELOW).all(1)
