@@ -200,8 +200,9 @@ def film(env: go1.Go1Env, qpos, names, command, measured, out: Path) -> None:
     imageio.mimwrite(
         out / "walk.mp4", [np.asarray(f) for f in frames], fps=rate, macro_block_size=1
     )
+    octree = Image.Quantize.FASTOCTREE  # the default loses the colours of thin lines
     small = [
-        frame.resize((320, 283)).quantize(48, dither=Image.Dither.NONE) for frame in frames[::2]
+        f.resize((320, 283)).quantize(64, octree, dither=Image.Dither.NONE) for f in frames[::2]
     ]
     rest = dict(append_images=small[1:], duration=2000 // rate, loop=0, optimize=True)
     small[0].save(out / "walk.gif", save_all=True, **rest)

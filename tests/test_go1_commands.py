@@ -171,3 +171,23 @@ def test_the_height_of_go1stand_knows_no_such_choice():
 def test_an_unknown_choice_is_one_line():
     with pytest.raises(ValueError, match="commands must be published or balanced, not often"):
         EnvConfig(commands="often")
+
+
+def test_the_film_shows_what_is_told_and_what_is_done():
+    """The corner seen from above, nose up, 50 pixels for 1 m/s: blue told, orange done."""
+    picture = pytest.importorskip("picture_go1", reason='needs plots: pip install -e ".[go1]"')
+    velocity = np.zeros((30, 3))
+    velocity[10:] = (1.0, 0.0, 0.4)  # the mean of the last 20 follows in 20 equal steps
+    expected = np.clip((np.arange(30) - 9) / 20, 0, 1)[:, None] * velocity[-1]
+    np.testing.assert_allclose(picture.smooth(velocity), expected, atol=1e-12)
+
+    grey = np.full((360, 480, 3), 99, np.uint8)
+    image = picture.captioned(grey, "turn", np.array([1.0, 0.0, 0.8]), np.array([0.0, 0.5, -0.8]))
+    at = image.getpixel
+    assert image.size == (480, 424) and at((200, 200)) == (99, 99, 99)
+    assert at((405, 25)) == at((405, 45)) == picture.TOLD  # forward
+    assert at((380, 75)) == at((395, 75)) == picture.DOES  # half a metre a second to the left
+    x, y = np.sin(0.4), np.cos(0.4)  # the middle of 0.8 rad
+    assert at((round(405 - 64 * x), round(75 - 64 * y))) == picture.TOLD  # to the left
+    assert at((round(405 + 56 * x), round(75 - 56 * y))) == picture.DOES  # to the right
+    assert at((round(405 + 64 * x), round(75 - 64 * y))) == (99, 99, 99)

@@ -14,8 +14,8 @@ FIELDS = (
     "cam_pos", "cam_quat", "cam_fovy", "light_ambient", "light_diffuse", "light_dir",
 )  # fmt: skip
 
-# What MuJoCo Warp allocates for each environment. Random motion against the table and the items uses up to 9 and 54;
-# stepping.py counts what does not fit.
+# What MuJoCo Warp allocates for each environment. Random motion against the table and the items uses up to 9 on
+# average (all environments share the contacts) and 54; stepping.py counts what does not fit.
 CONTACTS, CONSTRAINTS = 48, 240
 
 
