@@ -510,6 +510,7 @@ def test_best_is_the_best(fake, monkeypatch):
     """Returns rise, then fall: best.npz stays that of the second evaluation, after a resume too."""
     returns = iter([1.0, 3.0, 2.0, 2.5])
     monkeypatch.setattr(ppo, "evaluate", lambda *_: ({"eval/return": next(returns)}, []))
+    monkeypatch.setattr(ppo, "evaluate_file", lambda *_: {})
     ppo.train(arguments(name="best", eval_freq=CALL, total_timesteps=3 * CALL))
     ppo.train(ppo.parse_args(["--resume", "runs/best", "--total-timesteps", str(4 * CALL)]))
     progress = ppo.load("runs/best/best.npz")["progress"]
