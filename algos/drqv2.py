@@ -44,6 +44,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
 import copy
 import csv
+import ctypes
 import json
 import math
 import re
@@ -275,11 +276,18 @@ def make_envs(args: Args) -> tuple:
 # --- Networks -------------------------------------------------------------------------------------
 def random_shift(rgb, pad: int):
     """Square images (B, H, H, C), edges repeated `pad` pixels outwards, cropped at random."""
-    count, size = rgb.shape[:2]
-    offsets = torch.randint(2 * pad + 1, (count, 2, 1), device=rgb.device) - pad  # down, right
-    pixels = (torch.arange(size, device=rgb.device) + offsets).clamp(0, size - 1)  # (B, 2, H)
-    image = torch.arange(count, device=rgb.device)[:, None, None]
-    return rgb[image, pixels[:, 0, :, None], pixels[:, 1, None, :]]  # differs (4)
+    count, size, _, channels = rgb.shape
+    down, right = torch.randint(2 * pad + 1, (count, 2, 1), device=rgb.device).unbind(1)  # (B, 1)
+    left_edge = rgb[:, :, :1].expand(-1, -1, pad, -1)
+    right_edge = rgb[:, :, -1:].expand(-1, -1, pad, -1)
+    wide = torch.cat([left_edge, rgb, right_edge], 2)  # (B, H, H + 2 pad, C)
+    # all rows of H pixels, wherever they begin, as one view: rows are copied by index, not pixels
+    pixels = count * size * (size + 2 * pad)
+    crops = wide.as_strided((pixels - size + 1, size * channels), (channels, 1))
+    image = torch.arange(count, device=rgb.device)[:, None]
+    row = torch.arange(size, device=rgb.device) + down - pad  # (B, H)
+    begin = (image * size + row.clamp(0, size - 1)) * (size + 2 * pad) + right
+    return crops.index_select(0, begin.flatten()).view_as(rgb)  # differs (4)
 
 
 def init_orthogonal(layer: nn.Module):
@@ -333,7 +341,12 @@ class Heads(nn.Module):
 
     def forward(self, features, *others):
         x = torch.cat([self.trunk(features), *others], -1)
-        return torch.stack([head(x).float() for head in self.heads])
+        outputs = []
+        for head in self.heads:
+            last = head[:-1](x).float()
+            with torch.autocast(x.device.type, enabled=False):  # bfloat16 has Q = 80 or 80.5
+                outputs.append(head[-1](last))
+        return torch.stack(outputs)
 
 
 class Agent(nn.Module):
@@ -365,16 +378,23 @@ def make_optimizers(agent: Agent, args: Args):
 
 # --- Storage --------------------------------------------------------------------------------------
 # same in: drqv2, sac_pixels
-def free_memory(device: torch.device) -> float:
-    """Bytes that can still be had: of the GPU, or of this machine and the container's limit."""
+def free_memory(device: torch.device, root: str = "/") -> float:
+    """Bytes that can still be had: of the GPU, or of this machine and its container's limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    machine, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
-    free = math.inf
-    if machine.exists():
-        free = 1024 * int(re.search(r"MemAvailable: *(\d+)", machine.read_text())[1])
-    if limit.exists() and "max" not in limit.read_text():
-        free = min(free, int(limit.read_text()))
+    machine = Path(root, "proc/meminfo")
+    if not machine.exists():
+        return math.inf
+    free = 1024 * int(re.search(r"MemAvailable: *(\d+)", machine.read_text())[1])
+    groups = Path(root, "proc/self/cgroup").read_text()
+    for version, group in re.findall(r":(|memory):/(.*)", groups):
+        limit = "memory.limit_in_bytes" if version else "memory.max"  # version 1 or 2
+        for folder in Path(root, "sys/fs/cgroup", version, group, limit).parents:
+            if (folder / limit).exists():  # a container sees its own limit at the top
+                most = float((folder / limit).read_text().replace("max", "inf"))
+                stat = (folder / "memory.stat").read_text()
+                held = re.findall(r"(?m)^(?:anon|shmem|total_rss|total_shmem) (\d+)", stat)
+                free = min(free, most - sum(map(int, held)))
     return free
 
 
@@ -545,8 +565,21 @@ def update(agent: Agent, optimizers: dict, losses: tuple, args: Args, batch: dic
     return metrics | more
 
 
+# same in: drqv2, sac_pixels
+def warn_of_slow_amp(device: str):
+    """Without bfloat16 units it takes 1.8 (AVX-512) to 6.7 times (AVX2) as long as float32."""
+    processor = Path("/proc/cpuinfo")
+    units = not processor.exists() or "bf16" in processor.read_text()
+    if device != "cpu":
+        units = torch.cuda.is_bf16_supported(including_emulation=False)
+    if not units:
+        print("--amp is slow on this device: use --no-amp", file=sys.stderr)
+
+
 def make_update(agent: Agent, optimizers: dict, args: Args):
     """-> `update` as a function of (batch, std): plain, with compiled losses, as one CUDA graph."""
+    if args.amp:
+        warn_of_slow_amp(args.device)
     kind = torch.device(args.device).type
     mixed = torch.autocast(kind, torch.bfloat16, enabled=args.amp, cache_enabled=False)
     losses = mixed(critic_loss), mixed(actor_loss)
@@ -690,7 +723,10 @@ def load_run(run: Path, parts: dict) -> dict:
     """Put every part and the CSV files back to the checkpoint. -> progress"""
     checkpoint = load(run / "checkpoint.pt")
     for name, part in parts.items():
-        part.load_state_dict(checkpoint[name])
+        state = checkpoint[name]
+        if name != "replay":  # which copies; what an optimizer keeps would keep the file in memory
+            state = copy.deepcopy(state)
+        part.load_state_dict(state)
     cut_back(run, checkpoint["csv_sizes"])
     return checkpoint["progress"]
 
@@ -767,6 +803,15 @@ def open_run(args: Args) -> Path:
     return run
 
 
+def keep_memory():
+    """What an update frees stays here for the next one. glibc would return large blocks to the
+    system, and at 84 pixels a CPU spent a third of an update on having them back."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def train(args: Args) -> dict:
     """Train, or with --evaluate only evaluate. -> metrics of the last evaluation, progress, `run`.
 
@@ -774,6 +819,7 @@ def train(args: Args) -> dict:
     first NaN, SystemExit after Ctrl-C.
     """
     check(args)
+    keep_memory()
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
     env, eval_env = make_envs(args)
@@ -823,24 +869,28 @@ def train(args: Args) -> dict:
                 mean = agent.mean(agent.encoder(seen["rgb"]), seen["state"])
             actions = noisy_actions(mean, std)
 
-        # step
-        obs, rewards, terminations, truncations, info = env.step(actions)
-
-        # store
-        dones = terminations | truncations
-        discounts = info.get("discount", 1.0) * ~terminations  # differs (1)
-        replay.add(actions, rewards, discounts, dones, info["final_obs"], obs)
-        episodes += episode_sums(info, dones)
+        # step, in two halves where the environment has them: it may draw while the networks learn
+        halves = hasattr(env, "step_begin")
+        if halves:
+            env.step_begin(actions)
 
         # update
         due = (step + args.num_envs) // args.update_every - step // args.update_every
-        step += args.num_envs
-        bar.update(args.num_envs)
         if step - first >= args.learning_starts:
             for _ in range(due):
                 losses.append(one_update(replay.sample(args.batch_size), std))
             if losses and not compiled:  # the first ones compile, and train_time is without that
                 compiled, begin = True, time.perf_counter()
+        outcome = env.step_end() if halves else env.step(actions)
+        step += args.num_envs
+        bar.update(args.num_envs)
+
+        # store
+        obs, rewards, terminations, truncations, info = outcome
+        dones = terminations | truncations
+        discounts = info.get("discount", 1.0) * ~terminations  # differs (1)
+        replay.add(actions, rewards, discounts, dones, info["final_obs"], obs)
+        episodes += episode_sums(info, dones)
 
         # log
         last = step >= args.total_timesteps
