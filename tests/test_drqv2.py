@@ -366,17 +366,6 @@ def test_a_buffer_larger_than_the_memory_is_refused_at_once(fake):
     assert not Path("runs").exists(), "what is refused leaves no folder"
 
 
-def test_the_container_limits_the_memory(monkeypatch):
-    read = Path.read_text
-    assert 2**20 < dq.free_memory(torch.device("cpu")) < 2**50
-    texts = {"meminfo": "MemTotal: 9 kB\nMemAvailable:   400 kB\n", "memory.max": "max\n"}
-    monkeypatch.setattr(Path, "exists", lambda path: path.name in texts)
-    monkeypatch.setattr(Path, "read_text", lambda path: texts.get(path.name) or read(path))
-    assert dq.free_memory(torch.device("cpu")) == 400 * 1024
-    texts["memory.max"] = "1000\n"
-    assert dq.free_memory(torch.device("cpu")) == 1000
-
-
 # --- Random shift ---------------------------------------------------------------------------------
 def shifted_by(monkeypatch, rgb, offsets, pad):
     """random_shift with chosen offsets (B, 2) from 0 to 2 pad: down, right."""
@@ -640,7 +629,7 @@ def test_a_short_run_from_end_to_end(fake):
     assert list(rows[0])[:4] == ["global_step", "wall_time", "train_time", "eval/return"]
     assert [row["global_step"] for row in rows] == ["60", "120"] and result["global_step"] == 120
     metrics = table(run / "metrics.csv")
-    assert [row["global_step"] for row in metrics] == ["40", "60", "80", "100", "120"]
+    assert [row["global_step"] for row in metrics] == ["60", "80", "100", "120"]
     assert all(math.isfinite(float(value)) for row in metrics for value in row.values())
     torch.manual_seed(args.seed)
     start = dq.Agent(args, SHAPES).state_dict()
@@ -714,7 +703,7 @@ def test_noise_follows_its_schedule_in_acting_and_learning(fake, monkeypatch):
     assert acting == [float(dq.noise_std(args, t)) for t in range(40, 120, 4)]
     learning = [std for std, clip in calls if clip == 0.2]  # of target and actor in each update
     assert learning[::2] == learning[1::2]
-    assert learning[::2] == [float(dq.noise_std(args, t)) for t in range(36, 120, 4)]
+    assert learning[::2] == [float(dq.noise_std(args, t)) for t in range(40, 120, 4)]
     assert len(calls) == len(acting) + len(learning)
 
 
@@ -722,7 +711,7 @@ def test_updates_come_at_their_rate(fake, monkeypatch):
     """One for every three transitions, four of which come at once."""
     samples = watch(monkeypatch, dq.Replay, "sample")
     dq.train(arguments(update_every=3, learning_starts=60))
-    assert len(samples) == 120 // 3 - 56 // 3
+    assert len(samples) == 120 // 3 - 60 // 3
 
 
 def test_the_first_actions_are_uniform_and_the_next_ones_noisy(fake, monkeypatch):
@@ -801,7 +790,7 @@ def test_without_a_saved_buffer_updates_wait_until_it_is_filled_again(fake, monk
     assert "replay" not in first and "env" not in first
     samples = watch(monkeypatch, dq.Replay, "sample")
     dq.train(dq.parse_args(["--resume", "runs/run", "--total-timesteps", "160"]))
-    assert len(samples) == (160 - 80 - 40) // 4 + 1
+    assert len(samples) == (160 - 80 - 40) // 4
     assert [row["global_step"] for row in table("runs/run/eval.csv")] == ["60", "80", "120", "160"]
 
 
