@@ -18,7 +18,8 @@ Differences from the authors' code; with one environment only (1) to (4) change 
     0.004 of 255.
  5. The buffer holds each frame once and stacks by index, on the networks' device.
  6. Encoder and critic share one Adam, which changes nothing: they have the same learning rate.
- 7. Ours: several environments, a state beside the image. On a CPU the sizes are smaller: TUNED.
+ 7. Ours: several environments, a state beside the image; --atoms for D4PG's distributional
+    critics. On a CPU the sizes are smaller: TUNED.
 
 Commands, from the repository's root:
     train          python algos/drqv2.py --env-id cartpole_swingup
@@ -111,6 +112,14 @@ TUNED = {
     "walker_*": dict(n_step=1, batch_size=512),
     "quadruped_run *": dict(buffer_size=100_000),
     "* cpu": SMALL,
+    # batch and noise as published, which is what an hour of one core has time for
+    "cartpole_* cpu": dict(
+        batch_size=256,
+        std_steps=100_000,
+        total_timesteps=50_000,
+        eval_freq=5_000,
+        eval_episodes=10,
+    ),
     "dot_reach *": SMALL
     | dict(
         num_envs=8,
@@ -177,6 +186,9 @@ class Args:
     encoder_strides: tuple[int, ...] = (2, 1, 1, 1)  # one convolution for each
     feature_dim: int = 50  # numbers that actor and critic each make of the image
     hidden: int = 1024  # width of the two layers of actor and critics
+    atoms: int = 0  # D4PG's critics: distributions over so many returns, 51 there; 0: DrQ-v2's
+    v_min: float = 0.0  # smallest of these returns
+    v_max: float = 200.0  # and largest: a suite task's, 2 a step / (1 - gamma)
 
     # compute
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # of networks and buffer
@@ -202,6 +214,8 @@ def check(args: Args):
     need(complete, "--learning-starts must be at least (--n-step + 1) x --num-envs")
     room = args.buffer_size >= (args.n_step + args.frame_stack + 2) * args.num_envs
     need(room, "--buffer-size must be at least (--n-step + --frame-stack + 2) x --num-envs")
+    scale = args.atoms == 0 or args.atoms > 1 and args.v_max > args.v_min
+    need(scale, "--atoms must be 0 or at least 2, and then --v-max above --v-min")
     need(args.checkpoint or not args.evaluate, "--evaluate needs --checkpoint FILE")
     here = torch.cuda.is_available() or args.device == "cpu"
     need(here, "there is no CUDA device here: use --device cpu")
@@ -357,7 +371,8 @@ class Agent(nn.Module):
         state, action = shapes["state"], shapes["action"]
         self.encoder = Encoder(shapes["channels"] * args.frame_stack, args)
         self.actor = Heads(self.encoder.features, state, 1, action, args)
-        self.critic = Heads(self.encoder.features, state + action, 2, 1, args)
+        outputs = max(args.atoms, 1)
+        self.critic = Heads(self.encoder.features, state + action, 2, outputs, args)
         self.apply(init_orthogonal)
         self.encoder.to(memory_format=torch.channels_last)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
@@ -514,6 +529,27 @@ def noisy_actions(mean, std, clip: float = math.inf):
     return actions + (actions.clamp(-1 + 1e-6, 1 - 1e-6) - actions).detach()
 
 
+def values(outputs, args: Args):
+    """What critics say, (2, B, atoms or 1) -> Q (2, B)."""
+    if args.atoms == 0:
+        return outputs.squeeze(-1)
+    returns = torch.linspace(args.v_min, args.v_max, args.atoms, device=outputs.device)
+    return (outputs.softmax(-1) * returns).sum(-1)
+
+
+def project(probabilities, rewards, discounts, args: Args):
+    """Distribution (B, atoms) of rewards + discounts x return, on the atoms of the return.
+
+    Each moved atom is shared between its two neighbours (C51, eq. 7).
+    """
+    atom = torch.arange(args.atoms, device=rewards.device)
+    width = (args.v_max - args.v_min) / (args.atoms - 1)
+    moved = rewards[:, None] + discounts[:, None] * (args.v_min + atom * width)
+    place = (moved.clamp(args.v_min, args.v_max) - args.v_min) / width  # (B, atoms), in atoms
+    shares = (1 - (place[:, None] - atom[:, None]).abs()).clamp(min=0)  # (B, to, from)
+    return (shares * probabilities[:, None]).sum(-1)
+
+
 def critic_loss(agent: Agent, batch: dict, std, args: Args):
     """Loss of critic and encoder, eqs. 1 and 2. -> loss, features (B, D), metrics"""
     obs, next_obs = batch["obs"], batch["next_obs"]
@@ -521,11 +557,20 @@ def critic_loss(agent: Agent, batch: dict, std, args: Args):
         next_features = agent.encoder(random_shift(next_obs["rgb"], args.pad))
         mean = agent.mean(next_features, next_obs["state"])
         next_actions = noisy_actions(mean, std, args.std_clip)
-        next_q = agent.target(next_features, next_obs["state"], next_actions).squeeze(-1)
-        targets = batch["rewards"] + batch["discounts"] * next_q.amin(0)
+        next_outputs = agent.target(next_features, next_obs["state"], next_actions)
+        next_q = values(next_outputs, args)
+        rewards, discounts = batch["rewards"], batch["discounts"]
+        targets = rewards + discounts * next_q.amin(0)
     features = agent.encoder(random_shift(obs["rgb"], args.pad))
-    q = agent.critic(features, obs["state"], batch["actions"]).squeeze(-1)  # (2, B)
-    loss = (q - targets).square().mean(-1).sum()
+    outputs = agent.critic(features, obs["state"], batch["actions"])
+    q = values(outputs, args)  # (2, B)
+    errors = (q - targets).square()
+    if args.atoms:
+        lower = (next_q[0] < next_q[1])[:, None]  # the distribution with the smaller mean
+        probabilities = torch.where(lower, *next_outputs).softmax(-1)
+        labels = project(probabilities, rewards, discounts, args)
+        errors = -(labels * outputs.log_softmax(-1)).sum(-1)
+    loss = errors.mean(-1).sum()
     metrics = {
         "loss/qf": loss.detach(),
         "train/q": q.detach().mean(),
@@ -539,7 +584,7 @@ def actor_loss(agent: Agent, batch: dict, features, std, args: Args):
     state = batch["obs"]["state"]
     mean = agent.mean(features, state)
     actions = noisy_actions(mean, std, args.std_clip)
-    loss = -agent.critic(features, state, actions).amin(0).mean()
+    loss = -values(agent.critic(features, state, actions), args).amin(0).mean()
     return loss, {"loss/actor": loss.detach(), "train/saturation": mean.detach().abs().mean()}
 
 

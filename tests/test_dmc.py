@@ -207,8 +207,13 @@ def test_locomotion_without_opengl_is_refused_in_one_line(monkeypatch):
         task("rodent_run_gaps")
 
 
-@pytest.mark.parametrize(("cores", "n", "workers", "count"), [(1, 1, None, 0), (2, 1, None, 1), (1, 2, None, 2), (2, 1, 0, 0)])  # fmt: skip
-def test_an_environment_gets_a_process_where_there_is_a_core_for_it(monkeypatch, cores, n, workers, count):
+@pytest.mark.parametrize(
+    ("cores", "n", "workers", "count"),
+    [(1, 1, None, 0), (2, 1, None, 1), (1, 2, None, 2), (2, 1, 0, 0)],
+)
+def test_an_environment_gets_a_process_where_there_is_a_core_for_it(
+    monkeypatch, cores, n, workers, count
+):
     from envs.dmc import env
 
     monkeypatch.setattr(env, "usable_cpus", lambda: cores)

@@ -447,6 +447,17 @@ def test_encoder_sees_every_frame_and_takes_images_as_they_are_stored():
     torch.testing.assert_close(features.view(2, 8, 8, 4).permute(0, 3, 1, 2), reference)
 
 
+def test_the_last_layer_is_not_in_bfloat16():
+    """There a batch at Q = 80 has a value or two: 80, 80.5."""
+    args = arguments()
+    agent = dq.Agent(args, SHAPES)
+    torch.nn.init.constant_(agent.critic.heads[0][-1].bias, 80.0)
+    features, state = torch.randn(64, agent.encoder.features), torch.randn(64, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        q = agent.critic(features, state, torch.rand(64, 2))[0]
+    assert q.dtype == torch.float32 and len(q.unique()) > 50
+
+
 # --- Noise ----------------------------------------------------------------------------------------
 def test_noise_falls_linearly_and_stays():
     args = arguments(std_start=1.0, std_end=0.1, std_steps=100)
@@ -563,6 +574,63 @@ def test_update_equals_its_formulas_written_out(monkeypatch):
         expected = other.state_dict()[name]
         torch.testing.assert_close(value, expected, atol=2e-5, rtol=1e-4, msg=name)
     assert all(parameter.requires_grad for parameter in agent.critic.parameters())
+
+
+# --- Distributional critics -----------------------------------------------------------------------
+def test_a_distribution_is_projected_as_by_hand():
+    """Atoms 0, 1, 2, 3, 4, each row's distribution moved, cut off at the ends and shared."""
+    args = arguments(atoms=5, v_min=0.0, v_max=4.0)
+    even = torch.full((5,), 0.2)
+    probabilities = torch.stack([even, even, even, torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0])])
+    rewards, discounts = torch.tensor([1.0, 0.25, 9.0, 0.5]), torch.tensor([0.0, 1.0, 1.0, 0.5])
+    expected = [
+        [0.0, 1.0, 0.0, 0.0, 0.0],  # an end: the reward alone
+        [0.15, 0.2, 0.2, 0.2, 0.25],  # 0.25, 1.25, 2.25, 3.25 and 4 (cut off)
+        [0.0, 0.0, 0.0, 0.0, 1.0],
+        [0.0, 0.5, 0.5, 0.0, 0.0],  # 1 and 2
+    ]
+    found = dq.project(probabilities, rewards, discounts, args)
+    torch.testing.assert_close(found, torch.tensor(expected))
+    torch.testing.assert_close((found @ torch.arange(5.0))[3], torch.tensor(0.5 + 0.5 * 2.0))
+
+
+def test_values_are_means_of_the_distributions():
+    args = arguments(atoms=3, v_min=-2.0, v_max=4.0)  # atoms -2, 1, 4
+    outputs = torch.tensor([0.5, 0.25, 0.25]).log().expand(2, 4, 3)
+    torch.testing.assert_close(dq.values(outputs, args), torch.full((2, 4), 0.25))
+    assert torch.equal(dq.values(outputs[..., :1], arguments()), outputs[..., 0])
+
+
+def test_distributional_critics_learn_a_known_return(monkeypatch):
+    """Ends everywhere: labels are the rewards' own atoms, from the critic with the smaller mean."""
+    agent, replay, args = learning_parts(atoms=11, v_min=-2.0, v_max=2.0, lr=5e-3)
+    batch = replay.sample(64) | dict(discounts=torch.zeros(64))
+    batch["rewards"] = batch["actions"][:, 0].round()
+    one_update = dq.make_update(agent, dq.make_optimizers(agent, args), args)
+    errors = []
+    for _ in range(150):
+        metrics = one_update(batch, STD)
+        errors.append(float(metrics["loss/qf"]))
+    assert errors[-1] < 0.5 * errors[0]
+    features = agent.encoder(batch["obs"]["rgb"])
+    outputs = agent.critic(features, batch["obs"]["state"], batch["actions"])
+    assert outputs.shape == (2, 64, 11)
+    error = (dq.values(outputs, args).mean(0) - batch["rewards"]).abs().mean()
+    assert error < 0.3
+
+
+def test_the_smaller_distribution_is_the_target(monkeypatch):
+    agent, replay, args = learning_parts(atoms=5, v_min=0.0, v_max=4.0)
+    batch, labels = replay.sample(16), []
+    wanted = torch.randn(2, 16, 5)
+    monkeypatch.setattr(agent.target, "forward", lambda *given: wanted)
+    project = dq.project
+    monkeypatch.setattr(dq, "project", lambda p, *rest: labels.append(p) or project(p, *rest))
+    dq.critic_loss(agent, batch, STD, args)
+    means = wanted.softmax(-1) @ torch.arange(5.0)
+    for i in range(16):
+        smaller = wanted[means[:, i].argmin(), i].softmax(-1)
+        torch.testing.assert_close(labels[0][i], smaller)
 
 
 def test_a_termination_cuts_the_value_and_a_time_limit_does_not():
@@ -686,6 +754,35 @@ def test_the_buffer_gets_what_the_environment_gave(fake, monkeypatch):
         assert torch.equal(stored, rewards) and torch.equal(dones, ends)
         assert final_obs is info["final_obs"] and next_obs is obs
     assert any(given[3].any() for given, _ in kept), "an episode ended"
+
+
+class InHalves(FakeEnv):
+    """An environment that may draw while the networks learn. `order`: what happened."""
+
+    order: list = []
+
+    def step_begin(self, actions):
+        InHalves.order.append("begin")
+        self.begun = actions
+
+    def step_end(self):
+        InHalves.order.append("end")
+        return FakeEnv.step(self, self.begun)
+
+
+def test_updates_come_between_the_halves_of_a_step_and_change_nothing(fake, monkeypatch):
+    dq.train(arguments(name="whole", **LONG))
+    sample = dq.Replay.sample
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            dq.Replay, "sample", lambda *given: InHalves.order.append("update") or sample(*given)
+        )
+        envs = [InHalves(4, seed=1, size=16, stagger=False) for _ in range(2)]
+        patch.setattr(dq, "make_envs", lambda args: envs)
+        InHalves.order.clear()
+        dq.train(arguments(name="halves", **LONG))
+    same_runs("whole", "halves")
+    assert InHalves.order == ["begin", "end"] * 10 + ["begin", "update", "end"] * 30
 
 
 def test_noise_follows_its_schedule_in_acting_and_learning(fake, monkeypatch):
@@ -993,6 +1090,8 @@ def test_arguments_of_a_run_come_from_its_checkpoint(fake):
         (dict(learning_starts=8), "--learning-starts must be at least"),
         (dict(buffer_size=27), "--buffer-size must be at least"),
         (dict(eval_episodes=7), "multiple of --eval-envs"),
+        (dict(atoms=1), "--atoms must be 0 or at least 2"),
+        (dict(atoms=51, v_min=9.0, v_max=9.0), "--v-max above --v-min"),
     ],
 )
 def test_choices_that_cannot_work_are_named(changes, words):

@@ -47,8 +47,8 @@ except (ImportError, AttributeError) as error:
         "`python -m envs.check` says what to install; renderer 'warp' needs no OpenGL"
     ) from None
 
-# module of dm_control.locomotion.examples -> its tasks whose episodes follow from the random state. Left out: mazes, and
-# what shuffles things, since those keep random states of their own that nobody can save.
+# module of dm_control.locomotion.examples -> its tasks whose episodes follow from the random state. Mazes and what
+# shuffles things are left out: they keep random states of their own, which nobody can save.
 LOCOMOTION = {
     "basic_rodent_2020": ("rodent_escape_bowl", "rodent_run_gaps"),
     "basic_cmu_2019": ("cmu_humanoid_go_to_target", "cmu_humanoid_run_gaps", "cmu_humanoid_run_walls"),
