@@ -576,6 +576,34 @@ def test_update_equals_its_formulas_written_out(monkeypatch):
     assert all(parameter.requires_grad for parameter in agent.critic.parameters())
 
 
+def test_amp_without_bfloat16_units_warns(monkeypatch, capsys):
+    agent, replay, args = learning_parts(amp=True)
+    texts = {"cpuinfo": "flags: avx512f avx512_bf16"}
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    monkeypatch.setattr(Path, "read_text", lambda path: texts[path.name])
+    dq.make_update(agent, dq.make_optimizers(agent, args), args)
+    assert not capsys.readouterr().err
+    texts["cpuinfo"] = "flags: avx2"
+    dq.make_update(agent, dq.make_optimizers(agent, args), args)
+    assert capsys.readouterr().err == "--amp is slow on this device: use --no-amp\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc")
+def test_large_blocks_are_not_faulted_in_anew():
+    code = """if True:
+        import resource, torch, drqv2
+        drqv2.keep_memory()
+        pages = []
+        for _ in range(3):
+            torch.ones(2**24)  # 16,384 pages
+            pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        print(pages[2] - pages[1])
+    """
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=SCRIPT.parent, text=True, capture_output=True)
+    assert int(result.stdout) < 1000, result.stderr
+
+
 # --- Distributional critics -----------------------------------------------------------------------
 def test_a_distribution_is_projected_as_by_hand():
     """Atoms 0, 1, 2, 3, 4, each row's distribution moved, cut off at the ends and shared."""
@@ -869,6 +897,21 @@ def test_ctrl_c_saves_and_the_run_goes_on_exactly(fake, monkeypatch):
     assert signal.getsignal(signal.SIGINT) == before
     dq.train(dq.parse_args(["--resume", "runs/half"]))
     same_runs("whole", "half")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_resuming_holds_the_buffer_once(fake, monkeypatch):
+    """Not a second time as a mapping of the checkpoint, which what an optimizer kept would hold."""
+    dq.train(arguments(name="run", **LONG))
+    maps, step = [], FakeEnv.step
+
+    def watched(self, actions):
+        maps.append(Path("/proc/self/maps").read_text())
+        return step(self, actions)
+
+    monkeypatch.setattr(FakeEnv, "step", watched)
+    dq.train(dq.parse_args(["--resume", "runs/run", "--total-timesteps", "164"]))
+    assert "checkpoint.pt" not in maps[0]
 
 
 def test_a_run_that_dies_before_its_first_evaluation_can_go_on(fake, monkeypatch):
