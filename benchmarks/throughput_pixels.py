@@ -502,7 +502,7 @@ def original(args: Args, table: throughput.Table) -> None:
                 process.kill()
                 process.wait()
         for name, values in rates.items():
-            table.measured("original", name, at, "frames of CPU time", values)
+            table.measured(f"original {size}", name, at, "frames of CPU time", values)
 
 
 def seconds_of(process: subprocess.Popen, steps: int) -> float:
@@ -527,7 +527,8 @@ def seconds_of(process: subprocess.Popen, steps: int) -> float:
 def main(args: Args) -> None:
     """Measures what `args` names and prints it. Raises ValueError for arguments that do not fit."""
     args.check()
-    torch.set_float32_matmul_precision("high")  # as training does
+    torch.set_float32_matmul_precision("high")  # as training does, and so the next line
+    drqv2.keep_memory()
     table = throughput.Table(args.out, machine(args))
     args.processes = args.processes or min(cores(), 16)
     for part in args.parts:
