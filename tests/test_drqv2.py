@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import importlib.util
 import itertools
 import math
 import random
@@ -1164,3 +1165,24 @@ def test_the_command_line_prints_an_error_without_a_traceback(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1] == "error: --evaluate needs --checkpoint FILE"
+
+
+# --- The published curve --------------------------------------------------------------------------
+def test_published_curves_are_drawn_beside_ours(tmp_path):
+    path = SCRIPT.parents[1] / "scripts/plot_published.py"
+    spec = importlib.util.spec_from_file_location("plot_published", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    curve = script.published(SCRIPT.parents[1] / "docs/published/drqv2.csv")["cartpole_balance"]
+    at = curve["frame"].index(60_000)  # ten seeds: 963 974 980 982 987 989 991 992 993 995
+    assert curve["seeds"][at] == 10 and 987 <= curve["median"][at] <= 989
+    assert (round(curve["lowest"][at]), round(curve["highest"][at])) == (963, 995)
+    (tmp_path / "cartpole_balance__cpu2__s1.csv").write_text("global_step,eval/return\n100,7.5\n")
+    groups = script.ours(tmp_path, "cartpole_balance")
+    assert groups == {"cpu2": [([200.0], [7.5])]}
+    command = '{"command": "python algos/drqv2.py --action-repeat 4"}'
+    (tmp_path / "cartpole_balance__cpu2__s1.json").write_text(command)
+    groups = script.ours(tmp_path, "cartpole_balance")
+    assert groups["cpu2"][0][0] == [400.0]
+    script.draw("cartpole_balance", curve, groups, tmp_path / "images/a.png")
+    assert (tmp_path / "images/a.png").stat().st_size > 5_000
