@@ -4,8 +4,8 @@
     python hardware/sim2sim_go1.py --policy runs/NAME/best.npz --viewer         a window; the arrow keys give commands
 
 The policy is a checkpoint of `algos/ppo_mjx_go1.py` or `algos/distill_go1.py`, which NumPy runs, or the ONNX file
-of `hardware/export_go1.py`. Neither needs JAX, and nothing here imports it. The robot is `envs/go1/go1.xml` in C MuJoCo,
-but driven as the real one is, and not as in training:
+of `hardware/export_go1.py`. Neither needs JAX, and nothing here imports it. The robot is `envs/go1/go1.xml` in C
+MuJoCo, but driven as the real one is, and not as in training:
 
     50 Hz    observation -> policy -> joint targets                (the policy's own rate)
     500 Hz   torque = kp (target - angle) - kd velocity, within the motors' limits, from measured angles
