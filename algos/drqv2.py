@@ -858,6 +858,13 @@ def keep_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+@torch.no_grad()
+def explore(agent: Agent, replay: Replay, std) -> torch.Tensor:
+    """Actions (N, A) for the newest observations, with noise."""
+    seen = replay.observe(replay.head)
+    return noisy_actions(agent.mean(agent.encoder(seen["rgb"]), seen["state"]), std)
+
+
 def train(args: Args) -> dict:
     """Train, or with --evaluate only evaluate. -> metrics of the last evaluation, progress, `run`.
 
@@ -907,13 +914,8 @@ def train(args: Args) -> dict:
         # act
         begin = time.perf_counter()
         std = noise_std(args, step)
-        if step < args.random_steps:
-            actions = torch.rand_like(still) * 2 - 1
-        else:
-            seen = replay.observe(replay.head)
-            with torch.no_grad():
-                mean = agent.mean(agent.encoder(seen["rgb"]), seen["state"])
-            actions = noisy_actions(mean, std)
+        uniform = step < args.random_steps
+        actions = torch.rand_like(still) * 2 - 1 if uniform else explore(agent, replay, std)
 
         # step, in two halves where the environment has them: it may draw while the networks learn
         halves = hasattr(env, "step_begin")

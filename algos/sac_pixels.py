@@ -941,6 +941,15 @@ def open_run(args: Args) -> Path:
     return run
 
 
+@torch.no_grad()
+def explore(agent: Agent, replay: Replay, args: Args) -> torch.Tensor:
+    """Actions (N, A) for the newest observations, sampled."""
+    seen = replay.observe(replay.head)
+    if args.augmentation == "crop":  # a translation acts on the whole image, as in RAD's code
+        seen["rgb"] = augment(seen["rgb"], args)
+    return sample_actions(agent, agent.policy_features(seen["rgb"]), seen["state"])[0]
+
+
 def train(args: Args) -> dict:
     """Train, or with --evaluate only evaluate. -> metrics of the last evaluation, counters, `run`.
 
@@ -989,15 +998,8 @@ def train(args: Args) -> dict:
     while not stop:
         # act
         begin = time.perf_counter()
-        if step < args.learning_starts:
-            actions = torch.rand_like(still) * 2 - 1
-        else:
-            seen = replay.observe(replay.head)
-            if args.augmentation == "crop":  # a translation acts on the whole image, as RAD's code
-                seen["rgb"] = augment(seen["rgb"], args)
-            with torch.no_grad():
-                features = agent.policy_features(seen["rgb"])
-                actions, _ = sample_actions(agent, features, seen["state"])
+        uniform = step < args.learning_starts
+        actions = torch.rand_like(still) * 2 - 1 if uniform else explore(agent, replay, args)
 
         # step
         obs, rewards, terminations, truncations, info = env.step(actions)
