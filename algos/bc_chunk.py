@@ -197,11 +197,15 @@ def make_envs(args: Args):
     """-> the evaluation environment, ending episodes at success; contract: envs/__init__.py."""
     try:
         import envs
+        from envs.demos import fit
     except ModuleNotFoundError as error:
         message = "make_envs needs cleanrobot's envs: pip install -e . in the repository"
         raise ValueError(message) from error
     pixels = args.obs == "pixels"
     robosuite = args.env_id.startswith("robosuite/")
+    options = {}
+    if args.demos:
+        options = fit(args.demos, args.env_id, args.cameras if pixels else (), args.image_size)
     return envs.make(
         args.env_id,
         args.eval_envs,
@@ -214,6 +218,7 @@ def make_envs(args: Args):
         render_size=args.image_size,
         cameras=args.cameras,
         samples_per_pixel=None if robosuite else 1,  # as demonstrations are recorded
+        **options,
     )
 
 

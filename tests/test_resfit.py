@@ -160,9 +160,8 @@ def test_losses_gradients_and_actions_are_those_of_f2f0a1a(case, monkeypatch):
     monkeypatch.setattr(rf, "NOISE_CLIP", 0.2)
     monkeypatch.setattr(rf, "PAD", 1)
     agent, draws = golden_agent(saved, args), saved["draws"]
-    whole = agent.actor.forward
     for actor in (agent.actor, agent.actor_target):
-        monkeypatch.setattr(actor, "forward", lambda *x, f=actor.forward: 0.6 * f(*x))
+        actor.scale.fill_(0.6)
     batch = dict(saved["batch"])
     obs = batch.pop("obs")
     batch |= obs | {"next_" + key: value for key, value in batch.pop("next_obs").items()}
@@ -178,7 +177,7 @@ def test_losses_gradients_and_actions_are_those_of_f2f0a1a(case, monkeypatch):
         gradients = flat(torch.autograd.grad(loss, values))
         torch.testing.assert_close(gradients, saved["qf_grads"], **close)
     loss, metrics = rf.actor_loss(agent, batch, x, args)
-    loss = loss + 0.7 * (whole(x, batch["base"]) / agent.actor.limit).square().mean()
+    loss = loss + 0.7 * (agent.actor(x, batch["base"]) / agent.actor.limit / 0.6).square().mean()
     torch.testing.assert_close(loss, saved["actor_loss"], **close)
     torch.testing.assert_close(metrics["train/residual"], 0.6 * saved["residual"], **close)
     gradients = flat(torch.autograd.grad(loss, list(agent.actor.parameters())))
@@ -443,6 +442,23 @@ def test_a_guarded_run_deploys_the_base_until_the_bound_says_otherwise(fake, mon
     assert torch.equal(policy.act(env.obs), base.act(rf.observe(env.obs, policy.args)))
 
 
+def test_the_residual_grows_over_the_ramp_where_it_acts_and_where_it_is_bootstrapped():
+    args = arguments(ramp_steps=40, learning_starts=30)
+    agent, x, base = (
+        rf.Agent({"state": [5], "actions": [2]}, args),
+        torch.rand(3, 5),
+        torch.zeros(3, 2),
+    )
+    for actor in (agent.actor, agent.actor_target):
+        nn.init.constant_(actor.policy[-1].bias, 9.0)
+    for step, share in ((0, 0), (30, 0), (50, 0.5), (70, 1), (999, 1)):
+        rf.ramp(agent, step, args)
+        for actor in (agent.actor, agent.actor_target):
+            torch.testing.assert_close(actor(x, base), torch.full((3, 2), 0.1 * share))
+    rf.ramp(agent, 0, arguments())
+    assert agent.actor.scale == 1
+
+
 def test_the_target_bootstraps_what_an_exposed_episode_executes():
     """The critics prefer the base's action by far, and the target takes the residual's all the same."""
     args = arguments(noise=0.0, limit=(1.0,))
@@ -577,7 +593,7 @@ def again(folder: Path, run: str, *words: str) -> rf.Args:
 RUNS = ("whole", "part")
 RESUMED = {
     "plain": {},
-    "guarded": dict(allowance=0.2, credit=3.0),
+    "guarded": dict(allowance=0.2, credit=3.0, ramp_steps=60),
     "pixels": dict(obs="pixels"),
     "ibrl": dict(mode="ibrl"),
 }
