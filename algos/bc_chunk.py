@@ -733,7 +733,9 @@ def train(args: Args) -> dict:
     env = make_envs(args)
     if args.evaluate:
         video = Path(args.checkpoint).parent / "videos/evaluate.mp4" if args.capture_video else None
-        results = evaluate(Policy(args.checkpoint, args.device), env, args, video)
+        policy = Policy(args.checkpoint, args.device)
+        policy.args = replace(policy.args, execute=args.execute, ensemble=args.ensemble)
+        results = evaluate(policy, env, args, video)
         print(json.dumps(results))
         env.close()
         return results
