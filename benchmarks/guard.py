@@ -1,13 +1,13 @@
 """Rules that decide which episodes a residual may play, against learners that try to ruin the robot.
 
-    python benchmarks/guard.py                    both figures of docs/algos/resfit.md, in seconds
+    python benchmarks/guard.py                    table and figure of docs/algos/resfit.md, half a minute
     python benchmarks/guard.py --credit 20
 
 No robot and no network: an episode succeeds with probability p0 = 0.5 if the base plays it, and with whatever the
 learner chooses, 0 to 0.95, if the residual does. What a rule may cost is the *loss*, p0 minus the success of what was
 played. The rules:
     always   no guard: the residual plays every episode, as it does behind a critic that approves of it
-    alarm    base and residual by turns; a betting test on their pairs, and the base alone for 200 episodes when it rings
+    alarm    base and residual by turns; a betting test on their pairs; the base alone for 200 episodes when it rings
     window   a share of min(1, delta / (p0+ - L)), L a lower bound of the residual's last 100 episodes
     account  the rule of algos/resfit.py, equation 6
 Output: docs/results/resfit/guard/outcomes.csv, one row a rule and learner, and docs/images/resfit_guard.png.
@@ -214,7 +214,7 @@ def draw(curves: dict, path: Path):
     handles, labels = axes[0, 0].get_legend_handles_labels()
     axes[1, 3].axis("off")
     axes[1, 3].legend(handles, labels, loc="center", frameon=False)
-    axes[1, 3].text(0.5, 0.15, "grey: the base, and delta below it", ha="center", fontsize=9)
+    axes[1, 3].text(0.5, 0.15, "grey: the base,\nand delta below it", ha="center", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

@@ -23,7 +23,9 @@ def adapter(folder):
 def test_the_adapter_has_twenty_lines_and_compiles(tmp_path):
     code = adapter(tmp_path)
     compile(code, "lerobot_base.py", "exec")
-    lines = [line for line in code.splitlines() if line.strip() and not line.strip().startswith("#")]
+    lines = [
+        line for line in code.splitlines() if line.strip() and not line.strip().startswith("#")
+    ]
     assert len(lines) <= 25
 
 
@@ -50,7 +52,10 @@ def pretrained(tmp_path):
     policy = ACTPolicy(config)
     stats = {
         "observation.state": {"mean": torch.full((S,), 2.0), "std": torch.full((S,), 3.0)},
-        "observation.images.wrist": {"mean": torch.full((3, 1, 1), 0.4), "std": torch.full((3, 1, 1), 0.2)},
+        "observation.images.wrist": {
+            "mean": torch.full((3, 1, 1), 0.4),
+            "std": torch.full((3, 1, 1), 0.2),
+        },
         "action": {"mean": torch.tensor([0.5, -0.5]), "std": torch.tensor([0.1, 0.2])},
     }
     processors = make_pre_post_processors(config, dataset_stats=stats)
@@ -69,7 +74,10 @@ def test_lerobots_act_is_a_base_whose_rows_are_reset_alone(pretrained, monkeypat
     base = rf.open_base(rf.Args(base="lerobot_base:make", device="cpu", obs="pixels"), A)
     torch.manual_seed(1)
     obs = [
-        {"state": torch.randn(2, S), "rgb": torch.randint(0, 256, (2, SIZE, SIZE, 3), dtype=torch.uint8)}
+        {
+            "state": torch.randn(2, S),
+            "rgb": torch.randint(0, 256, (2, SIZE, SIZE, 3), dtype=torch.uint8),
+        }
         for _ in range(5)
     ]
 
