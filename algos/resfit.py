@@ -13,7 +13,7 @@ arXiv 2302.02948. IBRL: Hu et al., arXiv 2311.02198.
     actor    -E[mean_k Q_k(o_t, clip(b_t + pi(o_t, b_t)))]                                       (5)
     guard    an episode earns delta; one that noise or residual plays costs p0+, the base's largest
              likely success, and brings back its own, X. It may begin while an account is not    (6)
-             overdrawn: c <- min(c + delta, B), then c <- c - p0+ >= 0, then c <- min(c + X, B)
+             overdrawn: c <- min(c + delta, B), then c <- c - p0+ >= 0; at its end c <- c + X
     deploy   the base, unless p1- >= p0+ - delta by an evaluation of what would replace it       (7)
 
 By (6) training loses at most delta in success on average, whatever the residual does: the proof is
@@ -1048,8 +1048,7 @@ class Collector:
         next_obs, _, terminations, truncations, info = self.env.step(actions)
         dones = terminations | truncations
         rewards = info["success"].float()
-        credit = self.progress["credit"] + rewards[dones & exposed].sum().item()
-        self.progress["credit"] = min(credit, args.credit)
+        self.progress["credit"] += rewards[dones & exposed].sum().item()
         self.begin(next_obs, dones)
         return obs | dict(
             actions=actions,

@@ -101,7 +101,7 @@ class Account(Always):
         return exposed
 
     def see(self, exposed, success):
-        self.credit = np.minimum(self.credit + exposed * success, self.limit)
+        self.credit = self.credit + exposed * success
 
 
 class Window(Always):

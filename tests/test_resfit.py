@@ -329,7 +329,7 @@ def test_no_noise_passes_the_bound_and_what_is_stored_was_executed(warm):
 
 # --- The guard ----------------------------------------------------------------------------------
 def guarded(successes, num_envs=1, bar=0.5, **changes) -> tuple[rf.Collector, list]:
-    """A collector whose episodes last one step; `successes` says what becomes of each exposed one."""
+    """A collector whose episodes last one step; `successes` is what becomes of the exposed ones, the base's succeed."""
     args = arguments(num_envs=num_envs, **changes)
     acting, _ = collector(args)
     acting.progress |= {"bar": bar, "credit": 0.0}
@@ -338,7 +338,7 @@ def guarded(successes, num_envs=1, bar=0.5, **changes) -> tuple[rf.Collector, li
 
     def step(actions):
         ends = torch.ones(num_envs, dtype=torch.bool)
-        success = torch.tensor([bool(exposed and next(outcomes)) for exposed in acting.exposed])
+        success = torch.tensor([bool(next(outcomes)) if x else True for x in acting.exposed])
         exposures.append(acting.exposed.tolist())
         return acting.env.obs, None, ends, ~ends, {"success": success}
 
