@@ -16,7 +16,8 @@ Differences from the authors' code:
  3. Episode clocks are staggered at the start; theirs run in lockstep.
  4. The tanh's share of log pi is exact (theirs adds 1e-6), and projection keeps the mass at 1
     (theirs can lose or double that of an atom that falls exactly on another).
- 5. Ours, not the paper's: `--asymmetric`; `--ema`, an average of encoder and actor over time that
+ 5. The actor is updated after the last of four critic updates; theirs after the first.
+ 6. Ours, not the paper's: `--asymmetric`; `--ema`, an average of encoder and actor over time that
     is evaluated, saved and deployed while the raw weights explore. On a CPU 0.99, and the sizes
     are smaller: TUNED, below.
 
@@ -50,6 +51,7 @@ import math
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from functools import partial
@@ -84,6 +86,7 @@ TUNED = {
         alpha_lr=1e-3,
         alpha=0.05,
         ema=0.99,
+        learners=min(2, torch.get_num_threads()),
         amp=False,
         compile=False,
         cudagraphs=False,
@@ -161,6 +164,7 @@ class Args:
     # compute
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # networks, buffer and simulation
     amp: bool = True  # losses in bfloat16 where safe; 10-20 times slower on a CPU without bf16
+    learners: int = 1  # threads that share a batch; those inside torch's operations are then off
     compile: bool = True  # compile the two losses with torch.compile
     cudagraphs: bool = True  # replay a block of updates as one CUDA graph; needs cuda, tensordict
 
@@ -181,6 +185,7 @@ def check(args: Args):
     whole_blocks = args.num_updates % args.policy_frequency == 0
     need(whole_blocks, "--num-updates must be a multiple of --policy-frequency")
     need(args.render_size >= args.image_size, "--render-size must not be below --image-size")
+    need(args.batch_size % args.learners == 0, "--batch-size must be a multiple of --learners")
     need(args.v_min < args.v_max, "--v-min must be below --v-max")
     room = args.buffer_size // args.num_envs * args.num_envs
     need(room >= args.learning_starts, "--buffer-size must not be below --learning-starts")
@@ -525,11 +530,24 @@ def actor_loss(agent: Agent, batch: dict, features, noise, args: Args):
     return loss, {"loss/actor": loss.detach()}
 
 
-def descend(loss, optimizer):
-    """One step down the gradient."""
-    optimizer.zero_grad()
-    loss.backward()
+def descend(loss_of, optimizer, run, *parts):
+    """One step down the mean gradient of the parts of a batch. -> what `loss_of` returns beside it
+
+    run: `map`, or that of a thread pool. Threads that take a part each meet once an update; those
+    inside torch's operations meet in every one of them, and stall beside other work.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = [p for p in parameters if p.requires_grad]
+
+    def gradient(*part):
+        loss, *outputs = loss_of(*part)
+        return torch.autograd.grad(loss, parameters), outputs
+
+    gradients, outputs = zip(*run(gradient, *parts), strict=True)
+    for parameter, *shares in zip(parameters, *gradients, strict=True):
+        parameter.grad = sum(shares) / len(shares)
     optimizer.step()
+    return outputs
 
 
 @torch.no_grad()
@@ -538,30 +556,34 @@ def follow(average, network, share: float):
     torch._foreach_lerp_(list(average), list(network), share)
 
 
-def update_block(agent: Agent, batches: dict, args: Args, q_loss=critic_loss, pi_loss=actor_loss):
+def update_block(agent, batches: dict, args: Args, q_loss=critic_loss, pi_loss=actor_loss, run=map):
     """F updates of critic, encoder and temperature, each on its own batch, then one of the actor.
 
-    batches: transitions, (F, B) in front. -> metrics of the last critic update and of the actor's
+    batches: transitions, (F, learners, B / learners) in front. -> metrics of the last critic update
+    and of the actor's, of the first learner
     """
+    q_loss, pi_loss = partial(q_loss, agent, args=args), partial(pi_loss, agent, args=args)
     for i in range(args.policy_frequency):
-        batch = {key: value[i] for key, value in batches.items()}
-        noise = torch.randn_like(batch["actions"].repeat(2, 1))
-        loss, features, metrics = q_loss(agent, batch, noise, args)
-        descend(loss, agent.q_optimizer)
+        parts = [{k: v[i, j] for k, v in batches.items()} for j in range(args.learners)]
+        noise = [torch.randn_like(part["actions"].repeat(2, 1)) for part in parts]
+        outputs = descend(q_loss, agent.q_optimizer, run, parts, noise)
         follow(agent.target.parameters(), agent.critic.parameters(), args.tau)
-    noise = torch.randn_like(batch["actions"])
+    features, metrics = zip(*outputs, strict=True)
+    noise = [torch.randn_like(part["actions"]) for part in parts]
     agent.critic.requires_grad_(False)  # spares the critic's own gradients, which nobody would use
-    loss, actor_metrics = pi_loss(agent, batch, features, noise, args)
+    outputs = descend(pi_loss, agent.actor_optimizer, run, parts, features, noise)  # differs (5)
     agent.critic.requires_grad_(True)
-    descend(loss, agent.actor_optimizer)
     acting = [*agent.encoder.parameters(), *agent.actor.parameters()]
-    follow(agent.averaged.parameters(), acting, 1 - args.ema)  # differs (5)
-    return metrics | actor_metrics
+    follow(agent.averaged.parameters(), acting, 1 - args.ema)  # differs (6)
+    return metrics[0] | outputs[0][0]
 
 
 def make_update(agent: Agent, args: Args):
     """`update_block` of `batches` alone, with compiled losses, as one CUDA graph."""
     update = partial(update_block, agent, args=args)
+    if args.learners > 1:
+        torch.set_num_threads(1)
+        update = partial(update, run=ThreadPoolExecutor(args.learners).map)
     if args.compile:
         q_loss, pi_loss = torch.compile(critic_loss), torch.compile(actor_loss)
         update = partial(update, q_loss=q_loss, pi_loss=pi_loss)
@@ -619,13 +641,18 @@ def evaluate(policy, env, episodes: int, video: Path | None = None) -> dict:
     }
 
 
-def evaluate_all(policy, eval_envs: dict, args: Args, video: Path) -> dict:
-    """`evaluate` in every environment, whose suffix its metrics get; the video is of suffix ""."""
-    results = {}
-    for suffix, env in eval_envs.items():
-        film = None if suffix or not args.capture_video else video
-        metrics = evaluate(policy, env, args.eval_episodes, film)
-        results |= {key + suffix: value for key, value in metrics.items()}
+def evaluate_all(policy, eval_envs: dict, args: Args, video: Path, last: bool) -> dict:
+    """`evaluate` in every environment, whose suffix its metrics get; the video is of suffix "".
+
+    Only the last evaluation spends time on the others: before it their metrics are NaN.
+    """
+    film = video if args.capture_video else None
+    metrics = evaluate(policy, eval_envs[""], args.eval_episodes, film)
+    results = dict(metrics)
+    for suffix in eval_envs.keys() - {""}:
+        if last:
+            metrics = evaluate(policy, eval_envs[suffix], args.eval_episodes)
+        results |= {k + suffix: v if last else math.nan for k, v in metrics.items()}
     return results
 
 
@@ -822,7 +849,9 @@ def train(args: Args) -> dict:
     env, eval_envs = make_envs(args)
     if args.evaluate:
         video = Path(args.checkpoint).with_suffix(".mp4")
-        results = evaluate_all(Policy(args.checkpoint, args.device), eval_envs, args, video)
+        results = evaluate_all(
+            Policy(args.checkpoint, args.device), eval_envs, args, video, last=True
+        )
         print(json.dumps(results))
         return results
     run = open_run(args)
@@ -848,6 +877,7 @@ def train(args: Args) -> dict:
             agent.load_state_dict(load(args.checkpoint)["agent"])
         save_run(run, content, parts, obs)
     (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
+    rows = args.policy_frequency, args.learners, args.batch_size // args.learners
     results, losses, compiled = {}, [], False
     episodes = torch.zeros(4, device=args.device)  # since the last row, as in episode_sums
     step, born = progress["global_step"], START - progress["wall_time"]
@@ -877,7 +907,7 @@ def train(args: Args) -> dict:
         # update
         if len(replay) >= args.learning_starts:
             for _ in range(args.num_updates // args.policy_frequency):
-                losses.append(update(replay.sample(args.policy_frequency, args.batch_size)))
+                losses.append(update(replay.sample(*rows)))
             if not compiled:  # the first updates compile, and train_time is without that
                 compiled, begin = True, time.perf_counter()
 
@@ -904,7 +934,7 @@ def train(args: Args) -> dict:
         # evaluate
         if eval_due:
             video = run / f"videos/step_{step:09d}.mp4"
-            results = evaluate_all(Policy(content, args.device), eval_envs, args, video)
+            results = evaluate_all(Policy(content, args.device), eval_envs, args, video, last)
             write_row(run / "eval.csv", clock | results, args.track)
             bar.write(f"{step} steps: success {results['eval/success_rate']:.1%}")
             if results["eval/success_rate"] >= progress["best"]:

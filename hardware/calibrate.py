@@ -5,11 +5,13 @@
     python hardware/calibrate.py --port /dev/ttyACM0 --check my_arm.json   compares a file with the motors; reads only
     python hardware/calibrate.py --port /dev/ttyACM0 --write my_arm.json   puts a file, lerobot's too, into the motors
     python hardware/calibrate.py --port /dev/ttyACM0 --read my_arm.json    saves what the motors hold
+    python hardware/calibrate.py --port /dev/ttyACM0 --hand-over           full torque again, for other programs
     python hardware/calibrate.py --emulate --out my_arm.json               tries it out on an arm that is not there
 
 Torque is off all the time. Nothing is written, neither into the motors nor to a file, before the very end, when
 everything has been measured and shown and you have agreed; then only what differs is, and all of it or nothing: what
-interrupts the writing puts the old values back, and is told with which servos have what.
+interrupts the writing puts the old values back. The old values are noted down first, in runs/hardware/unfinished.json:
+where they could not be put back, since the cable was out or the program killed, the next command does it.
 
 How: with all joints in the middle of their ranges, each motor's offset is chosen so that it reads 2047 there, half a
 turn from the ends at which its reading jumps. Then each joint is moved from stop to stop, which gives its range, and
@@ -17,6 +19,8 @@ the middle of the range is its angle zero. So go to both stops: what is missing 
 wrist_roll, whose stops are farther away, gets the whole turn as its range; its zero is where it was held at first.
 """
 
+import json
+import os
 import select
 import signal
 import sys
@@ -28,18 +32,23 @@ from pathlib import Path
 import numpy as np
 
 from hardware import so101, torque
-from hardware.feetech import REGISTERS, STEPS, Bus, BusError, SerialTransport, decode
+from hardware.feetech import REGISTERS, STEPS, Bus, BusError, SerialTransport, decode, encode
 from hardware.so101 import (
     JOINTS,
+    UNDONE,
     ArmFault,
     Calibration,
     JointCalibration,
     check_motors,
+    numbers,
+    read_eeprom,
     undo,
     write_eeprom,
 )
 
 IDS = tuple(range(1, len(JOINTS) + 1))
+UNFINISHED = Path(__file__).resolve().parent.parent / "runs/hardware/unfinished.json"
+AGAIN = "run calibrate.py with --out or --write again: it first puts the old ones back"
 MIDDLE = 2047  # what a motor reads in the middle of its joint's range
 ROLL = JOINTS.index("wrist_roll")
 # Degrees from stop to stop: the limits of SO-ARM100's model; the jaw's, of its servo
@@ -64,14 +73,17 @@ class Args:
     write: str | None = None  # put this file into the motors
     read: str | None = None  # save what the motors hold to this new file
     assign_ids: bool = False  # give new motors their ids, one by one
+    hand_over: bool = False  # undo the weak torque that motors power up with, for another program
     emulate: bool = False  # an emulated arm, moved by an emulated hand, in place of --port
 
     def check_choices(self) -> None:
         """Raises ValueError for choices that cannot work together."""
-        tasks = [self.out, self.check, self.write, self.read, self.assign_ids]
+        tasks = [self.out, self.check, self.write, self.read, self.assign_ids, self.hand_over]
         new = self.out or self.read
         for message, wrong in {
-            "give one of --out, --check, --write, --read and --assign-ids": sum(map(bool, tasks))
+            "give one of --out, --check, --write, --read, --hand-over and --assign-ids": sum(
+                map(bool, tasks)
+            )
             != 1,
             "give --port, or --emulate": bool(self.port) == self.emulate,
             f"{new} exists: choose another name, or move it away": bool(new) and Path(new).exists(),
@@ -240,11 +252,79 @@ def let_go(bus: Bus, sleep: Callable[[float], None], ids=IDS) -> torque.Outcome:
     return found
 
 
-def put(bus: Bus, calibration: Calibration, sleep: Callable[[float], None] = time.sleep) -> list:
+# --- Whole or undone --------------------------------------------------------------------------------------------------
+def note_down(journal: Path, changes: list) -> None:
+    """Before the first write: what is going to be written over what. Raises ValueError if that cannot be kept."""
+    content = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "changes": changes}
+    temporary = journal.with_suffix(".tmp")
+    try:
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w") as file:
+            file.write(json.dumps(content))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, journal)
+    except OSError as error:
+        raise ValueError(
+            f"{journal} cannot be written ({error.strerror}), so nothing goes into the motors"
+        ) from None
+
+
+def unfinished(journal: Path) -> tuple[str, list]:
+    """When a calibration was cut off, and its (id, register, old, new). Raises ValueError for what is no such file."""
+    try:
+        content = json.loads(journal.read_text())
+        changes = [(id, name, old, new) for id, name, old, new in content["changes"]]
+        for id, name, old, new in changes:
+            if any(type(value) is not int for value in (id, old, new)):
+                raise ValueError
+            if name not in so101.CALIBRATED or not 0 <= id <= 253:
+                raise ValueError
+            encode(name, old), encode(name, new)  # raises for what does not fit
+        return str(content["time"]), changes
+    except (ValueError, KeyError, TypeError, OSError):
+        raise ValueError(f"{journal} is damaged: compare with --check, then delete it") from None
+
+
+def settle(bus: Bus, journal: Path, sleep: Callable[[float], None] = time.sleep) -> str | None:
+    """Puts the old values back where an earlier command was cut off. -> what was found and done; None: nothing was.
+
+    Raises ArmFault if these are not the servos of then, BusError if one is missing; the note stays until it is done.
+    """
+    if not journal.exists():
+        return None
+    when, changes = unfinished(journal)
+    ids = list(dict.fromkeys(id for id, *_ in changes))
+    try:
+        let_go(bus, sleep, ids)
+        have = read_eeprom(bus, ids)
+    except BusError as error:
+        error.add_note(f"a calibration of {numbers(ids)} was cut off on {when}: {AGAIN}")
+        raise
+    for id, name, old, new in changes:  # byte by byte: power may have failed in between
+        bytes_of = (encode(name, value) for value in (have[id][name], old, new))
+        if any(there not in (a, b) for there, a, b in zip(*bytes_of, strict=True)):
+            text = f"a calibration was cut off on {when}, of another arm, or servo {id} was written to since"
+            raise ArmFault(f"{text}. Connect that arm first, or delete {journal}", "start")
+    new = {id for id, name, old, _ in changes if have[id][name] != old}
+    if (done := undo(bus, changes, sleep, AGAIN)) != UNDONE:
+        raise BusError(done, ids)
+    journal.unlink()
+    found = f"{numbers(new)} had new values" if new else "no servo had new values"
+    return f"the calibration of {when} was cut off, and {found}; {UNDONE}"
+
+
+def put(
+    bus: Bus,
+    calibration: Calibration,
+    sleep: Callable[[float], None] = time.sleep,
+    journal: Path | None = None,
+) -> list:
     """Writes a calibration into the motors, where it differs. -> the differences there were. Torque goes off.
 
     Afterwards every motor has to read what its new offset makes of the old reading; otherwise, and whatever else
-    happens meanwhile, everything is written back, and the exception says so.
+    happens meanwhile, everything is written back, and the exception says so. journal: where the old values are kept
+    until then (`settle`).
     """
     let_go(bus, sleep, calibration.ids)
     eeprom = check_motors(bus, calibration.ids)
@@ -252,8 +332,11 @@ def put(bus: Bus, calibration: Calibration, sleep: Callable[[float], None] = tim
     before = {
         id: decode("present_position", bus.read(id, address, size).data) for id in calibration.ids
     }
-    changes = write_eeprom(bus, calibration.eeprom(), sleep)
+    changes = so101.differences(eeprom, calibration.eeprom())
+    if changes and journal:
+        note_down(journal, changes)
     try:
+        write_eeprom(bus, calibration.eeprom(), sleep, AGAIN)
         for name, joint in calibration.joints.items():
             expected = before[joint.id] + eeprom[joint.id]["homing_offset"] - joint.homing_offset
             now = decode("present_position", bus.read(joint.id, address, size).data)
@@ -261,8 +344,13 @@ def put(bus: Bus, calibration: Calibration, sleep: Callable[[float], None] = tim
                 raise ArmFault(f"{name} reads {now} with its new offset, not {expected % STEPS}. Was the arm moved? "
                                "Hold it still and try again", "start", [name])  # fmt: skip
     except BaseException as error:
-        error.add_note(undo(bus, eeprom, changes, sleep))
+        if not getattr(error, "__notes__", ()):  # write_eeprom has undone its own
+            error.add_note(undo(bus, changes, sleep, AGAIN))
+        if journal and UNDONE in error.__notes__:
+            journal.unlink(missing_ok=True)
         raise
+    if journal:
+        journal.unlink(missing_ok=True)
     return changes
 
 
@@ -284,6 +372,7 @@ def set_id(bus: Bus, old: int, new: int, sleep: Callable[[float], None] = time.s
     alone; whatever is raised has a note of the id that it answers to."""
     lock, address = REGISTERS["lock"][0], REGISTERS["id"][0]
     if old == new:
+        bus.sync_write(lock, {new: b"\x01"})  # a command that was killed may have left it open
         return
     try:
         try:
@@ -311,7 +400,10 @@ def answers_to(bus: Bus, *ids: int) -> str:
     except (Exception, KeyboardInterrupt):
         found = []
     if not found:
-        return f"the motor answers to none of the ids {', '.join(map(str, ids))}"
+        return (
+            f"the motor has id {' or '.join(map(str, ids))}, and answers to neither now: "
+            "--assign-ids finds it again"
+        )
     return f"the motor answers to id {' and '.join(found)}"
 
 
@@ -361,6 +453,7 @@ def assign_ids(
                 f"Connect the motor of {name} alone to the adapter, nothing behind it, and switch the power on."
             )
             found = []
+            bus.limp.clear()  # those were others
             bus.broadcast_torque_off()
             found = bus.scan(range(254))
             if len(found) != 1:
@@ -384,14 +477,19 @@ def assign_ids(
 
 def one_off(bus: Bus, ids, sleep: Callable[[float], None]) -> str:
     """Torque off for whichever of these ids is connected, in a sentence. Never raises."""
+    port, there = "", []
     try:
         bus.broadcast_torque_off()
         there = bus.scan(sorted(ids))
-    except BusError:
-        return "torque-off could not be sent: switch the power off"
-    if not there:
-        return "torque-off was sent, and no motor answered: switch the power off"
-    return torque.torque_off(bus, there, sleep).sentence()
+    except BusError as error:
+        port = str(error)
+    if there:
+        return torque.torque_off(bus, there, sleep).sentence()
+    if bus.limp:  # one motor is connected, whatever its id is by now
+        return torque.Outcome([], sorted(bus.limp), [], port, sorted(bus.limp)).sentence()
+    if port:
+        return torque.Outcome([], sorted(ids), [], port).sentence()
+    return f"torque-off was sent, and no motor answered: {torque.LAST_RESORT}"
 
 
 # --- Command ----------------------------------------------------------------------------------------------------------
@@ -409,21 +507,32 @@ def real(port: str) -> tuple[Bus, Person, Callable[[float], None]]:
     return Bus(SerialTransport(port), timeout=0.05), Person(), time.sleep
 
 
-def main(args: Args, bench: tuple | None = None) -> None:
+def main(args: Args, bench: tuple | None = None, journal: Path | None = None) -> None:
     """Does what the arguments ask for. Raises ValueError, OSError, ArmFault or BusError, one sentence each; a note says
-    what became of the torque. bench: a bus, a person and a clock's sleep in place of the arguments' own."""
+    what became of the torque. bench: a bus, a person and a clock's sleep in place of the arguments' own, with their
+    journal."""
     args.check_choices()
+    journal = journal if bench or args.emulate else UNFINISHED
     file = args.check or args.write
     calibration = Calibration.from_json(file) if file else None
     bus, person, sleep = bench or (emulated() if args.emulate else real(args.port))
     ids = calibration.ids if calibration else IDS
     try:
+        if journal and journal.exists():
+            if args.out or args.write:
+                print(settle(bus, journal, sleep))
+            else:
+                when, changes = unfinished(journal)
+                who = numbers({id for id, *_ in changes})
+                print(f"note: a calibration of {who} was cut off on {when}: {AGAIN}")
         if args.assign_ids:
             assign_ids(bus, person, sleep)
+        elif args.hand_over:
+            hand_over(bus, sleep)
         elif args.out:
-            make(bus, person, sleep, args.out)
+            make(bus, person, sleep, args.out, journal)
         elif args.write:
-            changes = put(bus, calibration, sleep)
+            changes = put(bus, calibration, sleep, journal)
             for id, name, old, new in changes:
                 print(f"{JOINTS[calibration.ids.index(id)]}: {name} {old} -> {new}")
             print("\n".join([*(f"note: {remark}" for remark in so101.reach(calibration)),
@@ -455,12 +564,29 @@ def main(args: Args, bench: tuple | None = None) -> None:
         bus.close()
 
 
-def make(bus: Bus, person, sleep: Callable[[float], None], out: str) -> None:
+def hand_over(bus: Bus, sleep: Callable[[float], None]) -> None:
+    """Motors power up with the torque that lerobot expects, not with SO101's weak one, which its next start writes."""
+    let_go(bus, sleep)
+    check_motors(bus, IDS)
+    wanted = {
+        id: {"max_torque": 500 if name == "gripper" else 1000}
+        for name, id in zip(JOINTS, IDS, strict=True)
+    }
+    for id, _, old, new in write_eeprom(bus, wanted, sleep, "run it again"):
+        print(
+            f"{JOINTS[IDS.index(id)]}: powers up with {new / 10:g} % of its torque, was {old / 10:g} %"
+        )
+    print("the motors are ready for another program; switch their power off and on")
+
+
+def make(
+    bus: Bus, person, sleep: Callable[[float], None], out: str, journal: Path | None = None
+) -> None:
     """Measures, shows, asks, and writes the motors and the file."""
     calibration, remarks = calibrate(bus, person, sleep)
     print("\n".join([table(calibration), *(f"note: {remark}" for remark in remarks)]))
     person.ask(f"Hold the arm still: these values go into the motors and to {out}.")
-    put(bus, calibration, sleep)
+    put(bus, calibration, sleep, journal)
     try:
         calibration.to_json(out)
     except OSError as error:

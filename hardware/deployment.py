@@ -341,7 +341,7 @@ class Deployment:
         """What the policy answers. Raises Fault for whatever it raises."""
         try:
             return call(*arguments)
-        except Exception as error:
+        except (Exception, SystemExit, KeyboardInterrupt) as error:  # Ctrl-C itself is only noted
             what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
             raise Fault(f"the policy failed at tick {self.tick}: {what}") from error
 

@@ -163,6 +163,20 @@ def packet(id: int, instruction: int, parameters: bytes = b"") -> bytes:
     return b"\xff\xff" + body + bytes((checksum(body),))
 
 
+def may_switch_on(request: bytes) -> bool:
+    """Whether a servo may have torque after this request: it writes to a goal, or other than 0 to torque_enable."""
+    instruction, address = request[4], request[5]
+    if instruction == ACTION:
+        return True
+    if instruction not in (WRITE, REG_WRITE, SYNC_WRITE):
+        return False
+    first, last = REGISTERS["torque_enable"][0], sum(REGISTERS["goal_position"])
+    size = request[6] if instruction == SYNC_WRITE else len(request) - 7
+    values = request[8:-1:2] if instruction == SYNC_WRITE else request[6:-1]
+    off = (address, size) == (first, 1) and not any(values)
+    return address < last and address + size > first and not off
+
+
 def frames(buffer: bytes) -> tuple[list[tuple[int, int, bytes]], int]:
     """The valid packets in `buffer`, (id, error bits, data) each, and the number of bytes that belong to none."""
     found, at, rest = [], 0, len(buffer)
@@ -266,6 +280,8 @@ class Bus:
         """timeout: seconds that one request is waited for; retries: further requests after a failed one."""
         self.transport, self.clock, self.timeout, self.retries = transport, clock, timeout, retries
         self.statistics = dict(requests=0, retries=0, timeouts=0, corrupt=0)
+        # ids that have said that their torque is off, with nothing sent since that switches it on
+        self.limp: set[int] = set()
         # id -> numbers of data bytes of the replies that may still be on their way
         self._late: dict[int, deque[int]] = defaultdict(lambda: deque(maxlen=LATE))
 
@@ -418,6 +434,8 @@ class Bus:
     def _send(self, request: bytes, retry: bool = False) -> None:
         self.statistics["requests"] += 1
         self.statistics["retries"] += retry
+        if may_switch_on(request):
+            self.limp.clear()
         self.transport.flush_input()
         self.transport.write(request)
 

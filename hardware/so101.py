@@ -16,8 +16,7 @@ What it promises, each with a test in tests/test_hardware_so101.py:
  4. `stop` lets go of every motor and reads it back, also where some are silent, faulty or gone. It never raises, and
     from then on not one byte goes to a goal register, because a goal switches torque on again.
  5. Each read also reads back what a servo forgets when it restarts: torque, goal, speed, torque limit. A servo that
-    restarted is a fault at the next tick, and until then no stronger than before: the limit that it powers up with is
-    the one of a run.
+    restarted is a fault at the next tick, and until then too weak to run faster than its speed limit was.
  6. Error bits, heat, supply voltage, a blocked joint, a jump of a reading, an angle next to the encoder's end, and
     readings that stay away raise ArmFault with a sentence. A fault latches: `write` refuses from then on.
  7. A joint that presses on something, works too hard or gets hot is weakened before it is switched off
@@ -59,13 +58,16 @@ ARM_HIGH = np.array([1.92, 1.7454, 1.6901, 1.6582, 2.8413, 2.0945])
 ARM_VELOCITY, ARM_ACCELERATION, ARM_TRACKING, ARM_MARGIN = 2.5, 125.0, 1.0, 0.5
 
 # Shares of the stall torque. A run's limit is below the servo's own overload threshold (80 %, of the jaw 25 % for 2 s),
-# which would let go on its own. What a servo powers up with is the same, plus the thousandth that gives it away.
+# which would let go on its own.
 START_TORQUE, JAW_HOLD_TORQUE = 0.4, 0.24
-POWER_UP_TORQUE = np.array([700, 700, 700, 700, 700, 500])  # per mille
-RUN_TORQUE = (POWER_UP_TORQUE - 1) / 1000
-HOLD_TORQUE = np.array(
-    [START_TORQUE] * 5 + [JAW_HOLD_TORQUE]
-)  # of a joint that presses on something
+RUN_TORQUE = np.array([0.7, 0.7, 0.7, 0.7, 0.7, 0.5])
+# A joint that presses on something
+HOLD_TORQUE = np.array([START_TORQUE] * 5 + [JAW_HOLD_TORQUE])
+# A servo that restarts has forgotten its speed limit, and may have torque and an old goal. What it powers up with is
+# weaker than anything that is sent, which gives it away, and too weak for more than POWER_UP_SPEED: a motor with a
+# share of its duty reaches that share of its speed without load (4.8 rad/s).
+POWER_UP_TORQUE = np.array([300, 300, 300, 300, 300, 230])  # per mille
+POWER_UP_SPEED = 1.5  # rad/s; the wall of a policy that moves at 1 rad/s
 
 # Kept without power; but for max_torque lerobot's, so that using both programs wears out nothing. A function: of the
 # old value
@@ -310,13 +312,20 @@ def differences(
     return found
 
 
+UNDONE = "all servos have their old values"
+
+
 def write_eeprom(
-    bus: Bus, wanted: Mapping[int, Mapping], sleep: Callable[[float], None] = time.sleep
+    bus: Bus,
+    wanted: Mapping[int, Mapping],
+    sleep: Callable[[float], None] = time.sleep,
+    later: str = "the next start writes them all",
 ) -> list:
     """Writes what differs, all of it or nothing; returns the differences there were. Torque must be off.
 
     Nobody confirms these writes (a servo may be set not to), so they are read back. Raises BusError if one has failed.
-    Whatever interrupts it, Ctrl-C too, the old values are written back, and the error says which servos have what.
+    Whatever interrupts it, Ctrl-C too, the old values are written back, and the error says which servos have what;
+    later: what becomes of servos for which that fails.
     """
     have = read_eeprom(bus, wanted)
     changes = differences(have, wanted)
@@ -331,7 +340,7 @@ def write_eeprom(
                 f"servo {id} does not keep {name} = {value}: it still has {there}", [id], "status"
             )
     except BaseException as error:
-        error.add_note(undo(bus, have, changes, sleep))
+        error.add_note(undo(bus, changes, sleep, later))
         raise
     return changes
 
@@ -348,9 +357,7 @@ def _burn(bus: Bus, changes: list, sleep: Callable[[float], None]) -> None:
             sleep(0.01)
 
 
-def undo(
-    bus: Bus, old: Mapping[int, Mapping], changes: list, sleep: Callable[[float], None]
-) -> str:
+def undo(bus: Bus, changes: list, sleep: Callable[[float], None], later: str) -> str:
     """Writes the old values back where they were changed, and says in a sentence what became of it. Never raises."""
     wanted, kept = {}, []
     for id, name, value, _ in changes:
@@ -367,10 +374,10 @@ def undo(
             except (Exception, KeyboardInterrupt):  # the next servo, and the next round
                 pass
     if len(kept) == len(wanted):
-        return "all servos have their old values"
+        return UNDONE
     there = numbers(kept) if kept else "none"
     lost = numbers([id for id in wanted if id not in kept])
-    return f"old values read back from {there}; {lost} may have new ones: compare (hardware/calibrate.py --check)"
+    return f"old values read back from {there}; {lost} may have new ones: {later}"
 
 
 def numbers(ids: Iterable[int]) -> str:
@@ -740,7 +747,8 @@ class SO101:
         """What a servo forgets when it restarts: raises ArmFault if one has, or does not take what is sent."""
         have = dict(zip(VOLATILE, self._values(answers, VOLATILE), strict=True))
         there = np.array([id in answers for id in self.ids])
-        lost = have["torque_limit"] >= POWER_UP_TORQUE
+        shares = have["torque_limit"] / 1000  # what no program but this one sends
+        lost = (shares < HOLD_TORQUE) | (shares > np.maximum(RUN_TORQUE, START_TORQUE))
         for name in ("torque_enable", "acceleration", "goal_speed"):  # the same at every tick
             lost |= have[name] != self.sent[name]
         if (lost & there).any():

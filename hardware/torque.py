@@ -6,22 +6,27 @@ The arm's own stop, the watchdog, calibration and the assignment of ids all come
 import contextlib
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hardware.feetech import REGISTERS, Bus, BusError, decode, encode
 
 HOLD, WEAK = 0.3, 1.0  # s on the way down: stands where it is; sinks instead of dropping
 WEAK_TORQUE = 150  # per mille of the stall torque
+# Servos have no time-out of their own: without a line they hold their last goal for as long as they have power.
+KNOWN = "torque is off, read back from every servo"
+LAST_RESORT = "switch the power off, nothing else lets go"
 
 
 @dataclass
 class Outcome:
-    """Servos whose torque reads 0, that do not answer, and that read on; `port`: what it said, if it failed."""
+    """Servos whose torque reads 0, that do not answer, and that read on; `port`: what it said, if it failed.
+    before: of the silent ones those that said earlier that it is off, with no goal sent since."""
 
     off: list[int]
     silent: list[int]
     on: list[int]
     port: str = ""
+    before: list[int] = field(default_factory=list)
 
     @property
     def known(self) -> bool:
@@ -35,15 +40,19 @@ class Outcome:
             return ", ".join((names or {}).get(id, f"servo {id}") for id in ids)
 
         if self.known:
-            return "torque is off, read back from every servo"
-        if self.port and not self.off and not self.on:
-            return "torque-off could not be sent: switch the power off"
+            return KNOWN
+        unsure = [id for id in self.silent if id not in self.before]
+        if self.port and unsure and not self.off and not self.on:
+            return f"torque-off could not be sent: {LAST_RESORT}"
         text = [f"torque is off on {listed(self.off)}"] if self.off else []
-        if self.silent:
-            text.append(f"torque-off was sent to {listed(self.silent)}, but no answer came")
+        if self.before:
+            who = listed(self.before) if self.off or unsure or self.on else "every servo"
+            text.append(f"torque was read as off on {who} before the answers ended, no goal since")
+        if unsure:
+            text.append(f"torque-off was sent to {listed(unsure)}, but no answer came")
         if self.on:
             text.append(f"torque is still on on {listed(self.on)}")
-        return "; ".join(text) + ": switch the power off"
+        return "; ".join(text) + (f": {LAST_RESORT}" if unsure or self.on else "")
 
 
 def torque_off(
@@ -81,7 +90,10 @@ def torque_off(
     def those(state: str) -> list[int]:
         return [id for id in ids if found.get(id, "silent") == state]
 
-    return Outcome(those("off"), those("silent"), those("on"), port)
+    silent = those("silent")
+    before = [id for id in silent if id in bus.limp]
+    bus.limp |= set(those("off"))
+    return Outcome(those("off"), silent, those("on"), port, before)
 
 
 def let_go(

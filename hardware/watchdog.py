@@ -10,7 +10,8 @@ it takes the bus for itself, and the arm holds where it is, becomes weak, and is
 refused from then on, and torque-off is repeated until the program is gone, since a goal that was already under way
 would switch torque on again. There is no way back: a new start needs a new watchdog.
 
-A port that has gone away is opened again when it comes back, and torque is taken off then. A program that hangs is
+A port that has gone away is opened again when it comes back, and torque is taken off then; servos that do not answer
+are told again and again, until their cable is mended or a minute is over. A program that hangs is
 ended once torque is off, so that it has an exit status. Each watches the other: the watchdog says when it last looked
 round, and a program that sees it frozen stops the arm itself. Only one of them says how it ended: the program, unless
 it is gone or hangs.
@@ -52,7 +53,7 @@ BEAT, RELEASE, TELLS = b".", b"Q", b"T"
 REPEAT = 0.1  # s between torque-offs while the program is still there, and between two looks round
 TELL = 2.0  # s after torque-off, until which the program may say how it ended
 HANGS = 10.0  # s after torque-off, until which a program may notice that it has lost the arm
-RETURN = 60.0  # s that a port may take to come back
+RETURN = 60.0  # s that a port, or a servo's answer, may take to come back
 FROZEN = 4.0  # heartbeat time-outs, and at least a second, without a look round: then the watchdog is frozen
 
 
@@ -119,7 +120,7 @@ class Watchdog:
         """transport: an open port with a file descriptor. timeout: seconds between two beats; it counts from the first
         one. keyboard: descriptor of the keys, 0 for the terminal; None: no keys. hold, weak, weak_torque: see `let_go`.
         bus_timeout: seconds that the watchdog waits for servos. hangs: seconds after torque-off, until which a program
-        without heartbeat is left alone. returns: seconds that a port which has gone may take to come back.
+        without heartbeat is left alone. returns: seconds that a port or an answer may take to come back.
         """
         self.inner, self.ids, self.keyboard = transport, list(ids), keyboard
         self.timeout, self.frozen_after = timeout, max(1.0, FROZEN * timeout)
@@ -396,7 +397,7 @@ class Watch:
         heard, _, _ = select.select(sources, [], [], max(0.0, end - time.monotonic()))
         if self.wakeup in heard:
             os.read(self.wakeup, 64)
-            self.told_to_end = bool(self.reason)
+            self.told_to_end = bool(self.reason) or self.released
             self.reason = self.reason or "the watchdog was told to end"
         if self.beats in heard:
             data = os.read(self.beats, 1 << 16)
@@ -507,34 +508,40 @@ class Watch:
                 self.say("the program hangs: it is ended")
                 os.kill(self.program, signal.SIGKILL)
                 end += self.hangs
-        if not outcome.port:
+        if outcome.known:
             outcome = self.off()
         if not self.silent:
             self.say(outcome.sentence())
 
     def off(self) -> Outcome:
-        """Torque off, also over a port that comes back."""
+        """Torque off, also over a port or a cable that comes back."""
         return self.back(torque_off(self.bus, self.ids, self.sleep))
 
     def back(self, outcome: Outcome) -> Outcome:
-        """If the port has failed: opens it again as soon as it is there, and takes torque off."""
-        if not outcome.port or outcome.known or not self.path:
+        """If the port has failed, opens it again as soon as it is there. Tells servos until all have answered."""
+        if outcome.known:
             return outcome
-        self.say(
-            f"{self.path} is gone, and torque may be on: switch the power off, or plug it in again"
-        )
-        with contextlib.suppress(OSError):
-            os.close(self.port)  # else the port would come back under another name
+        if gone := bool(outcome.port and self.path):
+            what, cure = f"{self.path} is gone, and torque may be on", "plug it in again"
+            with contextlib.suppress(OSError):
+                os.close(self.port)  # else the port would come back under another name
+        else:
+            who = ", ".join(map(str, outcome.silent + outcome.on))
+            what, cure = f"servo {who} does not obey, and torque may be on", "mend the cable"
+        self.say(f"{what}: switch the power off, or {cure}")
         end = self.clock() + self.returns
-        while outcome.port and self.clock() < end and not self.told_to_end:
+        while not outcome.known and self.clock() < end and not self.told_to_end:
             self.hurried = False
             self.listen(REPEAT)
             try:
-                transport = self.open_again()
+                if gone:
+                    self.bus.transport = self.open_again()
             except BusError:
                 continue
-            self.bus.transport = transport
             outcome = torque_off(self.bus, self.ids, self.sleep)
+            if gone := bool(outcome.port and self.path):
+                with contextlib.suppress(OSError):
+                    self.bus.close()
         return outcome
 
 

@@ -3,7 +3,8 @@
     python scripts/plot_critic.py --checkpoint runs/NAME/best.pt     # writes runs/NAME/best_critic.png
 
 The checkpoint's own task is played for one episode by its deterministic policy, in an environment with
-fixed seeds; three panels show the start, the middle and the end of it, with each head's mean.
+fixed seeds. One panel shows the distribution over the whole of it, with its mean and the return
+that followed; the other one each head's distribution at the start, in the middle and at the end.
 """
 
 import sys
@@ -26,33 +27,49 @@ class Args:
 
 
 @torch.no_grad()
-def play(policy, agent, env, args) -> list[torch.Tensor]:
-    """One episode of environment 0. -> at each step, the probabilities (K, Z) of the action taken"""
+def play(policy, agent, env, args) -> tuple[torch.Tensor, torch.Tensor]:
+    """One episode of environment 0. -> probabilities (T, K, Z) of the actions taken, rewards (T,)"""
     obs = env.reset(seed=squint_sac.EVAL_SEED)
-    steps = []
+    steps, rewards = [], []
     for _ in range(env.max_episode_steps):
         actions = policy.act(obs)
         seen = squint_sac.observe(obs, replace(args, jitter=False))
         features = agent.encoder(seen["rgb"])
         logits = agent.critic(features, seen["critic_state"], actions)
         steps.append(logits.softmax(-1)[:, 0].cpu())
-        obs, _, terminations, truncations, _ = env.step(actions)
+        obs, reward, terminations, truncations, _ = env.step(actions)
+        rewards.append(reward[0].cpu())
         if (terminations | truncations)[0]:
             break
-    return steps
+    return torch.stack(steps), torch.stack(rewards)
 
 
-def draw(steps: list[torch.Tensor], support: torch.Tensor, path: Path):
-    """Three panels: the start, the middle and the end of the episode."""
-    figure = Figure((12, 3), layout="tight")
-    moments = {"start": 0, "middle": len(steps) // 2, "end": -1}
-    for axis, (name, at) in zip(figure.subplots(1, 3), moments.items(), strict=True):
-        for head, probs in enumerate(steps[at]):
-            mean = float(probs @ support)
-            axis.plot(support, probs, color=f"C{head}", label=f"head {head}, mean {mean:.2f}")
-            axis.axvline(mean, color=f"C{head}", linestyle="--", linewidth=1)
-        axis.set(title=f"{name} of the episode", xlabel="return", ylabel="probability")
-        axis.legend()
+def draw(probs: torch.Tensor, rewards: torch.Tensor, support: torch.Tensor, gamma: float, path):
+    """Left: the mean of the heads over time, and the return that followed. Right: three moments."""
+    figure = Figure((12, 4), layout="constrained")
+    over_time, moments = figure.subplots(1, 2)
+    seen = probs.mean((0, 1)) > 1e-4
+    low, high = support[seen].min(), support[seen].max()
+    mean = probs.mean(1)  # (T, Z)
+    times = torch.arange(len(mean))
+    mesh = over_time.pcolormesh(times, support, mean.T, cmap="Blues", shading="nearest")
+    figure.colorbar(mesh, label="probability")
+    over_time.plot(times, mean @ support, color="C1", label="expected")
+    followed, total = [], float(mean[-1] @ support)  # after the end: what the critic expects there
+    for reward in reversed(rewards.tolist()):
+        total = reward + gamma * total
+        followed.insert(0, total)
+    over_time.plot(times, followed, color="k", linestyle="--", label="followed")
+    over_time.set(title="return from each step on", xlabel="step of the episode", ylabel="return")
+    over_time.set_ylim(low, max(high, *followed))
+    over_time.legend(loc="lower right")
+    for i, (name, at) in enumerate({"start": 0, "middle": len(probs) // 2, "end": -1}.items()):
+        for head, style in enumerate(("-", "--")[: probs.shape[1]]):
+            label = f"{name}, head {head}, mean {float(probs[at, head] @ support):.1f}"
+            moments.plot(support, probs[at, head], style, color=f"C{i}", label=label)
+    moments.set(title="distributions of the heads", xlabel="return", ylabel="probability")
+    moments.set_xlim(low, high + 0.6 * (high - low))  # room for the legend
+    moments.legend(fontsize="small")
     figure.savefig(path, dpi=120)
 
 
@@ -66,12 +83,12 @@ def main(args: Args) -> Path:
     agent = squint_sac.Agent(trained, checkpoint["shapes"])
     agent.load_state_dict(checkpoint["agent"])
     policy = squint_sac.Policy(checkpoint, args.device)
-    steps = play(policy, agent, eval_envs[""], trained)
+    probs, rewards = play(policy, agent, eval_envs[""], trained)
     for env in eval_envs.values():
         env.close()
     source = Path(args.checkpoint)
     path = args.out or source.with_name(f"{source.stem}_critic.png")
-    draw(steps, agent.support.cpu(), path)
+    draw(probs, rewards, agent.support.cpu(), trained.gamma, path)
     print(f"wrote {path}")
     return path
 

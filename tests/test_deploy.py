@@ -397,10 +397,16 @@ def test_unplugging_in_a_run_ends_within_a_second_of_virtual_time():
     )
 
 
-def test_any_exception_of_the_policy_lets_go():
+@pytest.mark.parametrize("kind", [ZeroDivisionError, MemoryError, SystemExit, KeyboardInterrupt])
+def test_any_exception_of_the_policy_lets_go(kind):
+    """One that would end the program with status 0, too."""
     rig = Rig()
-    rig.policy.act = lambda obs: 1 / 0
-    with pytest.raises(Fault, match="policy failed at tick 0: ZeroDivisionError: division by zero"):
+
+    def act(obs):
+        raise kind("division by zero")
+
+    rig.policy.act = act
+    with pytest.raises(Fault, match=f"policy failed at tick 0: {kind.__name__}: division by zero"):
         with rig.deployment as d:
             d.start(), d.run(5)
     assert not any(rig.torques()) and "division by zero" in d.problem
@@ -897,6 +903,25 @@ def test_what_is_missing_is_named_before_anything_moves(tmp_path):
         with pytest.raises(Refused, match=message) as error:
             deploy.main(Args(str(checkpoint), **options))
         assert "\n" not in str(error.value)
+
+
+def test_the_recorder_and_its_encoder_are_there_before_torque(tmp_path, monkeypatch):
+    (tmp_path / "best.npz").write_bytes(exported())
+    CALIBRATION.to_json(tmp_path / "arm.json")
+    imageio.imwrite(tmp_path / "still.png", picture())
+
+    class Full:
+        def __init__(self, *_, **options):
+            assert options["live"], "its queue never holds up the control loop"
+            raise Refused("the disk is full")
+
+    monkeypatch.setattr(deploy, "Recorder", Full)
+    with PtyServer() as server:
+        args = Args(str(tmp_path / "best.npz"), server.port, str(tmp_path / "arm.json"),
+                    (str(tmp_path / "still.png"),), keyboard=False, step="no")  # fmt: skip
+        with pytest.raises(Refused, match="the disk is full"):
+            deploy.main(args)
+        assert server.ask(get="written", args=["torque_enable"])["writes"] == []
 
 
 def test_an_error_is_one_line_with_its_status(tmp_path):

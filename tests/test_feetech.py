@@ -149,6 +149,39 @@ def test_error_bits_in_words():
     assert ft.check(ft.Status(4, 0, b"", 0.0)).id == 4
 
 
+def test_requests_that_may_switch_torque_on_are_told_from_others():
+    clock = VirtualClock()
+    servos = EmulatedBus([1], clock)
+    bus, servo = Bus(EmulatedTransport(servos, clock), clock), servos.servos[1]
+    size = {name: size for name, (_, size) in REGISTERS.items()}
+    for name in (
+        "torque_enable",
+        "acceleration",
+        "goal_position",
+        "goal_speed",
+        "lock",
+        "max_torque",
+    ):
+        for value in (0, 1):
+            for write in (
+                lambda at, data: bus.sync_write(at, {1: data}),
+                bus.broadcast_write,
+                lambda at, data: bus.write(1, at, data),
+                lambda at, data: (bus.reg_write(1, at, data), bus.action()),
+            ):
+                servo.registers[40], bus.limp = 0, {1}
+                write(REGISTERS[name][0], value.to_bytes(size[name], "little"))
+                assert not (servo.torque and bus.limp), (name, value)
+    bus.limp = {1}
+    bus.sync_write(41, {1: bytes(7)})
+    assert not bus.limp, "acceleration, goal and speed in one"
+    for call in (bus.broadcast_torque_off, lambda: bus.sync_write(40, {1: b"\0"})):
+        bus.limp = {1}
+        call()
+        bus.ping(1), bus.read(1, 40, 4), bus.sync_read([1], 40, 4)
+        assert bus.limp == {1}
+
+
 def test_no_broken_byte_passes():
     """Whatever single byte of a reply is wrong, no reply of the right length comes out."""
     whole = ft.packet(3, 0, bytes(range(15)))

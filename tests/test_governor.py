@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
+from hardware import emulator, so101
 from hardware.governor import (
     JOINT_MARGIN,
+    PRESSING,
     RULES,
     TRACKING_ERROR,
     Effort,
@@ -274,7 +276,7 @@ def test_the_training_environment_keeps_to_the_same_limits():
 
 
 # --- Motors -----------------------------------------------------------------------------------------------------------
-RUN, HOLD = np.array([0.699] * 5 + [0.499]), np.array([0.4] * 5 + [0.24])
+RUN, HOLD = so101.RUN_TORQUE, so101.HOLD_TORQUE
 
 
 def spared(seconds, current=0.0, temperature=30.0, error=0.0, speed=0.0, effort=None, dt=0.1):
@@ -308,6 +310,34 @@ def test_a_motor_that_works_hard_or_is_warm_is_weaker():
     assert hard[0] == RUN[0] and np.all(np.diff(hard) <= 0) and hard[-1] == HOLD[0]
     warm = [spared(1, temperature=t)[1][0] for t in (49, 52, 55, 58, 60, 90)]
     assert warm[0] == RUN[0] and np.all(np.diff(warm) <= 0) and warm[-2] == warm[-1] == HOLD[0]
+
+
+@pytest.mark.parametrize("joint", ["arm", "jaw"])
+def test_whatever_a_joint_presses_with_it_grows_weak_before_it_gets_too_hot(joint):
+    """Half an hour against something, from 0.01 to 0.35 rad off its goal, in the emulator's motor and thermal model:
+    a joint is off by its distance or at 65 degrees, and was weak by then; the jaw keeps its grip and stays below."""
+    error = np.linspace(0.01, 0.35, 35)
+    stiffness = 16 * emulator.DUTY_PER_STEP * 4096 / (2 * np.pi)  # duty per rad, P = 16
+    run, hold = (np.full(35, share[0 if joint == "arm" else 5]) for share in (RUN, HOLD))
+    temperature, effort, shares, off = np.full(35, 25.0), Effort.none(35), run, np.zeros(35, bool)
+    hottest, weak, dt = temperature, np.zeros(35, bool), 0.1
+    for _ in range(18_000):
+        duty = np.where(off, 0.0, np.minimum(stiffness * error, shares))
+        final = 25 + emulator.COOLING_TIME * emulator.HEATING * duty**2
+        temperature = final + (temperature - final) * np.exp(-dt / emulator.COOLING_TIME)
+        hottest = np.maximum(hottest, temperature)
+        current = emulator.STALL_CURRENT * duty
+        effort, shares = spare_motors(effort, current, temperature, error, 0 * error, dt, run, hold)
+        weak |= ~off & (shares <= hold)
+        off |= temperature >= so101.HOT
+        if joint == "arm":
+            off |= effort.pressing > so101.STALL_TIME
+    assert (hottest < so101.HOT + 0.2).all() and weak[off].all()
+    if joint == "arm":
+        assert off[error > PRESSING].all() and off[stiffness * error > 0.3].all()
+        assert hottest[error > PRESSING + 1e-9].max() < 30, "a stall ends before it heats"
+    else:
+        assert not off.any() and hottest.max() < so101.WARM
 
 
 def test_a_million_steps_of_nonsense_never_leave_the_motors_limits():

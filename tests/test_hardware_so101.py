@@ -278,8 +278,8 @@ def test_the_start_never_moves_the_arm(
         for _, id, address, data in rig.servos.written("torque_limit")
         if id == 1 and address == 48
     ]
-    assert [int.from_bytes(data, "little") for data in limits] == [400, 699]
-    assert rig[6].get("torque_limit") == 499 and rig.servos.written("torque_limit")[0][
+    assert [int.from_bytes(data, "little") for data in limits] == [400, 700]
+    assert rig[6].get("torque_limit") == 500 and rig.servos.written("torque_limit")[0][
         0
     ] < goals_time(rig)
 
@@ -292,7 +292,7 @@ def test_settings_are_written_at_the_first_start_only():
     rig = Rig(started=False)
     rig.arm.start()
     assert (1, "p", 32, 16) in rig.arm.changed and (6, "overload_torque", 80, 25) in rig.arm.changed
-    assert (1, "max_torque", 1000, 700) in rig.arm.changed
+    assert (1, "max_torque", 1000, 300) in rig.arm.changed
     counts = [dict(rig[id].eeprom_writes) for id in range(1, 7)]
     assert all(set(count.values()) == {1} for count in counts)
     rig.arm.stop()
@@ -558,7 +558,7 @@ def test_a_jaw_that_holds_something_is_weakened_and_not_a_fault():
     assert not rig[6].error and rig[6].temperature < 40
     block(False)
     state = rig.drive("gripper", start + 0.3, 2.0)
-    assert rig[6].get("torque_limit") == 499
+    assert rig[6].get("torque_limit") == 500
     assert abs(state.position[GRIPPER] - start - 0.3) < 0.05
 
 
@@ -679,7 +679,7 @@ def test_without_torque_the_arm_may_be_turned_by_hand():
 @pytest.mark.parametrize("torque", [False, True])
 @pytest.mark.parametrize("moment", ["before the write", "after it"])
 def test_a_servo_that_restarts_is_noticed_at_the_next_read(torque, moment):
-    """Also if the goal of the same tick reaches it in between; until then its torque is that of a run."""
+    """Also if the goal of the same tick reaches it in between; until then it is weaker than in a run."""
     rig = Rig()
     target = rig.arm.read().position
     rig.arm.write(target)
@@ -688,13 +688,53 @@ def test_a_servo_that_restarts_is_noticed_at_the_next_read(torque, moment):
     if moment == "after it":
         rig.arm.write(target)
     rig.servos.power_cycle(2)
-    assert rig[2].get("torque_limit") == 700 and rig[6].get("max_torque") == 500
+    assert rig[2].get("torque_limit") == 300 and rig[6].get("max_torque") == 230
     if moment == "before the write":
         rig.arm.write(target)
     rig.clock.sleep(0.1)
     with pytest.raises(ArmFault, match="shoulder_lift has forgotten what it was told") as fault:
         rig.arm.read()
     assert fault.value.kind == "restart" and latched(rig) == {"off"}
+
+
+@pytest.mark.parametrize("volts", [7.4, 8.0])
+def test_a_servo_that_restarts_is_too_weak_to_outrun_its_limit(volts):
+    """With torque, no speed limit, and its old goal or 0 as the goal: a tick of a second, to give it time."""
+    rig = Rig(voltage=volts)
+    rig.arm.write(rig.arm.read().position)
+    rig.servos.power_up_torque = True
+    wall = rig.arm.wall_speed
+    for goal in (0, 4000):
+        rig.servos.power_up_goal = goal
+        rig.servos.power_cycle()
+        fastest = np.zeros(6)
+        for _ in range(100):
+            rig.clock.sleep(0.01)
+            rig.servos.advance()
+            fastest = np.maximum(fastest, [abs(rig[id].velocity) for id in range(1, 7)])
+        assert (fastest > 0.5 * emulator.NO_LOAD_SPEED * so101.POWER_UP_TORQUE / 1000).all()
+        assert (fastest < wall).all() and (fastest / 651.9 < so101.POWER_UP_SPEED).all()
+    assert so101.POWER_UP_TORQUE.max() / 1000 * 4.8 < so101.POWER_UP_SPEED, "the sheet's motor"
+    sent = np.minimum(so101.HOLD_TORQUE, so101.START_TORQUE) * 1000
+    assert (so101.POWER_UP_TORQUE < sent).all(), "it gives itself away"
+
+
+def test_a_servo_that_allows_no_more_than_its_kept_limit_is_refused():
+    """Nobody here knows that servos take a torque limit above the one that they power up with."""
+    rig = Rig(started=False)
+    servo, limit = rig[3], so101.POWER_UP_TORQUE[2]
+    write = servo.write
+
+    def capped(address, data):
+        write(address, data)
+        servo._set("torque_limit", min(servo.get("torque_limit"), int(limit)))
+
+    servo.write = capped
+    with pytest.raises(
+        ArmFault, match="elbow_flex .* has not taken its torque limit: .* reads 300"
+    ):
+        rig.arm.start()
+    assert not rig.servos.written("goal_position") and not any(rig.torques)
 
 
 def test_a_lost_write_is_sent_again_and_no_fault():

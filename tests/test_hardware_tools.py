@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from hardware import calibrate, latency
 from hardware.emulator import EmulatedBus, EmulatedTransport, VirtualClock
-from hardware.feetech import REGISTERS, Bus, BusError
+from hardware.feetech import REGISTERS, Bus, BusError, encode
 from hardware.policy import PolicyError
 from hardware.so101 import GRIPPER, JOINTS, ArmFault, Calibration
 
@@ -137,6 +137,112 @@ def test_an_arm_that_is_moved_while_it_is_written_to_gets_its_old_values_back():
         calibrate.put(rig.bus, calibration, jolt)
     assert error.value.__notes__ == ["all servos have their old values"]
     assert rig[2].get("homing_offset") == 55 and rig[6].get("max_position") == 4095
+
+
+# --- Whole or undone --------------------------------------------------------------------------------------------------
+class Killed(BaseException):
+    """SIGKILL: nothing is undone."""
+
+
+def cut_off(tmp_path, at):
+    """A calibrated arm, and a calibration of it that ends after `at` waits without another byte."""
+    rig, journal = Rig(), tmp_path / "unfinished.json"
+    calibration, _ = rig.calibrate()
+    calibrate.put(rig.bus, calibration, rig.sleep)
+    old = [bytes(rig[id].eeprom) for id in range(1, 7)]
+    joints = {name: vars(joint) | dict(range_min=joint.range_min + 5, homing_offset=joint.homing_offset - 20)
+              for name, joint in calibration.joints.items()}  # fmt: skip
+    left, begun = iter(range(at + 1)), []
+
+    def sleep(seconds):
+        rig.sleep(seconds)
+        begun.append(journal.exists())
+        if begun[-1] and next(left, None) == at:
+            rig.bus.transport.write = lambda data: (_ for _ in ()).throw(Killed)
+            raise Killed
+
+    with pytest.raises(Killed):
+        calibrate.put(rig.bus, Calibration.from_dict(joints), sleep, journal)
+    rig.bus = Bus(EmulatedTransport(rig.servos, rig.clock), rig.clock)
+    return rig, journal, old
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 7, 17])
+def test_a_calibration_that_was_cut_off_is_put_back_at_the_next_start(tmp_path, at):
+    rig, journal, old = cut_off(tmp_path, at)
+    assert [bytes(rig[id].eeprom) for id in range(1, 7)] != old and journal.exists()
+    said = calibrate.settle(rig.bus, journal, rig.sleep)
+    assert [bytes(rig[id].eeprom) for id in range(1, 7)] == old
+    assert "was cut off, and servo" in said and said.endswith("all servos have their old values")
+    assert not journal.exists() and calibrate.settle(rig.bus, journal, rig.sleep) is None
+
+
+def test_the_commands_put_back_what_was_cut_off_or_say_it(tmp_path, capsys):
+    rig, journal, old = cut_off(tmp_path, 3)
+    bench = rig.bus, rig.person, rig.sleep
+    read = calibrate.Args(read=str(tmp_path / "now.json"), emulate=True)
+    calibrate.main(read, bench, journal)
+    assert (
+        "note: a calibration of servos 1, 2, 3, 4, 5, 6 was cut off on" in capsys.readouterr().out
+    )
+    assert journal.exists()
+    rig.servos.disconnect(4)
+    write = calibrate.Args(write=str(tmp_path / "now.json"), emulate=True)
+    with pytest.raises(BusError, match="servo 4 does not answer") as error:
+        calibrate.main(write, bench, journal)
+    assert "was cut off on" in error.value.__notes__[0] and journal.exists()
+    rig.servos.disconnect(4, False)
+    calibrate.main(write, bench, journal)
+    assert "all servos have their old values" in capsys.readouterr().out and not journal.exists()
+
+
+def test_a_value_of_which_half_was_written_is_put_back_and_another_arm_is_left_alone(tmp_path):
+    rig, journal, old = cut_off(tmp_path, 3)
+    _, changes = calibrate.unfinished(journal)
+    id, name, before, after = next(c for c in changes if c[1] == "min_position")
+    address = REGISTERS[name][0]
+    for into in (rig[id].eeprom, rig[id].registers):
+        into[address] = encode(name, after)[0]
+        into[address + 1] = encode(name, before)[1]
+    kept = journal.read_text()
+    assert "old values" in calibrate.settle(rig.bus, journal, rig.sleep)
+    assert [bytes(rig[id].eeprom) for id in range(1, 7)] == old
+    journal.write_text(kept)
+    rig[id]._set(name, 777, rig[id].eeprom), rig.servos.power_cycle()
+    there = [bytes(servo.eeprom) for servo in rig.servos.servos.values()]
+    with pytest.raises(
+        ArmFault, match="of another arm, or servo . was written to since. .* delete"
+    ):
+        calibrate.settle(rig.bus, journal, rig.sleep)
+    assert there == [bytes(servo.eeprom) for servo in rig.servos.servos.values()]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", '{"time": 1, "changes": [[1, "id", 1, 2]]}', '{"changes": []}', "\x00",
+     '{"time": 1, "changes": [[1, "homing_offset", 0, 1e9]]}', '{"time": 1, "changes": [["1", "homing_offset", 0, 1]]}',
+     '{"time": 1, "changes": [[1, "homing_offset", 0, 4000]]}'],
+)  # fmt: skip
+def test_a_damaged_note_of_what_was_cut_off_gets_one_line(tmp_path, content):
+    rig, journal = Rig(), tmp_path / "unfinished.json"
+    journal.write_text(content)
+    with pytest.raises(ValueError, match="unfinished.json is damaged: compare with --check"):
+        calibrate.settle(rig.bus, journal, rig.sleep)
+    assert not any(rig.eeprom_writes)
+
+
+def test_without_a_note_nothing_is_written(tmp_path):
+    rig = Rig()
+    calibration, _ = rig.calibrate()
+    with pytest.raises(ValueError, match="cannot be written .* so nothing goes into the motors"):
+        calibrate.put(rig.bus, calibration, rig.sleep, rig_file(tmp_path) / "unfinished.json")
+    assert not any(rig.eeprom_writes)
+
+
+def rig_file(tmp_path):
+    """A file where a folder should be."""
+    (tmp_path / "file").write_text("")
+    return tmp_path / "file"
 
 
 def test_ids_are_given_one_by_one():
@@ -265,10 +371,24 @@ def test_the_other_commands_do_what_they_say(tmp_path, capsys, monkeypatch):
         calibrate.main(calibrate.Args(emulate=True, out=str(file / "below.json")))
 
 
+def test_the_motors_are_handed_over_with_the_torque_that_other_programs_expect(capsys):
+    rig = Rig()
+    for servo in rig.servos.servos.values():
+        servo._set("max_torque", 230 if servo.id == 6 else 300, servo.eeprom)
+        servo.power_up()
+    calibrate.main(calibrate.Args(hand_over=True, emulate=True), (rig.bus, rig.person, rig.sleep))
+    assert "gripper: powers up with 50 % of its torque, was 23 %" in capsys.readouterr().out
+    rig.servos.power_cycle()
+    assert [rig[id].get("torque_limit") for id in range(1, 7)] == [1000] * 5 + [500]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (dict(emulate=True), "give one of --out, --check, --write, --read and --assign-ids"),
+        (
+            dict(emulate=True),
+            "give one of --out, --check, --write, --read, --hand-over and --assign-ids",
+        ),
         (dict(out="a", assign_ids=True, emulate=True), "give one of"),
         (dict(out="a"), "give --port, or --emulate"),
         (dict(port="/dev/nothing", assign_ids=True), "there is no port /dev/nothing"),

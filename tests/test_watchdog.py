@@ -120,7 +120,7 @@ def test_a_servo_that_does_not_hear_is_named():
     outcome = let_go(bus, IDS, sleep=clock.sleep)
     assert outcome == Outcome([1, 2, 3, 4, 6], [5], []) and servos.servos[5].torque
     assert outcome.sentence().endswith(
-        "torque-off was sent to servo 5, but no answer came: switch the power off"
+        "torque-off was sent to servo 5, but no answer came: switch the power off, nothing else lets go"
     )
 
 
@@ -247,7 +247,7 @@ def test_reasons_to_stop(server, way, capfd):
     )
     assert all_off(server) and server.state()[1]["torque_limit"] == 150
     said = capfd.readouterr().err
-    assert reason in said and "torque" not in said, (
+    assert reason in said and ("torque" in said) == bool(silent), (
         "how it ended is said by the program, and by it alone"
     )
     end = watchdog.outcome.sentence()
@@ -334,6 +334,40 @@ def test_a_port_that_comes_back_finds_its_torque_taken_off(tmp_path, capfd):
         assert "is gone, and torque may be on" in capfd.readouterr().err
 
 
+def test_a_cable_that_comes_back_finds_its_torque_taken_off(server, capfd):
+    port = SerialTransport(server.port)
+    with dog(port, returns=SOON) as watchdog:
+        raise_goals(watchdog.transport)
+        server.do("disconnect", 4)
+        os.kill(watchdog._process.pid, signal.SIGTERM)
+        said, what = [], "servo 4 does not obey, and torque may be on"
+        wait_for(lambda: said.append(capfd.readouterr().err) or what in "".join(said), "a sentence")
+        assert [id for id, servo in server.state().items() if servo["torque"]] == [4]
+        server.do("disconnect", 4, False)
+    assert watchdog.outcome == Outcome(list(IDS), [], []) and all_off(server)
+    port.close()
+
+
+def test_torque_that_was_read_as_off_before_is_known():
+    """The line is lost after torque-off: no goal has gone out since, so it is not unknown; after a goal it is."""
+    bus, servos, clock = holding()
+    assert torque_off(bus, IDS, sleep=clock.sleep).known and bus.limp == set(IDS)
+    servos.disconnect(2)
+    outcome = torque_off(bus, IDS, sleep=clock.sleep)
+    assert outcome.before == [2] and not outcome.known
+    assert outcome.sentence().endswith(
+        "torque was read as off on servo 2 before the answers ended, no goal since"
+    )
+    servos.unplug()
+    assert "off on every servo before" in torque_off(bus, IDS, sleep=clock.sleep).sentence()
+    servos.unplug(False)
+    bus.sync_write(GOAL, {1: encode("goal_position", 2000)})
+    assert not bus.limp
+    outcome = torque_off(bus, IDS, sleep=clock.sleep)
+    assert outcome.silent == [2] and not outcome.before
+    assert "switch the power off" in outcome.sentence()
+
+
 def test_ctrl_c_ends_the_wait_for_a_port(server):
     before = signal.getsignal(signal.SIGINT)
     port = SerialTransport(server.port)
@@ -383,7 +417,7 @@ from hardware.watchdog import Watchdog
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 port = SerialTransport(sys.argv[1])
-with Watchdog(port, timeout=float(sys.argv[2]), hold=0.05, weak=0.1, bus_timeout=0.1,
+with Watchdog(port, timeout=float(sys.argv[2]), hold=0.05, weak=0.1, bus_timeout=0.1, returns=1.0,
               hangs=0.5 if len(sys.argv) > 3 else 60) as dog:
     bus = Bus(dog.transport, timeout=1.0)
     dog.beat()

@@ -35,6 +35,7 @@ Differences from Playground's task, each for a reason:
     its edge.
  7. The first observation of an episode is computed in closed form; its accelerometer reads as at
     rest, torques are 0.
+ 8. commands="balanced", which training uses, has more commands to stand and to turn on the spot.
 Angles are radians, lengths metres, forces newtons, times seconds; x forward, y left, z up; legs FR,
 FL, RR, RL.
 """

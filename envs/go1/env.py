@@ -253,21 +253,13 @@ class Go1Env:
         return (jnp.abs(qpos[:2]) > edge).any() & self.task.rough  # differs (6)
 
     # --- commands and pushes ----------------------------------------------------------------------
-    def _draw_command(self, draw):
-        largest = np.array(self.config.command_range, np.float32)
-        low, high = terms.STAND_COMMAND if self.task.stand else (-largest, largest)
-        return draw(low, high, 3)
-
     def _draw_command_time(self, draw):
         seconds = -self.config.command_time * jnp.log1p(-draw(0.0, 1.0))
         return jnp.round(seconds / self.config.ctrl_dt).astype(jnp.int32)
 
     def _next_command(self, draw, command, timer):
-        """At 0: each axis keeps its value with probability 1/2, else it is drawn anew, or zero."""
-        new = self._draw_command(draw)
-        if not self.task.stand:
-            new = new * (draw(0.0, 1.0, 3) < terms.COMMAND_KEPT)
-            new = jnp.where(draw(0.0, 1.0, 3) < 0.5, command, new)
+        """At 0 the next command, and the time until the one after it."""
+        new = terms.next_command(draw, command, self.task, self.config)
         due = timer <= 0
         next_timer = jnp.where(due, self._draw_command_time(draw), timer)
         return jnp.where(due, new, command), next_timer
@@ -303,7 +295,7 @@ class Go1Env:
             qpos=qpos,
             qvel=jnp.concatenate([velocity, jnp.zeros(12)]),
             warmstart=jnp.zeros(18),
-            command=self._draw_command(draw),
+            command=terms.first_command(draw, self.task, self.config),
             command_timer=self._draw_command_time(draw),
             last_action=jnp.zeros(12),
             air_time=jnp.zeros(4),

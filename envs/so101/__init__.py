@@ -17,6 +17,11 @@ randomisation follow Squint (arXiv 2602.21203), with these changes, each for a d
   6. A spawn that never overlaps: rejection sampling with enough candidates, the farthest apart if all fail
      (published: silently the middle of the region).
   7. Robot links float against gravity, as published; the arm does not collide with itself (published: it does).
+  8. Reach: the goal stays above the item when that is pushed (published: above where it stood at first).
+  9. Lifted: off the table in whatever orientation (published: higher than an upright item at rest).
+ 10. Grasped: the fingers' forces on the item oppose each other (published: a test against axes along the fingers).
+ 11. Both objects of a stack share one friction; torsional friction of contacts is ours.
+Rewards and success tests agree with the authors' on the same states but for 1 and 8 to 10 (tests/test_so101.py).
 Angles are radians, lengths metres, forces newtons; the world frame is the robot's base, x forward, y left, z up.
 """
 
@@ -37,6 +42,7 @@ from envs.so101.scene import build_model  # noqa: E402
 from envs.so101.tasks import (  # noqa: E402
     ACCELERATION_LIMIT,
     ACTION_SCALE,
+    BIN_DENSITY,
     BIN_THICKNESS,
     CONTROL_HZ,
     DENSITY,
@@ -56,6 +62,7 @@ from envs.so101.tasks import (  # noqa: E402
 __all__ = [
     "ACCELERATION_LIMIT",
     "ACTION_SCALE",
+    "BIN_DENSITY",
     "BIN_THICKNESS",
     "CONTROL_HZ",
     "DENSITY",

@@ -333,10 +333,10 @@ class SO101Env:
         )
         forces = [
             rewards.force(self, name, contact).tanh()
-            for name in ("fixed_item", "jaw_item", "robot_table")
+            for name in ("fixed_item", "jaw_item", "hand_table")
         ]
         if self.task.support:
-            forces.append(rewards.force(self, "robot_support", contact).tanh())
+            forces.append(rewards.force(self, "hand_support", contact).tanh())
         else:
             forces.append(torch.zeros_like(forces[0]))
         return torch.cat((

@@ -8,12 +8,15 @@ import torch
 
 from envs.so101.rotations import quat_mul
 from envs.so101.tasks import (
+    BIN_DENSITY,
     BIN_THICKNESS,
     DENSITY,
     FINGER_FRICTION,
     RANDOM_TRIES,
     SPAWN_CENTRE,
+    SPAWN_GAP,
     SPAWN_HALF,
+    TABLE_FRICTION,
 )
 
 
@@ -40,9 +43,9 @@ class Randomization:
     bin_wall: tuple[float, float] = (0.024, 0.036)
     """Height of the bin's walls, metres."""
     mass_factor: tuple[float, float] = (0.8, 1.2)
-    """Factor on the objects' mass (density 200 kg/m^3)."""
+    """Factor on the objects' mass (density 200 kg/m^3, the bin's 1,000)."""
     friction: tuple[float, float] = (0.1, 0.5)
-    """Sliding friction of item and support."""
+    """Sliding friction of the objects' own material; in a contact the mean with the other side's counts."""
     gripper_stiffness: tuple[float, float] = (0.5, 2.0)
     """Factor on the gripper servo's position gain (1 = nominal when off)."""
     gripper_damping: tuple[float, float] = (0.5, 2.0)
@@ -96,7 +99,7 @@ def begin(env, idx: torch.Tensor, numbers: list[int]) -> None:
     rand = lambda bounds, *shape: _uniform(env.generator, m, bounds, *shape)  # noqa: E731
     sym = lambda width, *shape: _uniform(env.generator, m, (-width, width), *shape)  # noqa: E731
     fields = {name: value.expand(m, *value.shape).clone() for name, value in env.nominal.items()}
-    half, heights = _draw_objects(env, fields, idx, rand)
+    heights = _draw_objects(env, fields, idx, rand)
     _draw_servos(env, fields, idx, rand)
     _draw_lights_and_colours(env, fields, rand, sym)
     _draw_cameras(env, fields, sym)
@@ -104,7 +107,7 @@ def begin(env, idx: torch.Tensor, numbers: list[int]) -> None:
         env.fields[name][idx] = value
     env.physics.write_models(numbers)
 
-    qpos = _draw_poses(env, m, half, heights)
+    qpos = _draw_poses(env, m, heights)
     qvel = torch.zeros(m, env.mjm.nv, device=env.device)
     env.physics.set_state(idx, qpos, qvel)
     env.qpos[idx], env.qvel[idx], env.contact[idx] = qpos, qvel, 0.0
@@ -113,8 +116,8 @@ def begin(env, idx: torch.Tensor, numbers: list[int]) -> None:
     env.returns[idx], env.success_once[idx] = 0.0, False
 
 
-def _draw_objects(env, fields: dict, idx: torch.Tensor, rand) -> tuple[dict, dict]:
-    """Sizes, masses, friction -> half sizes (M, 3) by shape; heights (M,) of the frames of item and support."""
+def _draw_objects(env, fields: dict, idx: torch.Tensor, rand) -> dict[str, torch.Tensor]:
+    """Sizes, masses, friction -> heights (M,) of the frames of item and support over their undersides."""
     dr, m = env.dr, len(idx)
     friction, factor = rand(dr.friction), rand(dr.mass_factor)
     half = {"cube": rand(dr.cube_size, 1).expand(m, 3) / 2}
@@ -137,7 +140,7 @@ def _draw_objects(env, fields: dict, idx: torch.Tensor, rand) -> tuple[dict, dic
     env.friction[idx], env.mass[idx] = friction, mass
     for name in ("fixed_finger", "moving_finger"):
         fields["geom_friction"][:, env.mjm.geom(name).id, 0] = (FINGER_FRICTION + friction) / 2
-    return half, heights
+    return heights
 
 
 def _draw_servos(env, fields: dict, idx: torch.Tensor, rand) -> None:
@@ -185,8 +188,8 @@ def _draw_cameras(env, fields: dict, sym) -> None:
         fields["cam_fovy"][:, cam] += sym(fovy)
 
 
-def _draw_poses(env, m: int, half: dict, heights: dict) -> torch.Tensor:
-    """qpos (M, nq): arm near its start pose, support anywhere in the region, item where it does not touch that."""
+def _draw_poses(env, m: int, heights: dict) -> torch.Tensor:
+    """qpos (M, nq): arm near its start pose, item anywhere in the region, support where it is clear of that."""
     dev, gen = env.device, env.generator
     qpos = torch.zeros(m, env.mjm.nq, device=dev)
     qpos[:, :6] = env.start_pose + 0.02 * torch.randn(m, 6, generator=gen, device=dev)
@@ -194,21 +197,30 @@ def _draw_poses(env, m: int, half: dict, heights: dict) -> torch.Tensor:
     centre = torch.tensor(SPAWN_CENTRE, device=dev)
     places = centre + _uniform(gen, m, (-SPAWN_HALF, SPAWN_HALF), RANDOM_TRIES, 2)
     yaws = _uniform(gen, m, (-math.pi, math.pi), 2)
-    item_xy = places[:, 0]
+    item_xy = centre + _uniform(gen, m, (-SPAWN_HALF, SPAWN_HALF), 2)
     if env.task.support:
-        support_xy = centre + _uniform(gen, m, (-SPAWN_HALF, SPAWN_HALF), 2)
-        own, other = half[env.task.item], half[env.task.support]
-        reach = own[:, :2].norm(dim=1) if env.task.item != "can" else own[:, 0]
-        around = other[:, 0] if env.task.support == "can" else other[:, :2].norm(dim=1)
-        gap = (places - support_xy[:, None]).norm(dim=-1) - (reach + around + 0.01)[:, None]
+        apart = spawn_radius(env.dr, env.task.item) + spawn_radius(env.dr, env.task.support)
+        gap = (places - item_xy[:, None]).norm(dim=-1) - apart
         # The first of the tries that is clear; if none is, the farthest.
         first = torch.where(
             gap >= 0, torch.arange(RANDOM_TRIES, 0, -1, device=dev), gap.clamp(-0.9, 0)
         ).argmax(1)
-        item_xy = places.gather(1, first[:, None, None].expand(m, 1, 2)).squeeze(1)
+        support_xy = places.gather(1, first[:, None, None].expand(m, 1, 2)).squeeze(1)
         _write_pose(qpos, env._q["support"], support_xy, heights["support"], yaws[:, 1])
     _write_pose(qpos, env._q["item"], item_xy, heights["item"], yaws[:, 0])
     return qpos
+
+
+def spawn_radius(dr: Randomization, shape: str) -> float:
+    """Radius in metres around an object of the largest size in which no other spawns, as published: half an edge of
+    a cube, the radius of a can, half the diagonal of a bin, and 1 cm."""
+    largest = {
+        "cube": dr.cube_size[1] / 2,
+        "large_cube": dr.large_cube_size[1] / 2,
+        "can": dr.can_diameter[1] / 2,
+        "bin": math.hypot(dr.bin_width[1], dr.bin_length[1]) / 2,
+    }
+    return largest[shape] + SPAWN_GAP
 
 
 def _write_pose(qpos: torch.Tensor, adr: int, xy, z, yaw) -> None:
@@ -245,7 +257,7 @@ def _write_object(env, f, name, shape, half, factor, friction):
     if shape == "can":  # MuJoCo's cylinder: size = (radius, half height, unused)
         sizes = torch.stack((half[:, 0], half[:, 2], torch.zeros_like(half[:, 0])), 1)[:, None]
     volume = (math.pi * 2 if shape == "can" else 8) * extents.prod(-1)  # cylinder: pi r^2 * 2 (h/2)
-    masses = DENSITY * volume * factor[:, None]
+    masses = (BIN_DENSITY if shape == "bin" else DENSITY) * volume * factor[:, None]
     square = extents**2
     if shape == "can":
         radial = (3 * square[..., 0] + 4 * square[..., 2]) / 12
@@ -263,7 +275,8 @@ def _write_object(env, f, name, shape, half, factor, friction):
         sizes.norm(dim=-1),
     )
     f["geom_aabb"][:, geoms] = torch.stack((torch.zeros_like(extents), extents), 2)
-    f["geom_friction"][:, geoms, 0] = friction[:, None]
+    if shape != "bin":  # a contact has the mean of both sides' friction; table and bin have 0.3
+        f["geom_friction"][:, geoms, 0] = (friction[:, None] + TABLE_FRICTION) / 2
     f["body_mass"][:, body] = f["body_subtreemass"][:, body] = mass
     f["body_inertia"][:, body] = inertia
     turning = (1 / inertia).mean(1)

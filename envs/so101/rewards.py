@@ -26,12 +26,12 @@ def facts(env) -> dict[str, torch.Tensor]:
     found = {
         "tcp": env.tcp, "item": item, "item_up": _half_height(env, turn),
         "touching": (fixed >= 0.01) | (jaw >= 0.01), "grasped": (fixed >= 0.5) & (jaw >= 0.5) & opposed,
-        "table": force(env, "robot_table") >= 0.01, "static": (env.qvel[:, :5].abs() <= 0.15).all(1),
+        "table": force(env, "hand_table") >= 0.01, "static": (env.qvel[:, :5].abs() <= 0.15).all(1),
         "openness": ((env.qpos[:, 5] - low) / (high - low)).clamp(0, 1),
     }  # fmt: skip
     found["lifted"] = item[:, 2] >= found["item_up"] + 0.001
     if env.task.support:
-        found["support_touch"] = force(env, "robot_support") >= 0.01
+        found["support_touch"] = force(env, "hand_support") >= 0.01
     return found
 
 
@@ -65,12 +65,16 @@ def _lift(env, f):
     return (reward - 3.0 * f["table"] - 1.0 * ~f["lifted"]) / 3.0, success
 
 
-def _progress(env, f, goal, near, clearance):
-    """Common shape of Place and Stack (N,): how near the item is to its goal, first over it, then down on it."""
+def _progress(f, goal, near, clearance):
+    """Common shape of Place and Stack (N,): how near the item is to its goal, and to the height over it, then on it."""
     height = torch.where(near, goal[:, 2], goal[:, 2] + clearance)
-    over = torch.cat((goal[:, :2], height[:, None]), 1)
-    near_in_space = 1 - torch.tanh(5 * (over - f["item"]).norm(dim=1))
-    return near_in_space + 1 - torch.tanh(10 * (height - f["item"][:, 2]).abs())
+    distance = (goal - f["item"]).norm(dim=1)
+    return 2 - torch.tanh(5 * distance) - torch.tanh(10 * (height - f["item"][:, 2]).abs())
+
+
+def _calm(speeds):
+    """1 at rest, falling with the norm of speeds (N, ...)."""
+    return 1 - torch.tanh(10 * speeds.norm(dim=1))
 
 
 def _place(env, f):
@@ -81,11 +85,10 @@ def _place(env, f):
     resting = (local[:, 2] - floor - f["item_up"]).abs() < 0.008
     goal = bin_xyz + turn[:, :, 2] * (floor + f["item_up"])[:, None]
     near = (f["item"] - bin_xyz)[:, :2].norm(dim=1) <= env.support_half[:, :2].norm(dim=1)
-    progress = _progress(env, f, goal, near, env.support_half[:, 2] + 0.03)
+    progress = _progress(f, goal, near, env.support_half[:, 2] + 0.03)
     reach = 2 * (1 - torch.tanh(5 * (f["tcp"] - f["item"]).norm(dim=1)))
-    calm = 1 - torch.tanh(10 * env.qvel[:, :5].norm(dim=1))
     reward = torch.where(f["grasped"], 3 + progress, reach)
-    letting_go = (~f["touching"]).float() + f["openness"] + calm
+    letting_go = (~f["touching"]).float() + f["openness"] + _calm(env.qvel[:, :5])
     reward = torch.where(inside & f["lifted"], 4 + progress + letting_go, reward)
     success = inside & resting & ~f["touching"] & ~f["support_touch"] & f["static"]
     reward = torch.where(success, 10.0, reward)
@@ -100,14 +103,14 @@ def _stack(env, f):
     offset = f["item"] - goal
     flat = offset[:, :2].norm(dim=1)
     on = (flat <= 0.02) & (offset[:, 2].abs() <= 0.01)
-    still = env.qvel[:, env._v["item"] : env._v["item"] + 3].norm(dim=1) <= 0.02
-    progress = _progress(env, f, goal, flat <= 0.04, 0.03)
+    speed = env.qvel[:, env._v["item"] :][:, :3]
+    still = speed.norm(dim=1) <= 0.02
+    progress = _progress(f, goal, flat <= 0.04, 0.03)
     reach = 2 * (1 - torch.tanh(5 * (f["tcp"] - f["item"]).norm(dim=1)))
     reward = torch.where(f["grasped"], 3 + progress, reach)
     reward = torch.where(on & f["touching"], 4 + progress + f["openness"], reward)
-    reward = torch.where(
-        on & ~f["touching"], 7 + 0.5 * (still.float() + f["static"].float()), reward
-    )
+    rest = (_calm(speed) + _calm(env.qvel[:, :5])) / 2
+    reward = torch.where(on & ~f["touching"], 7 + rest, reward)
     success = on & still & ~f["touching"] & f["static"]
     reward = torch.where(success, 9.0, reward)
     return (reward - 6.0 * f["table"] - 1.0 * ~f["lifted"]) / 9.0, success

@@ -6,7 +6,7 @@ from pathlib import Path
 import mujoco
 import numpy as np
 
-from envs.so101.tasks import BLUE, RED, SPAWN_CENTRE, WHITE, Task
+from envs.so101.tasks import BLUE, RED, SPAWN_CENTRE, TABLE_FRICTION, WHITE, Task
 
 # Cameras of your arm: hardware/align_camera.py writes this file, if ever.
 CAMERA_FILE = Path(__file__).parent.with_name("so101_cameras.json")
@@ -105,11 +105,15 @@ def build_model(task: Task, asset_dir: str | None = None) -> mujoco.MjModel:
         body = spec.worldbody.add_body(name=name, pos=(*SPAWN_CENTRE, 0.1))
         body.add_freejoint(name=name)
         parts = {"bin": ("floor", "x+", "x-", "y+", "y-")}.get(shape, ("",))
+        priority = (
+            0 if shape == "bin" else 1
+        )  # where item and bin touch, the item's friction counts
         for part in parts:
             kind = mujoco.mjtGeom.mjGEOM_CYLINDER if shape == "can" else mujoco.mjtGeom.mjGEOM_BOX
             body.add_geom(
                 name=name + part, type=kind, size=(0.02, 0.02, 0.02), rgba=(*colour, 1), group=2,
-                contype=2, conaffinity=3, condim=4, friction=(0.3, 0.005, 0.0001), priority=1, mass=0.01,
+                contype=2, conaffinity=3, condim=4, friction=(TABLE_FRICTION, 0.005, 0.0001), priority=priority,
+                mass=0.01,
                 solref=(0.02, 1), solimp=(0.99, 0.9995, 0.001, 0.5, 2),
             )  # fmt: skip
 
@@ -131,11 +135,11 @@ def build_model(task: Task, asset_dir: str | None = None) -> mujoco.MjModel:
     add_contact_sensor("fixed_item", objtype=body, objname="gripper", reftype=body, refname="item")
     add_contact_sensor("jaw_item", objtype=body, objname="jaw", reftype=body, refname="item")
     add_contact_sensor(
-        "robot_table", objtype=subtree, objname="base", reftype=geom, refname="table"
+        "hand_table", objtype=subtree, objname="gripper", reftype=geom, refname="table"
     )
     if task.support is not None:
         add_contact_sensor(
-            "robot_support", objtype=subtree, objname="base", reftype=body, refname="support"
+            "hand_support", objtype=subtree, objname="gripper", reftype=body, refname="support"
         )
     model = spec.compile()
     # The compiler notes that the bin's plates sit at their body's origin, and MuJoCo would then never read the

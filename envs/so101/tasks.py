@@ -27,9 +27,11 @@ TRACKING_ERROR = (
 )  # radians from target to joint: stays near a blocked arm
 JOINT_MARGIN = 0.02  # radians that targets keep from the joint limits
 SPAWN_CENTRE, SPAWN_HALF = (0.30, 0.0), 0.10
-DENSITY = 200.0  # kg/m^3
+DENSITY = 200.0  # kg/m^3, of item and stacked-upon objects
+BIN_DENSITY = 1000.0  # kg/m^3, near printed plastic: the published bin has its simulator's default
 BIN_THICKNESS = 0.005
-FINGER_FRICTION = 2.0  # averaged with the item's, as PhysX combines them
+FINGER_FRICTION, TABLE_FRICTION = 2.0, 0.3  # averaged with the item's, as PhysX combines them
+SPAWN_GAP = 0.01  # metres around each object's radius that nothing else spawns in
 RED, BLUE, WHITE = (0.85, 0.07, 0.07), (0.08, 0.20, 0.80), (0.92, 0.92, 0.92)
 RANDOM_TRIES = 64
 
