@@ -273,12 +273,12 @@ def iterate(learner, state, first, env, teacher: dict, kept: dict, args: Args, i
 
 # --- evaluate -------------------------------------------------------------------------------------
 # same in: ppo_mjx_go1, distill_go1
-def evaluate(act, env, episodes: int) -> tuple[dict, list]:
+def evaluate(act, env, episodes: int, seed: int = EVAL_SEED) -> tuple[dict, list]:
     """Whole episodes with fixed seeds, one environment for each; act: obs -> actions.
 
     -> metrics; qpos of the first environment's first seconds
     """
-    state = env.reset_batch(jax.random.split(jax.random.PRNGKey(EVAL_SEED), episodes))
+    state = env.reset_batch(jax.random.split(jax.random.PRNGKey(seed), episodes))
     running = np.ones(episodes, bool)
     returns, lengths, falls = np.zeros(episodes), np.zeros(episodes), np.zeros(episodes)
     sums, film = {}, []
