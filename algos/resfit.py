@@ -2,8 +2,7 @@
 
 Paper: Ankile, Jiang, Duan, Shi, Abbeel and Nagabandi, "Residual Off-Policy RL for Finetuning
 Behavior Cloning Policies", arXiv 2509.19301. Written from the paper's equations alone: the authors'
-code has a non-commercial licence, and nobody who wrote this file has opened it. RLPD: Ball et al.,
-arXiv 2302.02948. IBRL: Hu et al., arXiv 2311.02198.
+code has a non-commercial licence, and nobody who wrote this file has opened it.
 
     base     b_t = the next action of the base, which plans K actions and executes some of them (1)
     action   a_t = clip(b_t + clip(pi(o_t, b_t) + e, -l, l), -1, 1), stored as executed         (2)
@@ -74,7 +73,7 @@ from fnmatch import fnmatch
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import imageio.v2 as imageio
 import numpy as np
@@ -95,33 +94,29 @@ ALPHA = 0.05  # chance that p0+ or p1- is wrong
 MEASURE = 4  # evaluations' worth of episodes, in which the base is measured first
 
 # --- Args -----------------------------------------------------------------------------------------
-# (env ids, device, mode, recipe) -> defaults other than the published ones below; later rows win
+# (env ids, device, recipe) -> defaults other than the published ones below; later rows win
 TUNED = {
-    ("*", "*", "resfit", "ours"): dict(allowance=0.05, ramp_steps=19_200, offline=0.25),
+    ("*", "*", "ours"): dict(allowance=0.05, ramp_steps=19_200, offline=0.25),
     # sizes and learning rates for a CPU, ours
-    ("*", "cpu*", "*", "*"): dict(
+    ("*", "cpu*", "*"): dict(
         num_envs=16,
         total_timesteps=44_800,
         eval_freq=3_200,
         log_freq=800,
+        limit=(0.3,),
         hidden=128,
         batch_size=128,
         encoder_dim=32,
         utd=0.3,
         lr=5e-4,
+        actor_lr=1e-4,
         tau=0.01,
+        noise=0.04,
         learning_starts=3_200,
         critic_warmup=1_500,
     ),
-    ("*", "*", "rlpd", "*"): dict(
-        actor_lr=1e-4, tau=0.01, noise=0.1, warmup_noise=1.0, critic_warmup=0
-    ),
-    ("*", "*", "ibrl", "*"): dict(
-        actor_lr=1e-4, tau=0.01, noise=0.1, warmup_noise=0.0, critic_warmup=0
-    ),
-    ("*", "cpu*", "resfit", "*"): dict(actor_lr=1e-4, limit=(0.3,), noise=0.04),
-    ("*", "cpu*", "resfit", "ours"): dict(policy_frequency=2),
-    ("SO101Reach*", "cpu*", "*", "*"): dict(gamma=0.95),
+    ("*", "cpu*", "ours"): dict(policy_frequency=2),
+    ("SO101Reach*", "cpu*", "*"): dict(gamma=0.95),
 }
 
 
@@ -129,7 +124,6 @@ TUNED = {
 class Args:
     # run
     env_id: str = "SO101ReachCube-v1"  # task: SO101... or robosuite/...
-    mode: Literal["resfit", "rlpd", "ibrl"] = "resfit"  # residual, no base, or actor beside it
     recipe: Literal["ours", "published"] = "ours"  # defaults with the guards, or without
     seed: int = 1  # of weights, exploration, sampling and episodes
     name: str = ""  # folder under runs/; empty: made from task, seed and time
@@ -170,9 +164,8 @@ class Args:
     tau: float = 0.005  # share of critics and actor that moves into their targets
     noise: float = 0.05  # s, deviation of exploration and target smoothing, in units of actions
     learning_starts: int = 10_000  # transitions of warm-up: base and uniform noise
+    warmup_noise: float = 0.2  # half width of that noise
     critic_warmup: int = 10_000  # critic-only updates after it
-
-    warmup_noise: float = 0.2  # half width of the uniform noise of warm-up
 
     # guard
     ramp_steps: int = 0  # transitions after warm-up over which the residual grows from 0
@@ -180,7 +173,6 @@ class Args:
     credit: float = 10.0  # B, most that good episodes save up for bad ones, in episodes
 
     # compute
-    async_: Annotated[bool, tyro.conf.arg(name="async")] = False  # act in a process of its own
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # of networks, data and envs
 
 
@@ -197,25 +189,22 @@ def check(args: Args):
     need(args.checkpoint or not args.evaluate, "--evaluate needs --checkpoint FILE")
     whole_rounds = args.eval_envs > 0 and args.eval_episodes % args.eval_envs == 0
     need(whole_rounds, "--eval-episodes must be a multiple of --eval-envs")
-    need(
-        0 < args.allowance <= 1 <= args.credit,
-        "--allowance is above 0, at most 1, --credit not below 1",
-    )
+    sound = 0 < args.allowance <= 1 <= args.credit
+    need(sound, "--allowance must be above 0 and at most 1, --credit at least 1")
     need(args.demos or args.evaluate, "give --demos FILE, demonstrations in robomimic's layout")
     room = args.buffer_size - args.num_envs
     enough = room >= args.learning_starts > (args.n_step + 1) * args.num_envs
-    need(
-        enough, "--learning-starts must be below --buffer-size, and above --n-step rounds of steps"
-    )
+    message = "--learning-starts must be below --buffer-size, and above --n-step rounds of steps"
+    need(enough, message)
     available = torch.cuda.is_available() or args.device == "cpu"
     need(available, "there is no CUDA device here: use --device cpu")
 
 
-def tuned(env_id: str, device: str, mode: str, recipe: str) -> dict:
+def tuned(env_id: str, device: str, recipe: str) -> dict:
     """The rows of TUNED that apply, merged; later rows win."""
     values = {}
     for patterns, row in TUNED.items():
-        if all(map(fnmatch, (env_id, device, mode, recipe), patterns)):
+        if all(map(fnmatch, (env_id, device, recipe), patterns)):
             values |= row
     return values
 
@@ -231,7 +220,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
         saved = Args(**load(given.checkpoint)["args"])
         defaults = replace(saved, name="", resume=None, base="", device=given.device)
     else:
-        chosen = {name: getattr(given, name) for name in ("env_id", "device", "mode", "recipe")}
+        chosen = {name: getattr(given, name) for name in ("env_id", "device", "recipe")}
         defaults = Args(**chosen, **tuned(**chosen))
     return tyro.cli(Args, args=argv, default=defaults, description=__doc__.split("\n\n")[0])
 
@@ -367,23 +356,19 @@ class Trunk(nn.Module):
 
 
 class Actor(nn.Module):
-    """features (B, E), base action (B, A) -> residual in [-l, l], zero at first.
-
-    Without a base to add to, (B, A) in [-1, 1] is the action itself.
-    """
+    """features (B, E), base action (B, A) -> residual (B, A) in [-l, l], zero at first."""
 
     def __init__(self, encoder: Encoder, shapes: dict, args: Args):
         super().__init__()
         self.trunk = Trunk(encoder)
         (action_dim,) = shapes["actions"]
-        limit = torch.tensor(args.limit if args.mode == "resfit" else (1.0,))
-        self.register_buffer("limit", limit.expand(action_dim).clone())
+        limit = torch.tensor(args.limit).expand(action_dim)
+        self.register_buffer("limit", limit.clone())
         self.register_buffer("scale", torch.ones(()))  # share of the residual that is let through
         self.policy = mlp(self.trunk.width + action_dim, args.hidden, args.hidden)
         self.policy.append(nn.Linear(args.hidden, action_dim))
-        if args.mode == "resfit":
-            nn.init.zeros_(self.policy[-1].weight)
-            nn.init.zeros_(self.policy[-1].bias)
+        nn.init.zeros_(self.policy[-1].weight)
+        nn.init.zeros_(self.policy[-1].bias)
 
     def forward(self, x, base):
         share = torch.tanh(self.policy(torch.cat([self.trunk(x), base], -1)))
@@ -625,24 +610,18 @@ def store_demos(args: Args, base, shapes: dict) -> Replay:
 
 
 # --- Update functions -----------------------------------------------------------------------------
-def propose(base, residual, noise, limit, args: Args):
-    """Eq. 2 (B, A): base and residual, or the actor's own action; [-1, 1] keeps the gradient."""
+def propose(base, residual, noise, limit):
+    """Eq. 2 (B, A): base and residual, in [-1, 1]; the gradient passes that bound."""
     residual = torch.clamp(residual + noise, -limit, limit)  # differs (2)
-    actions = base + residual if args.mode == "resfit" else residual
+    actions = base + residual
     return actions + (actions.clamp(-1, 1) - actions).detach()
 
 
 @torch.no_grad()
-def choose(agent: Agent, obs, args: Args, noise=0.0, heads=slice(None)) -> torch.Tensor:
-    """Eq. 2 (N, A); with IBRL the base's action where the smaller value of `heads` is higher."""
-    base = obs["base"]
+def choose(agent: Agent, obs: dict, noise=0.0) -> torch.Tensor:
+    """What `observe` gives, with "base" (N, A) -> eq. 2 (N, A)."""
     x = agent.encoder(obs["state"], obs.get("rgb"))
-    proposal = propose(base, agent.actor(x, base), noise, agent.actor.limit, args)
-    if args.mode != "ibrl":
-        return proposal
-    both = torch.cat([proposal, base])
-    new, old = agent.critics_target(x.repeat(2, 1), both, heads).amin(0).chunk(2)  # (N,) each
-    return torch.where((new > old)[:, None], proposal, base)
+    return propose(obs["base"], agent.actor(x, obs["base"]), noise, agent.actor.limit)
 
 
 def random_shift(rgb: torch.Tensor | None, offsets: torch.Tensor) -> torch.Tensor | None:
@@ -662,13 +641,10 @@ def critic_loss(agent: Agent, batch: dict, args: Args):
         rgb = random_shift(batch.get("next_rgb"), batch["shifts"][1])
         after = agent.encoder(batch["next_state"], rgb)
         base = batch["next_base"]
-        heads = batch["heads"]
         noise = (args.noise * batch["noise"]).clamp(-NOISE_CLIP, NOISE_CLIP)
         residual = agent.actor_target(after, base)
-        next_actions = propose(base, residual, noise, agent.actor.limit, args)
-        next_q = agent.critics_target(after, next_actions, heads).amin(0)
-        if args.mode == "ibrl":  # the better of proposal and base, as it acts
-            next_q = torch.maximum(next_q, agent.critics_target(after, base, heads).amin(0))
+        next_actions = propose(base, residual, noise, agent.actor.limit)
+        next_q = agent.critics_target(after, next_actions, batch["heads"]).amin(0)
         targets = batch["rewards"] + batch["discounts"] * next_q
     rgb = random_shift(batch.get("rgb"), batch["shifts"][0])
     x = agent.encoder(batch["state"], rgb)
@@ -682,12 +658,12 @@ def critic_loss(agent: Agent, batch: dict, args: Args):
     return loss, x.detach(), metrics
 
 
-def actor_loss(agent: Agent, batch: dict, x, args: Args):
+def actor_loss(agent: Agent, batch: dict, x):
     """Eq. 5, on features (B, E) without their gradient. -> loss, metrics"""
     base = batch["base"]
     limit = agent.actor.limit
     residual = agent.actor(x, base)
-    q = agent.critics(x, propose(base, residual, 0.0, limit, args)).mean(0)
+    q = agent.critics(x, propose(base, residual, 0.0, limit)).mean(0)
     loss = -q.mean()
     share = residual.detach() / limit.clamp(min=1e-6)
     return loss, {"loss/actor": loss.detach(), "train/residual": share.abs().mean()}
@@ -713,7 +689,7 @@ def update(agent: Agent, batch: dict, with_actor: bool, args: Args) -> dict:
     loss, x, metrics = critic_loss(agent, batch, args)
     descend(loss, agent.critic_optimizer)
     if with_actor:
-        loss, more = actor_loss(agent, batch, x, args)
+        loss, more = actor_loss(agent, batch, x)
         descend(loss, agent.actor_optimizer)
         target_update(agent.actor_target, agent.actor, args.tau)
         metrics |= more
@@ -733,12 +709,9 @@ def ramp(agent: Agent, global_step: int, args: Args):
 def draw_batch(replay: Replay, demos: Replay, args: Args) -> dict:
     """Transitions and random numbers of an update: noise (B, A), a pair of heads, shifts (2, B, 2).
 
-    Demonstrations come first; with IBRL they lie in one buffer with the rest.
+    Demonstrations come first.
     """
-    share = args.offline
-    if args.mode == "ibrl":
-        share = len(demos) / (len(demos) + len(replay))
-    offline = round(share * args.batch_size)
+    offline = round(args.offline * args.batch_size)
     batch = replay.sample(args.batch_size - offline)
     if offline:
         for key, value in demos.sample(offline).items():
@@ -853,7 +826,7 @@ def save_run(run: Path, content: dict, parts: dict):
     save(run / "checkpoint.pt", content | states | dict(csv_sizes=csv_sizes(run)))
 
 
-def load_run(run: Path, checkpoint: dict, parts: dict, args: Args):
+def load_run(run: Path, checkpoint: dict, parts: dict):
     """Put every part and the CSV files back to the checkpoint."""
     for name, part in parts.items():
         state = checkpoint[name]
@@ -863,11 +836,6 @@ def load_run(run: Path, checkpoint: dict, parts: dict, args: Args):
     cut_back(run, checkpoint["csv_sizes"])
     if "replay" not in parts:
         print("no replay buffer was saved (--save-buffer): it starts empty")
-    elif (
-        args.async_ and checkpoint["replay"]["head"]
-    ):  # the actor begins new episodes: old ones end
-        replay = parts["replay"]
-        replay.data["discounts"][(replay.head - 1) % replay.slots] = 0
 
 
 # same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, resfit, bc_chunk
@@ -952,18 +920,12 @@ def identity(base: str) -> str:
     return hashlib.sha256(Path(base).read_bytes()).hexdigest()
 
 
-def open_base(args: Args, action_dim: int, env=None):
+def open_base(args: Args, env=None):
     """The base that --base names: an object with reset(mask) and act(obs).
 
     It is code, like a script: never take the name from a file. A program's base.json may say
     `env_id` and `execute`. Raises ValueError if the base is another task's.
     """
-    if args.mode == "rlpd":  # none: no motion
-
-        def still(state, rgb=None):
-            return state.new_zeros(len(state), 1, action_dim)
-
-        return ChunkQueue(still, 1)
     if args.base.endswith(".pt2"):
         files = {"base.json": ""}
         program = torch.export.load(args.base, extra_files=files)
@@ -992,7 +954,7 @@ class Policy:
         self.args = replace(Args(**checkpoint["args"]), device=str(device), base=base)
         self.spec = checkpoint["spec"]
         self.deploys = checkpoint["progress"]["deploys"]  # the residual, or the base alone
-        self.base = open_base(self.args, *checkpoint["shapes"]["actions"], env)
+        self.base = open_base(self.args, env)
         self.agent = Agent(checkpoint["shapes"], self.args)
         self.agent.load_state_dict(checkpoint["agent"])
 
@@ -1005,7 +967,7 @@ class Policy:
         """obs of the environment, (N, ...) -> actions (N, A)."""
         seen = observe(obs, self.args)
         seen["base"] = self.base.act(seen)
-        return choose(self.agent, seen, self.args) if self.deploys else seen["base"]
+        return choose(self.agent, seen) if self.deploys else seen["base"]
 
 
 # --- train ----------------------------------------------------------------------------------------
@@ -1045,7 +1007,7 @@ class Collector:
         else:
             noise = args.noise * torch.randn_like(base)
             pair = torch.randperm(args.heads, device=base.device)[:2]
-            actions = choose(self.agent, obs, args, noise, pair)
+            actions = choose(self.agent, obs, noise)
         exposed = self.exposed.clone()
         actions = torch.where(exposed[:, None], actions, base)
         next_obs, _, terminations, truncations, info = self.env.step(actions)
@@ -1067,42 +1029,6 @@ class Collector:
         device = self.exposed.device
         self.obs = {key: value.to(device) for key, value in state["obs"].items()}
         self.exposed = state["exposed"].to(device)
-
-
-def steps_apart(args: Args, agent: Agent, progress: dict):
-    """--async: steps of a collector in a process of its own, so that a robot need not wait.
-
-    It acts by the learner's weights, which lie in shared memory, and runs ahead as far as its steps
-    fit in a pipe. The steps end if the process does, which then has printed why.
-    """
-    context = torch.multiprocessing.get_context("spawn")
-    pipe, sender = context.Pipe(duplex=False)
-    inputs = (make_envs, args, agent.share_memory(), dict(progress), sender)
-    process = context.Process(target=collect_apart, args=inputs, daemon=True)
-    process.start()
-    sender.close()  # so that the pipe ends with the process
-    try:
-        while True:
-            arrays = pipe.recv()
-            yield {key: torch.from_numpy(value).to(args.device) for key, value in arrays.items()}
-    except EOFError:
-        return
-    finally:
-        process.terminate()
-
-
-def collect_apart(make, args: Args, agent: Agent, progress: dict, sender):
-    """That process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the learner's
-    torch.set_num_threads(1)
-    env, eval_env = make(args)
-    eval_env.close()
-    base = open_base(args, env.action_dim, env)
-    collector = Collector(args, env, base, agent, progress)
-    while True:
-        taken = collector.step()
-        progress["global_step"] += args.num_envs
-        sender.send({key: value.cpu().numpy() for key, value in taken.items()})
 
 
 def count(progress: dict, taken: dict):
@@ -1186,10 +1112,10 @@ def train(args: Args) -> dict:
     torch.manual_seed(args.seed)
     if args.evaluate:
         return evaluate_checkpoint(args)
-    env, eval_env = make_envs(replace(args, evaluate=args.async_))
+    env, eval_env = make_envs(args)
     run = open_run(args)
     shapes = shapes_of(eval_env, args)
-    base = open_base(args, *shapes["actions"], env or eval_env)
+    base = open_base(args, env)
     agent = Agent(shapes, args)
     replay = Replay(args.buffer_size // args.num_envs, args.num_envs, args)
     demos = store_demos(args, base, shapes)
@@ -1202,18 +1128,15 @@ def train(args: Args) -> dict:
     parts |= dict(actor_optimizer=agent.actor_optimizer, random=GlobalRandom())
     if args.save_buffer:
         parts["replay"] = replay
-    if args.async_:
-        source = steps_apart(args, agent, progress)  # begins when it is asked for the first
-    else:
-        source, collector = env, Collector(args, env, base, agent, progress)
-        parts |= dict(env=env, collector=collector)
-        if hasattr(base, "state_dict"):
-            parts["queue"] = base
+    collector = Collector(args, env, base, agent, progress)
+    parts |= dict(env=env, collector=collector)
+    if hasattr(base, "state_dict"):
+        parts["queue"] = base
     saved = load(run / "checkpoint.pt") if args.resume else None
     policy = Policy(saved or content, args.device, args.base, eval_env)
     policy.agent = agent
     if saved:
-        load_run(run, saved, parts, args)
+        load_run(run, saved, parts)
         progress.update(saved["progress"])
         saved = None  # its mapped tensors are released
     else:
@@ -1234,7 +1157,7 @@ def train(args: Args) -> dict:
         eval_due = due and step > progress["evaluated"]
         if due or stop or step % args.log_freq < args.num_envs:
             row = training_row(metrics, progress, run)
-            row["train/nan_resets"] = int(env.nan_resets) if env else 0
+            row["train/nan_resets"] = int(env.nan_resets)
             if "loss/actor" in row:  # the first row names the columns
                 write_row(run / "metrics.csv", row, args.track)
 
@@ -1260,10 +1183,7 @@ def train(args: Args) -> dict:
         # act, step and store
         begin = time.perf_counter()
         ramp(agent, step, args)
-        taken = next(source, None) if args.async_ else collector.step()
-        if taken is None:
-            interrupt.asked = True
-            continue
+        taken = collector.step()
         count(progress, taken)
         replay.add(taken)
         bar.update(args.num_envs)
@@ -1273,7 +1193,7 @@ def train(args: Args) -> dict:
             metrics |= catch_up(agent, replay, demos, progress, args)
         progress["train_time"] += time.perf_counter() - begin
     interrupt.restore()
-    for part in (bar, eval_env, source):
+    for part in (bar, env, eval_env):
         part.close()
     if not last:
         sys.exit(f"interrupted at step {step}: continue with --resume {run}")
