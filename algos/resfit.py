@@ -84,6 +84,7 @@ import tyro
 from torch.export.passes import move_to_device_pass
 from tqdm import tqdm
 
+ALGO = "resfit"  # what a checkpoint says it is of
 START = time.time()  # `wall_time` counts from here
 EVAL_SEED = 10_000
 ROLLING = 100  # episodes over which the success of training is averaged
@@ -415,7 +416,7 @@ class Agent(nn.Module):
         self.to(args.device)
         values = [*self.encoder.parameters(), *self.critics.parameters()]
         self.critic_optimizer = torch.optim.AdamW(values, args.lr, fused=True)
-        values = list(self.actor.parameters())
+        values = self.actor.parameters()
         self.actor_optimizer = torch.optim.AdamW(values, args.actor_lr, fused=True)
 
 
@@ -561,8 +562,8 @@ class Replay:
             discounts = discounts * self.args.gamma * self.data["discounts"][row, env]
         row = at % self.slots
         next_row = (at + self.args.n_step) % self.slots
-        batch = dict(rewards=rewards, discounts=discounts)
-        batch["actions"] = self.data["actions"][row, env]
+        actions = self.data["actions"][row, env]
+        batch = dict(rewards=rewards, discounts=discounts, actions=actions)
         for key in self.data.keys() & {"state", "rgb", "base"}:
             batch[key] = self.data[key][row, env]
             batch["next_" + key] = self.data[key][next_row, env]
@@ -574,7 +575,7 @@ class Replay:
     def load_state_dict(self, state: dict):
         self.head = state["head"]
         for key, rows in state["data"].items():
-            self.data[key] = rows.to(self.args.device, copy=True)
+            self.data[key] = rows.to(self.args.device)
 
 
 def store_demos(args: Args, base, shapes: dict) -> Replay:
@@ -624,10 +625,8 @@ def choose(agent: Agent, obs: dict, noise=0.0) -> torch.Tensor:
     return propose(obs["base"], agent.actor(x, obs["base"]), noise, agent.actor.limit)
 
 
-def random_shift(rgb: torch.Tensor | None, offsets: torch.Tensor) -> torch.Tensor | None:
-    """Images (B, H, H, C), if any, moved by `offsets` (B, 2) - PAD pixels, edges repeated."""
-    if rgb is None:
-        return None
+def random_shift(rgb: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Images (B, H, H, C), moved by `offsets` (B, 2) - PAD pixels, edges repeated."""
     size = rgb.shape[1]
     pixels = torch.arange(size, device=rgb.device) + offsets[:, :, None] - PAD  # (B, 2, H)
     y, x = pixels.clamp(0, size - 1).unbind(1)
@@ -638,16 +637,14 @@ def random_shift(rgb: torch.Tensor | None, offsets: torch.Tensor) -> torch.Tenso
 def critic_loss(agent: Agent, batch: dict, args: Args):
     """Eqs. 3 and 4. -> loss, features (B, E), metrics"""
     with torch.no_grad():
-        rgb = random_shift(batch.get("next_rgb"), batch["shifts"][1])
-        after = agent.encoder(batch["next_state"], rgb)
+        after = agent.encoder(batch["next_state"], batch.get("next_rgb"))
         base = batch["next_base"]
         noise = (args.noise * batch["noise"]).clamp(-NOISE_CLIP, NOISE_CLIP)
         residual = agent.actor_target(after, base)
         next_actions = propose(base, residual, noise, agent.actor.limit)
         next_q = agent.critics_target(after, next_actions, batch["heads"]).amin(0)
         targets = batch["rewards"] + batch["discounts"] * next_q
-    rgb = random_shift(batch.get("rgb"), batch["shifts"][0])
-    x = agent.encoder(batch["state"], rgb)
+    x = agent.encoder(batch["state"], batch.get("rgb"))
     q = agent.critics(x, batch["actions"])
     loss = (q - targets).square().mean()  # differs (3)
     metrics = {
@@ -707,19 +704,20 @@ def ramp(agent: Agent, global_step: int, args: Args):
 
 
 def draw_batch(replay: Replay, demos: Replay, args: Args) -> dict:
-    """Transitions and random numbers of an update: noise (B, A), a pair of heads, shifts (2, B, 2).
+    """Transitions of an update, demonstrations first, their images shifted at random.
 
-    Demonstrations come first.
+    With them "noise" (B, A) and "heads", the pair (2,) of the target.
     """
     offline = round(args.offline * args.batch_size)
     batch = replay.sample(args.batch_size - offline)
-    if offline:
-        for key, value in demos.sample(offline).items():
-            batch[key] = torch.cat([value, batch[key]])
-    device, shifts = args.device, (2, args.batch_size, 2)
+    for key, value in demos.sample(offline).items():
+        batch[key] = torch.cat([value, batch[key]])
     batch["noise"] = torch.randn_like(batch["actions"])
-    batch["heads"] = torch.randperm(args.heads, device=device)[:2]
-    batch["shifts"] = torch.randint(0, 2 * PAD + 1, shifts, device=device)
+    batch["heads"] = torch.randperm(args.heads, device=args.device)[:2]
+    if args.obs == "pixels":
+        for key in ("rgb", "next_rgb"):
+            shifts = torch.randint(0, 2 * PAD + 1, (args.batch_size, 2), device=args.device)
+            batch[key] = random_shift(batch[key], shifts)
     return batch
 
 
@@ -774,22 +772,25 @@ def upper_bound(rate: float, trials: int) -> float:
     for _ in range(40):
         p = (low + high) / 2
         likely = torch.distributions.Binomial(trials, p).log_prob(few).exp().sum() > ALPHA
-        low, high = (p, high) if likely else (low, p)
+        if likely:
+            low = p
+        else:
+            high = p
     return high.item()
 
 
 def judge(policy, env, progress: dict, args: Args, video: Path | None) -> dict:
     """Measure the base first, later what would replace it, by (7). -> metrics of what is deployed"""
-    guarded = args.allowance < 1
-    policy.deploys = not guarded or progress["evaluated"] >= 0
-    episodes = args.eval_episodes if policy.deploys else MEASURE * args.eval_episodes
+    policy.deploys = progress["evaluated"] >= 0
+    episodes = args.eval_episodes
+    if not policy.deploys:
+        episodes *= MEASURE
     results = evaluate(policy, env, episodes, video)
     rate = results["eval/success_rate"]
     if not policy.deploys:
         progress |= {"bar": upper_bound(rate, episodes), "base": results}
-    if guarded:
-        lowest = 1 - upper_bound(1 - rate, episodes)
-        progress["deploys"] = policy.deploys and lowest >= progress["bar"] - args.allowance
+    lowest = 1 - upper_bound(1 - rate, episodes)
+    progress["deploys"] = policy.deploys and lowest >= progress["bar"] - args.allowance
     if not progress["deploys"]:
         results = progress["base"]
     return results | {"eval/residual": rate, "eval/deploys": int(progress["deploys"])}
@@ -815,8 +816,8 @@ def load(path: str | Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds for a damaged file
         raise ValueError(f"{path} is no checkpoint: damaged, or another kind of file") from error
-    ours = isinstance(checkpoint, dict) and checkpoint.get("algo") == "resfit"
-    need(ours, f"{path} is not resfit's")
+    ours = isinstance(checkpoint, dict) and checkpoint.get("algo") == ALGO
+    need(ours, f"{path} is not {ALGO}'s")
     return checkpoint
 
 
@@ -828,11 +829,8 @@ def save_run(run: Path, content: dict, parts: dict):
 
 def load_run(run: Path, checkpoint: dict, parts: dict):
     """Put every part and the CSV files back to the checkpoint."""
-    for name, part in parts.items():
-        state = checkpoint[name]
-        if name != "replay":  # which copies; what an optimizer keeps would keep the file in memory
-            state = copy.deepcopy(state)
-        part.load_state_dict(state)
+    for name, part in parts.items():  # copies: what a part keeps would keep the file in memory
+        part.load_state_dict(copy.deepcopy(checkpoint[name]))
     cut_back(run, checkpoint["csv_sizes"])
     if "replay" not in parts:
         print("no replay buffer was saved (--save-buffer): it starts empty")
@@ -986,7 +984,7 @@ class Collector:
         self.base.reset(mask)
         seen = observe(obs, self.args)
         self.obs = seen | {"base": self.base.act(seen)}
-        for i in mask.nonzero()[:, 0].tolist():
+        for i in mask.nonzero():
             self.exposed[i] = self.expose()
 
     def expose(self) -> bool:
@@ -1000,16 +998,13 @@ class Collector:
     def step(self) -> dict:
         """One step of every environment -> what the buffer stores of it."""
         args, obs, base = self.args, self.obs, self.obs["base"]
-        if self.progress["global_step"] < args.learning_starts:
+        if self.progress["global_step"] < args.learning_starts:  # where the residual is still 0
             half_width = self.agent.actor.limit.clamp(max=args.warmup_noise)
             noise = (2 * torch.rand_like(base) - 1) * half_width
-            actions = (base + noise).clamp(-1, 1)
         else:
             noise = args.noise * torch.randn_like(base)
-            pair = torch.randperm(args.heads, device=base.device)[:2]
-            actions = choose(self.agent, obs, noise)
         exposed = self.exposed.clone()
-        actions = torch.where(exposed[:, None], actions, base)
+        actions = torch.where(exposed[:, None], choose(self.agent, obs, noise), base)
         next_obs, _, terminations, truncations, info = self.env.step(actions)
         dones = terminations | truncations
         rewards = info["success"].float()
@@ -1042,14 +1037,6 @@ def count(progress: dict, taken: dict):
         progress["rolling"], progress["exposed"] = np.mean(outcomes, 0).tolist()
     if len(outcomes) == ROLLING:
         progress["lowest"] = min(progress["lowest"], progress["rolling"])
-
-
-def shapes_of(env, args: Args) -> dict:
-    """What the networks see and give: "actions" [A], "state" [S] and, from pixels, "rgb" [H, W, C]."""
-    shapes = {"actions": [env.action_dim]}
-    for key, value in observe(env.reset(), args).items():
-        shapes[key] = list(value.shape[1:])
-    return shapes
 
 
 def fresh_progress() -> dict:
@@ -1114,7 +1101,9 @@ def train(args: Args) -> dict:
         return evaluate_checkpoint(args)
     env, eval_env = make_envs(args)
     run = open_run(args)
-    shapes = shapes_of(eval_env, args)
+    shapes = {"actions": [env.action_dim]}  # and "state" [S], from pixels "rgb" [H, W, C]
+    for key, value in observe(eval_env.reset(), args).items():
+        shapes[key] = list(value.shape[1:])
     base = open_base(args, env)
     agent = Agent(shapes, args)
     replay = Replay(args.buffer_size // args.num_envs, args.num_envs, args)
@@ -1122,14 +1111,19 @@ def train(args: Args) -> dict:
     agent.encoder.fit(demos.data["state"][:, 0])
 
     progress = fresh_progress()
-    content = dict(algo="resfit", args=asdict(args), shapes=shapes, spec=eval_env.spec)
+    collector = Collector(args, env, base, agent, progress)
+    content = dict(algo=ALGO, args=asdict(args), shapes=shapes, spec=eval_env.spec)
     content |= dict(base=identity(args.base), progress=progress, agent=agent.state_dict())
-    parts = dict(agent=agent, critic_optimizer=agent.critic_optimizer)
-    parts |= dict(actor_optimizer=agent.actor_optimizer, random=GlobalRandom())
+    parts = dict(
+        agent=agent,
+        critic_optimizer=agent.critic_optimizer,
+        actor_optimizer=agent.actor_optimizer,
+        random=GlobalRandom(),
+        env=env,
+        collector=collector,
+    )
     if args.save_buffer:
         parts["replay"] = replay
-    collector = Collector(args, env, base, agent, progress)
-    parts |= dict(env=env, collector=collector)
     if hasattr(base, "state_dict"):
         parts["queue"] = base
     saved = load(run / "checkpoint.pt") if args.resume else None
