@@ -1,17 +1,25 @@
-"""Two other ways to improve a cloned policy, to compare with algos/resfit.py: filtered BC and a residual by PPO.
+"""Four other ways to improve a cloned policy, or to learn beside it, to compare with algos/resfit.py.
 
     python scripts/baselines_resfit.py --algo filtered-bc --base runs/base/best.pt --demos reach.hdf5
     python scripts/baselines_resfit.py --algo ppo-residual --base runs/base/base.pt2
+    python scripts/baselines_resfit.py --algo rlpd --demos reach.hdf5
+    python scripts/baselines_resfit.py --algo ibrl --demos reach.hdf5 --base runs/base/base.pt2
 
 filtered-bc goes on cloning a policy of algos/bc_chunk.py: half of each batch from the demonstrations, half from the
 policy's own episodes that ended in success. ppo-residual freezes any base.pt2 and learns a correction of at most
 --limit with Stable-Baselines3's PPO, which sees the observation and the base's next action; a time-out ends an episode
 as a failure does, as in resfit. The reward is 1 at success. Evaluation is bc_chunk's: fixed seeds, no exploration.
 
-Output: runs/<name>/eval.csv, with the columns that algos/ write; `global_step` counts environment transitions. Both
+rlpd (Ball et al., arXiv 2302.02948) is algos/resfit.py on a base that rests, with a residual of any size and no guard:
+half of each batch is demonstrations. ibrl (Hu et al., arXiv 2311.02198) has an actor of its own beside the frozen base:
+the better one by a pair of target critics acts, and is bootstrapped from; demonstrations lie in one buffer with the
+rest. Both begin with an actor at 0 and take the arguments of algos/resfit.py, --resume and --evaluate with them.
+
+Output: runs/<name>/eval.csv, with the columns that algos/ write; `global_step` counts environment transitions. All
 run on a CPU.
 """
 
+import argparse
 import importlib.util
 import json
 import math
@@ -20,7 +28,9 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -29,16 +39,19 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "algos"))
 import bc_chunk as bc  # noqa: E402  (a file to run, not a package: the line above lets this script import it)
+import resfit as rf  # noqa: E402
 
 START = time.time()
 INSTALL = 'stable-baselines3 is missing: run `pip install -e ".[baselines]"`'
 JOIN = 800  # filtered-bc: transitions after which new successes join the data
+LIKE = "--recipe published --limit 1 --noise 0.1 --critic-warmup 0 --tau 0.01 --actor-lr 1e-4"
+WARMUP_NOISE = {"rlpd": "1", "ibrl": "0"}  # before learning: random actions, the base
 
 
 @dataclass
 class Args:
     algo: Literal["filtered-bc", "ppo-residual"] = "filtered-bc"
-    """which of the two"""
+    """which of the two; rlpd and ibrl have the arguments of algos/resfit.py"""
     base: str = ""
     """policy to begin with: best.pt of algos/bc_chunk.py for filtered-bc, any base.pt2 for ppo-residual"""
     demos: str = ""
@@ -303,7 +316,101 @@ def ppo_residual(args: Args, env, predict: Callable, about: dict, evaluate: Call
     model.learn(args.total_timesteps, callback=Evaluate())
 
 
+# --- RLPD and IBRL --------------------------------------------------------------------------------
+class Still:
+    """RLPD's base: no motion."""
+
+    def __init__(self, env):
+        bc.need(env, "this base needs the environment, which knows the number of actions")
+        self.action_dim = env.action_dim
+
+    def reset(self, mask: torch.Tensor):
+        pass
+
+    def act(self, obs: dict) -> torch.Tensor:
+        return obs["state"].new_zeros(len(obs["state"]), self.action_dim)
+
+
+def own_action(base, residual, noise, limit) -> torch.Tensor:
+    """IBRL's `propose`: what the actor says is the action (B, A) itself."""
+    return torch.clamp(residual + noise, -limit, limit)
+
+
+def better(agent: rf.Agent, obs: dict, noise, heads) -> torch.Tensor:
+    """The actor's action, or the base's where its smallest value of `heads` is as high, (N, A)."""
+    base = obs["base"]
+    x = agent.encoder(obs["state"], obs.get("rgb"))
+    own = own_action(base, agent.actor(x, base), noise, agent.actor.limit)
+    values = agent.critics_target(x.repeat(2, 1), torch.cat([own, base]), heads).amin(0)
+    new, old = values.chunk(2)
+    return torch.where((new > old)[:, None], own, base)
+
+
+@torch.no_grad()
+def choose_better(agent: rf.Agent, obs: dict, noise=0.0) -> torch.Tensor:
+    """IBRL's `choose`: by a pair of heads while it explores, by all of them without noise."""
+    if not torch.is_tensor(noise):
+        return better(agent, obs, noise, slice(None))
+    if not agent.critic_optimizer.state:  # warm-up
+        return obs["base"]
+    heads = torch.randperm(len(agent.critics.weights[0]), device=noise.device)[:2]
+    return better(agent, obs, noise, heads)
+
+
+class Larger:
+    """In place of the target's critics: the larger of an action's value and the base's, (1, B)."""
+
+    def __init__(self, critics, base: torch.Tensor):
+        self.critics, self.base = critics, base
+
+    def __call__(self, x, actions, heads) -> torch.Tensor:
+        own = self.critics(x, actions, heads).amin(0)
+        return torch.maximum(own, self.critics(x, self.base, heads).amin(0))[None]
+
+
+def larger_loss(agent: rf.Agent, batch: dict, args: rf.Args, loss=rf.critic_loss):
+    """IBRL's `critic_loss`."""
+    names = ("encoder", "actor", "actor_target", "critics")
+    parts = {name: getattr(agent, name) for name in names}
+    target = Larger(agent.critics_target, batch["next_base"])
+    return loss(SimpleNamespace(**parts, critics_target=target), batch, args)
+
+
+def draw_from_both(replay, demos, args: rf.Args, draw=rf.draw_batch) -> dict:
+    """IBRL's `draw_batch`: demonstrations in proportion to their number."""
+    share = len(demos) / (len(demos) + len(replay))
+    return draw(replay, demos, replace(args, offline=share))
+
+
+IBRL = dict(
+    ALGO="ibrl",
+    propose=own_action,
+    choose=choose_better,
+    critic_loss=larger_loss,
+    draw_batch=draw_from_both,
+)
+
+
+def like_resfit(algo: str, argv: list[str]) -> dict:
+    """RLPD and IBRL, with the arguments of algos/resfit.py. -> what its `train` returns"""
+    begun = any(word.startswith(("--resume", "--checkpoint")) for word in argv)
+    if not begun:  # else the run has its arguments
+        argv = [*LIKE.split(), "--warmup-noise", WARMUP_NOISE[algo], *argv]
+    if algo == "rlpd":
+        argv = ["--base", "baselines_resfit:Still", *argv]
+    with patch.multiple(rf, **(IBRL if algo == "ibrl" else dict(ALGO="rlpd"))):
+        args = rf.parse_args(argv)
+        if not args.resume:
+            args.name = args.name or run_name(args.env_id, algo, args.seed)
+        return rf.train(args)
+
+
 # --- train ----------------------------------------------------------------------------------------
+def run_name(env_id: str, algo: str, seed: int) -> str:
+    """Of a run that was given none."""
+    return f"{env_id.replace('/', '-')}__{algo}__s{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+
+
 def train(args: Args) -> dict:
     """Train and evaluate -> metrics of the last evaluation, and `run`, the folder.
 
@@ -324,8 +431,7 @@ def train(args: Args) -> dict:
         names = ("env_id", "obs", "image_size", "cameras")
         like = bc.Args(**{name: about[name] for name in names})
     like = replace(like, device="cpu", eval_episodes=args.eval_episodes, eval_envs=args.eval_envs)
-    name = f"{like.env_id.replace('/', '-')}__{args.algo}__s{args.seed}__"
-    run = Path("runs") / (args.name or name + time.strftime("%Y%m%d-%H%M%S"))
+    run = Path("runs") / (args.name or run_name(like.env_id, args.algo, args.seed))
     bc.need(not (run / "eval.csv").exists(), f"{run} exists: choose another --name")
     env, eval_env = bc.make_envs(replace(like, eval_envs=args.num_envs)), bc.make_envs(like)
     if filtered:
@@ -353,8 +459,18 @@ def train(args: Args) -> dict:
     return results | {"run": str(run)}
 
 
+def main(argv: list[str]) -> dict:
+    """A command line, run."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--algo")
+    first_look, rest = parser.parse_known_args(argv)
+    if first_look.algo in WARMUP_NOISE:
+        return like_resfit(first_look.algo, rest)
+    return train(tyro.cli(Args, args=argv, description=__doc__.split("\n\n")[0]))
+
+
 if __name__ == "__main__":
     try:
-        train(tyro.cli(Args, description=__doc__.split("\n\n")[0]))
-    except (ValueError, FileNotFoundError) as error:
+        main(sys.argv[1:])
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

@@ -1,4 +1,4 @@
-"""scripts/baselines_resfit.py: the queue, kept successes, the residual's environment, and short runs of both."""
+"""scripts/baselines_resfit.py: the queue, kept successes, the residual's environment, IBRL's parts, and short runs."""
 
 import csv
 import importlib.util
@@ -9,12 +9,16 @@ import baselines_resfit as br
 import bc_chunk as bc
 import numpy as np
 import pytest
+import resfit as rf
 import torch
 from conftest import ROOT
 from fake_env import FakeEnv
 from test_bc_chunk import arguments, content_of, demo_files, make_fake, policy  # noqa: F401
 
 pytest.importorskip("h5py", reason='demonstrations need h5py: pip install -e ".[resfit]"')
+import test_resfit as tr  # noqa: E402
+from test_resfit import files  # noqa: E402, F401
+
 missing = importlib.util.find_spec("stable_baselines3") is None
 library = pytest.mark.skipif(missing, reason=br.INSTALL)
 
@@ -157,6 +161,69 @@ def test_a_residual_by_ppo_begins_as_the_base_and_learns(fake, monkeypatch):
     base = br.Queue(predict, about["execute"]).act(obs)
     assert torch.equal(found[0], base)
     assert not torch.equal(found[-1], base) and (found[-1] - base).abs().max() <= 0.3 + 1e-6
+
+
+# --- RLPD and IBRL ------------------------------------------------------------------------------
+def test_ibrls_losses_gradients_and_actions_are_those_of_f2f0a1a(monkeypatch):
+    with br.patch.multiple(rf, **br.IBRL):
+        tr.compare_with_golden("ibrl", br.better, monkeypatch, limit=(1.0,))
+
+
+def test_ibrl_keeps_demonstrations_in_one_buffer_with_the_rest():
+    asked = []
+
+    def draw(replay, demos, args):
+        asked.append(args.offline)
+
+    br.draw_from_both(range(30), range(10), rf.Args(), draw)
+    assert asked == [0.25]
+
+
+def test_a_base_that_rests_and_a_limit_of_1_leave_the_action_to_the_actor():
+    base = br.Still(FakeEnv(5)).act({"state": torch.rand(5, 3)})
+    residual, noise = 2 * torch.rand(5, 2) - 1, torch.randn(5, 2)
+    limit = torch.ones(2)
+    assert torch.equal(base, torch.zeros(5, 2))
+    wanted = br.own_action(base, residual, noise, limit)
+    assert torch.equal(rf.propose(base, residual, noise, limit), wanted)
+    with pytest.raises(ValueError, match="^this base needs the environment"):
+        br.Still(None)
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path, files):  # noqa: F811
+    """test_resfit's tiny task. -> words of a short run, and of its base"""
+    monkeypatch.setattr(rf, "make_envs", tr.make_fakes)
+    monkeypatch.chdir(tmp_path)
+    words = """--env-id Fake --device cpu --num-envs 3 --total-timesteps 120 --eval-freq 60 --log-freq 30 --heads 4
+        --eval-episodes 8 --eval-envs 4 --hidden 8 --batch-size 16 --buffer-size 600 --learning-starts 30 --utd 0.5
+        --lr 1e-3 --policy-frequency 2 --actor-lr 1e-3 --no-capture-video --save-buffer"""
+    words = [*words.split(), "--demos", str(files / "demos.hdf5")]
+    return words, ["--base", str(files / "base.pt2")]
+
+
+@pytest.mark.parametrize("algo", ["rlpd", "ibrl"])
+def test_an_actor_of_its_own_learns_is_resumed_exactly_and_is_not_taken_for_a_residual(tiny, algo):
+    words, base = tiny
+    base = base if algo == "ibrl" else []
+    words = ["--algo", algo, *words, *base]
+    assert br.main([*words, "--name", "whole"])["global_step"] == 120
+    br.main([*words, "--name", "part", "--total-timesteps", "60"])
+    br.main(["--algo", algo, "--resume", "runs/part", "--total-timesteps", "120", *base])
+    with br.patch.multiple(rf, ALGO=algo):
+        whole, part = (rf.load(f"runs/{name}/checkpoint.pt") for name in ("whole", "part"))
+    for key in ("agent", "env", "collector", "replay", "critic_optimizer", "actor_optimizer"):
+        torch.testing.assert_close(whole[key], part[key], atol=0, rtol=0)
+    data = whole["replay"]["data"]
+    moved = (data["actions"] - data["base"]).abs()
+    warmup = moved[:10].max()  # random actions, or the base
+    assert warmup > 0.9 if algo == "rlpd" else warmup == 0
+    assert moved[11:].max() > 0
+    out = br.main(["--algo", algo, "--evaluate", "--checkpoint", "runs/whole/best.pt", *base])
+    assert out["eval/length"] > 0
+    with pytest.raises(ValueError, match="^runs/whole/best.pt is not resfit's$"):
+        rf.parse_args(["--evaluate", "--checkpoint", "runs/whole/best.pt"])
+    assert rf.critic_loss is not br.larger_loss  # put back
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_lerobots_act_is_a_base_whose_rows_are_reset_alone(pretrained, monkeypat
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setenv("LEROBOT_POLICY", "act")
     sys.modules.pop("lerobot_base", None)
-    base = rf.open_base(rf.Args(base="lerobot_base:make", device="cpu", obs="pixels"), A)
+    base = rf.open_base(rf.Args(base="lerobot_base:make", device="cpu", obs="pixels"))
     torch.manual_seed(1)
     obs = [
         {
