@@ -69,7 +69,8 @@ class Apart:
         self.pipe, sender = context.Pipe(duplex=False)
         inputs = (self.make, self.args, self.agent.share_memory(), dict(self.progress), sender)
         self.env.process = context.Process(target=act, args=inputs, daemon=True)
-        self.env.process.start()
+        with patch.object(rf, "make_envs", self.make):  # a function travels by its name
+            self.env.process.start()
         sender.close()  # so that the pipe ends with the process
 
     def receive(self) -> dict | None:

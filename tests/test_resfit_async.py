@@ -1,8 +1,12 @@
 """scripts/resfit_async.py: actor and learner apart, on test_resfit's tiny task."""
 
+import pickle
+from types import SimpleNamespace
+
 import pytest
 import resfit as rf
 import resfit_async as ra
+import torch
 
 pytest.importorskip("h5py", reason='demonstrations need h5py: pip install -e ".[resfit]"')
 from test_resfit import again, arguments, fake, files, make_fakes  # noqa: E402, F401
@@ -58,3 +62,23 @@ def test_an_actor_that_never_acts_is_one_line(fake, monkeypatch):  # noqa: F811
         ValueError, match="^the process that acts has ended: its error stands above$"
     ):
         ra.train(arguments(fake, name="a"))
+
+
+def test_the_files_own_make_envs_reaches_the_process(monkeypatch):
+    """It is found by its name there, and here another function has that name meanwhile."""
+    sent = []
+
+    def make_process(target, args, daemon):
+        return SimpleNamespace(start=lambda: sent.append(pickle.dumps((target, *args[:2]))))
+
+    pipe = SimpleNamespace(close=lambda: None)
+    context = SimpleNamespace(Pipe=lambda duplex: (None, pipe), Process=make_process)
+    monkeypatch.setattr(torch.multiprocessing, "get_context", lambda kind: context)
+
+    def train(args):
+        rf.Collector(args, ra.Elsewhere(None), None, torch.nn.Module(), {}).start()
+
+    monkeypatch.setattr(rf, "train", train)
+    args = rf.Args()
+    ra.train(args)
+    assert pickle.loads(sent[0]) == (ra.act, rf.make_envs, args)
