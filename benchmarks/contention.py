@@ -2,12 +2,12 @@
 
     python benchmarks/contention.py --out docs/results/throughput/contention__cpu2.csv
 
-On a CPU Squint simulates in one thread and learns in another. The usual way, two threads inside torch's operations, waits in
-each of them until both have run; beside other processes that takes a turn of the scheduler every time. Here both run
-beside 0, 2 and 20 busy processes, in turns, all in one run, the second way with the spin before waiting that algos/*.py set
-(GOMP_SPINCOUNT 100,000, unless you have set it) and with OpenMP's default. A row is the median over --rounds, each of
---seconds after a warm-up. `share` is what a fair scheduler leaves of two cores to two threads among the busy processes,
-`kept` what is left of the quiet speed. Close other programs first.
+On a CPU Squint simulates in one thread and learns in another. The usual way, two threads inside torch's operations,
+waits in each of them until both have run; beside other processes that takes a turn of the scheduler every time. Here
+both run beside 0, 2 and 20 busy processes, in turns, all in one run, the second way with the spin before waiting that
+algos/*.py set (GOMP_SPINCOUNT 100,000, unless you have set it) and with OpenMP's default. A row is the median over
+--rounds, each of --seconds after a warm-up. `share` is what a fair scheduler leaves of two cores to two threads among
+the busy processes, `kept` what is left of the quiet speed. Close other programs first.
 """
 
 import csv
