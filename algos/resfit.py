@@ -766,7 +766,7 @@ def evaluate(policy, env, episodes: int, video: Path | None = None) -> dict:
 
 
 def upper_bound(rate: float, trials: int) -> float:
-    """Of the chance of success, by Clopper and Pearson: where so few successes have chance ALPHA."""
+    """Of the chance of success (Clopper and Pearson): where so few successes have chance ALPHA."""
     few = torch.arange(round(rate * trials) + 1.0, dtype=torch.float64)
     low, high = torch.tensor([rate, 1.0], dtype=torch.float64)
     for _ in range(40):
@@ -780,7 +780,7 @@ def upper_bound(rate: float, trials: int) -> float:
 
 
 def judge(policy, env, progress: dict, args: Args, video: Path | None) -> dict:
-    """Measure the base first, later what would replace it, by (7). -> metrics of what is deployed"""
+    """Measure the base first, later what would replace it. -> metrics of what (7) deploys"""
     policy.deploys = progress["evaluated"] >= 0
     episodes = args.eval_episodes
     if not policy.deploys:
