@@ -829,6 +829,8 @@ def save_run(run: Path, content: dict, parts: dict):
 
 def load_run(run: Path, checkpoint: dict, parts: dict):
     """Put every part and the CSV files back to the checkpoint."""
+    ours = checkpoint.keys() >= parts.keys()
+    need(ours, f"{run} was not made by this script alone: resume it with the one that made it")
     for name, part in parts.items():  # copies: what a part keeps would keep the file in memory
         part.load_state_dict(copy.deepcopy(checkpoint[name]))
     cut_back(run, checkpoint["csv_sizes"])
