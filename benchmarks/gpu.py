@@ -174,6 +174,8 @@ STEPS = (
         "DeepMind Control: physics, each renderer, the whole of DrQ-v2",
         "benchmarks/throughput_pixels.py --parts pictures environment training --seconds 2 --device cuda",
         4,
+        tiny="benchmarks/throughput_pixels.py --env-id dot_reach --parts training --seconds 0.1"
+        " --blocks 1 --processes 1 --device cpu",
     ),
     Step(
         "rewarped",
@@ -483,8 +485,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
     if args.dry_run:
-        with tempfile.TemporaryDirectory() as scratch:
-            return dry_run(args, steps, scratch)
+        (ROOT / "runs").mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=ROOT / "runs", prefix="gpu-dry-run-") as scratch:
+            return dry_run(args, steps, Path(scratch).name)
     return session(args, steps)
 
 

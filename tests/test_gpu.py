@@ -33,7 +33,7 @@ def session(monkeypatch, tmp_path):
 
 
 def test_a_dry_run_checks_every_command_on_a_cpu(tmp_path, capsys):
-    """Every script reads its own arguments; two steps are run for real, at a tiny size."""
+    """Every script reads its own arguments; three steps are run for real, at a tiny size."""
     status = gpu.main(["--dry-run", "--out", str(tmp_path)])
     told = capsys.readouterr().out
     assert status == 0, told
@@ -44,7 +44,7 @@ def test_a_dry_run_checks_every_command_on_a_cpu(tmp_path, capsys):
     }
     assert all(record["dry_run"] and len(record["commit"]) == 40 for record in records)
     ran = [record for record in records if record["ended"] == "ran tiny on the CPU"]
-    assert len(ran) == 3 and all(record["figures"] for record in ran)
+    assert len(ran) == 4 and all(record["figures"] for record in ran)
     assert not list(tmp_path.glob("*.json")), "a dry run left what looks like a measurement"
 
 
