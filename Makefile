@@ -49,9 +49,9 @@ reproduce: $(STAMP)  ## run what benchmarks/matrix.toml lists and docs/results l
 figures: $(STAMP)  ## rebuild every figure and table of the docs from docs/results
 	$(PY) scripts/plot_results.py
 
-docs: .venv-docs/.installed  ## build the documentation's site in site/ (index.html opens without a server)
-	.venv-docs/bin/python -m mkdocs build --strict --quiet
-	@echo "open site/index.html"
+docs: .venv-docs/.installed  ## build the documentation's site in site/
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --quiet
+	@echo "to look at it: $(PYTHON) -m http.server --directory site"
 
 gpu: $(STAMP)  ## measure what only a GPU can tell, in ten minutes (ARGS="--minutes 30")
 	$(PY) benchmarks/gpu.py $(ARGS)
