@@ -30,12 +30,15 @@ HEADER = """\
 
 
 def pins(extra: str | None = None) -> list[str]:
-    """`name==version` of the core and of all extras, or of one extra alone."""
+    """`name==version` of the core and of all extras, or of one extra alone; `core` names the core."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
+    extras["core"] = project["dependencies"]
+    if extra is not None and extra not in extras:
+        raise ValueError(f"--extra {extra}: pyproject.toml has no such extra")
     if extra is not None:
         return extras[extra]
-    groups = [project["dependencies"], *(extras[name] for name in extras if name != "all")]
+    groups = [extras[name] for name in extras if name != "all"]
     return sorted({pin for group in groups for pin in group})
 
 
@@ -84,13 +87,6 @@ def main() -> int:
     parser.add_argument("--extra", help="print this extra's pins and end")
     args = parser.parse_args()
     if args.extra:
-        if (
-            args.extra
-            not in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-                "optional-dependencies"
-            ]
-        ):
-            raise ValueError(f"--extra {args.extra}: pyproject.toml has no such extra")
         print("\n".join(pins(args.extra)))
         return 0
     if not args.check:

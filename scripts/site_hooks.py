@@ -109,6 +109,8 @@ def on_files(files, config):
         copied = File.generated(config, f"code/{name}.py", abs_src_path=ROOT / f"algos/{name}.py")
         files.append(copied)
     files.append(File.generated(config, "bibliography.md", content=bibliography_page()))
+    readme = relink((ROOT / "README.md").read_text(), ROOT / "README.md", PurePosixPath("."))
+    files.append(File.generated(config, "readme.md", content=readme))
     font = package_files("ziamath") / "fonts" / FONT
     files.append(File.generated(config, f"assets/{FONT}", content=font.read_bytes()))
     for target in sorted(linked_sources()):
@@ -134,7 +136,7 @@ def outside(target: str, page: Path) -> Path | None:
 def linked_sources() -> set[Path]:
     """Files and folders outside docs/ that a page links to, but algorithms and the README."""
     found = set()
-    for page in DOCS.rglob("*.md"):
+    for page in [*DOCS.rglob("*.md"), ROOT / "README.md"]:
         for target, _ in LINK.findall(page.read_text()):
             path = outside(target, page)
             if path and not path.is_relative_to(DOCS) and place_of(path).startswith("source/"):
@@ -149,16 +151,17 @@ def place_of(path: Path) -> str:
     name = path.relative_to(ROOT).as_posix()
     if path.parent == ROOT / "algos" and path.suffix == ".py":
         return f"code/{path.stem}.md"
-    return "index.md" if name in ("README.md", "algos") else source_page_name(path)
+    named = {"README.md": "readme.md", "algos": f"code/{ALGOS[0]}.md"}
+    return named.get(name) or source_page_name(path)
 
 
 def source_page_name(path: Path) -> str:
     return f"source/{path.relative_to(ROOT).as_posix()}.md"
 
 
-def relink(markdown: str, page: Path) -> str:
-    """Links out of docs/ lead to the pages made of what they mean."""
-    here = PurePosixPath(page.relative_to(DOCS).as_posix()).parent
+def relink(markdown: str, page: Path, here: PurePosixPath | None = None) -> str:
+    """Links out of docs/ lead to the pages made of what they mean. here: the page's folder on the site"""
+    here = here or PurePosixPath(page.relative_to(DOCS).as_posix()).parent
 
     def changed(match: re.Match) -> str:
         path = outside(match[1], page)
@@ -363,7 +366,7 @@ def tex(source, language, css_class, options, md, **kwargs) -> str:
 
 def on_page_markdown(markdown, page, config, files):
     place = page.file.src_uri
-    if place.startswith(("code/", "source/")) or place == "bibliography.md":
+    if place.startswith(("code/", "source/")) or place in ("bibliography.md", "readme.md"):
         return markdown
     markdown = typeset.typeset_page(relink(markdown, DOCS / place))
     name = PurePosixPath(place).stem
