@@ -2,7 +2,7 @@
 
     make newest                                    in .venv-newest; takes as long as the tests do
     python scripts/newest.py --upgrade jax flax    these alone, the rest at its pins
-    python scripts/newest.py --tests tests/test_go1_mjx.py
+    python scripts/newest.py --tests tests/test_go1_mjx.py -x      the rest of the line is pytest's
     python scripts/newest.py --list                which pins are behind, without installing anything
 
 Nothing of the repository is changed. What is printed at the end: every pin that moved, from which
@@ -105,7 +105,7 @@ def main() -> int:
     parser.add_argument("--extras", default=",".join(EXTRAS), help="of pyproject.toml, by commas")
     parser.add_argument("--upgrade", nargs="+", default=[], help="only these; default: all")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv-newest", help="made anew")
-    parser.add_argument("--tests", nargs="+", default=[], help="arguments for pytest")
+    parser.add_argument("--tests", nargs=argparse.REMAINDER, default=[], help="the rest: for pytest")
     parser.add_argument("--list", action="store_true", help="resolve only, install nothing")
     args = parser.parse_args()
     requirements = plan(args.extras.split(","), args.upgrade)
