@@ -1,4 +1,6 @@
-"""Behaviour cloning in chunks: a transformer predicts the next K actions of a demonstrator.
+"""Behaviour cloning in chunks: a network predicts the next K actions of a demonstrator.
+
+From images it is a transformer, from a state alone a perceptron.
 
 Trained by regression as in ACT (Zhao et al., arXiv 2304.13705), or by flow matching (Lipman et al.,
 arXiv 2210.02747). With an observation o and the K actions a that were demonstrated from there on:
@@ -7,10 +9,15 @@ arXiv 2210.02747). With an observation o and the K actions a that were demonstra
     flow      mean |v(o, x, u) - (a - z)|^2 at x = (1 - u) z + u a, z ~ N(0, 1), u ~ U(0, 1)   (2)
     policy    f(o), or z moved along v from u = 0 to 1 in eight steps; --execute of the K
               actions are executed, then the next chunk is predicted                           (3)
+    ensemble  instead, a chunk at every step, and the mean of all that were planned for it,
+              weighted by exp(-m i), i = 0 for the oldest; ACT's, with --ensemble m            (4)
+    weights   those of the policy are w <- w + (1 - average) (net - w); the learning rate falls
+              as half a cosine from --lr to 0                                                  (5)
 
 Differences from the papers:
- 1. ACT without its latent variable, and without averaging over overlapping chunks: (3) instead.
+ 1. ACT without its latent variable; (3) unless --ensemble says (4).
  2. Small networks: two convolutions a camera, no ResNet; two encoder layers and one decoder layer.
+    Images are shifted by up to four pixels in training, a batch at a time.
  3. Demonstrations end at their first success; actions beyond it have no weight in (1) and (2).
  4. With --obs state the policy sees the simulator's true state in front of the joints.
 
@@ -26,7 +33,8 @@ Commands, from the repository's root:
     train          python algos/bc_chunk.py --env-id SO101ReachCube-v1 --demos reach.hdf5
     smallest run   python algos/bc_chunk.py --demos reach.hdf5 --device cpu
     evaluate       python algos/bc_chunk.py --evaluate --checkpoint runs/NAME/best.pt
-    resume         python algos/bc_chunk.py --resume runs/NAME       (exactly; --steps may grow)
+    resume         python algos/bc_chunk.py --resume runs/NAME       (exactly; --steps may grow,
+                       and then the learning rate rises again)
 
 Expected result: SO101ReachCube-v1 from the true state, with the demonstrations above: 50 % of 64
 episodes after 1,500 updates on a CPU (one seed). Not yet measured on a GPU.
@@ -41,6 +49,7 @@ import os
 # Threads spin for a moment before they wait: much longer, and a run beside other work collapses.
 os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
+import copy
 import csv
 import json
 import math
@@ -63,6 +72,7 @@ START = time.time()  # `wall_time` counts from here
 EVAL_SEED = 10_000
 FLOW_STEPS = 8  # Euler steps from noise to actions
 GRAD_CLIP = 10.0  # largest norm of a gradient
+PAD = 4  # largest random shift of images, pixels each way
 HELD_OUT = 1024  # chunks for the validation loss
 
 # --- Args -----------------------------------------------------------------------------------------
@@ -75,6 +85,7 @@ TUNED = {
         steps=3_000,
         eval_freq=1_000,
         lr=5e-4,
+        average=0.995,
         chunk=10,
         execute=5,
     ),
@@ -109,9 +120,11 @@ class Args:
     loss: Literal["act", "flow"] = "act"  # regression, or flow matching where experts disagree
     chunk: int = 20  # K, actions of a chunk
     execute: int = 20  # of them executed before the next query: K is open loop
-    dim: int = 256  # D, width of the transformer
-    dropout: float = 0.1  # in its layers
-    lr: float = 1e-4  # AdamW learning rate
+    ensemble: float | None = None  # m of equation 4, 0.01 in ACT; None: equation 3
+    dim: int = 256  # D, width of the transformer; the perceptron has 4 D
+    dropout: float = 0.1  # in their layers
+    lr: float = 1e-4  # AdamW learning rate at first
+    average: float = 0.999  # share of its weights that the policy keeps at an update
     batch_size: int = 256  # chunks an update
 
     # compute
@@ -184,11 +197,15 @@ def make_envs(args: Args):
     """-> the evaluation environment, ending episodes at success; contract: envs/__init__.py."""
     try:
         import envs
+        from envs.demos import fit
     except ModuleNotFoundError as error:
         message = "make_envs needs cleanrobot's envs: pip install -e . in the repository"
         raise ValueError(message) from error
     pixels = args.obs == "pixels"
     robosuite = args.env_id.startswith("robosuite/")
+    options = {}
+    if args.demos:
+        options = fit(args.demos, args.env_id, args.cameras if pixels else (), args.image_size)
     return envs.make(
         args.env_id,
         args.eval_envs,
@@ -201,6 +218,7 @@ def make_envs(args: Args):
         render_size=args.image_size,
         cameras=args.cameras,
         samples_per_pixel=None if robosuite else 1,  # as demonstrations are recorded
+        **options,
     )
 
 
@@ -235,19 +253,86 @@ class Tokens(nn.Module):
 
 
 class Normalizer(nn.Module):
-    """States in units of their deviation over the demonstrations, cut off at 10."""
+    """Rows in units of their deviation over the demonstrations."""
 
     def __init__(self, dims: int):
         super().__init__()
         self.register_buffer("mean", torch.zeros(dims))
         self.register_buffer("std", torch.ones(dims))
 
-    def fit(self, states: torch.Tensor):
-        self.mean.copy_(states.mean(0))
-        self.std.copy_(states.std(0).clamp_min(0.01))
+    def fit(self, rows: torch.Tensor, floor: float):
+        """Take mean and deviation, at least `floor`, from rows (M, dims)."""
+        self.mean.copy_(rows.mean(0))
+        self.std.copy_(rows.std(0).clamp_min(floor))
 
-    def forward(self, state):
-        return ((state - self.mean) / self.std).clamp(-10, 10)
+    def forward(self, rows):
+        return (rows - self.mean) / self.std
+
+    def inverse(self, rows):
+        return rows * self.std + self.mean
+
+
+class Transformer(nn.Module):
+    """state (N, S), rgb (N, H, W, C) -> memory (N, T, D) -> chunk (N, K, A)."""
+
+    def __init__(self, shapes: dict, args: Args):
+        super().__init__()
+        dim, action_dim = args.dim, shapes["action"]
+        options = dict(dropout=args.dropout, activation="gelu", batch_first=True, norm_first=True)
+        self.state = nn.Sequential(nn.Linear(shapes["state"], dim), nn.GELU(), nn.Linear(dim, dim))
+        self.tokens = Tokens(shapes["cameras"], dim, args.image_size)
+        self.encoder = nn.ModuleList()
+        for _ in range(2):
+            self.encoder.append(nn.TransformerEncoderLayer(dim, 4, 4 * dim, **options))
+        self.decoder = nn.TransformerDecoderLayer(dim, 4, 4 * dim, **options)
+        self.queries = nn.Parameter(0.02 * torch.randn(args.chunk, dim))
+        if args.loss == "flow":
+            self.noisy = nn.Linear(action_dim + 1, dim)
+        self.norm = nn.LayerNorm(dim)
+        self.out = nn.Linear(dim, action_dim)
+
+    def encode(self, state, rgb):
+        """What the decoder attends to."""
+        x = torch.cat([self.state(state)[:, None], self.tokens(rgb)], 1)
+        for layer in self.encoder:
+            x = layer(x)
+        return x
+
+    def decode(self, memory, noisy=None, u=None):
+        x = self.queries.expand(memory.shape[0], -1, -1)
+        if noisy is not None:
+            times = u[:, None, None].expand(-1, noisy.shape[1], 1)
+            x = x + self.noisy(torch.cat([noisy, times], -1))
+        return self.out(self.norm(self.decoder(x, memory)))
+
+
+class Perceptron(nn.Module):
+    """state (N, S) -> memory, itself -> chunk (N, K, A): two hidden layers."""
+
+    def __init__(self, shapes: dict, args: Args):
+        super().__init__()
+        self.shape = (args.chunk, shapes["action"])
+        size, width = args.chunk * shapes["action"], 4 * args.dim
+        inputs = shapes["state"]
+        if args.loss == "flow":
+            inputs += size + 1
+        self.layers = nn.Sequential(
+            nn.Linear(inputs, width),
+            nn.GELU(),
+            nn.Dropout(args.dropout),
+            nn.Linear(width, width),
+            nn.GELU(),
+            nn.Dropout(args.dropout),
+            nn.Linear(width, size),
+        )
+
+    def encode(self, state, rgb=None):
+        return state
+
+    def decode(self, memory, noisy=None, u=None):
+        if noisy is not None:
+            memory = torch.cat([memory, noisy.flatten(1), u[:, None]], -1)
+        return self.layers(memory).unflatten(1, self.shape)
 
 
 class ChunkPolicy(nn.Module):
@@ -255,52 +340,28 @@ class ChunkPolicy(nn.Module):
 
     def __init__(self, shapes: dict, args: Args):
         super().__init__()
-        dim, action_dim = args.dim, shapes["action"]
-        options = dict(dropout=args.dropout, activation="gelu", batch_first=True, norm_first=True)
         self.flow = args.loss == "flow"
+        self.shape = (args.chunk, shapes["action"])
         self.normalize = Normalizer(shapes["state"])
-        self.state = nn.Sequential(nn.Linear(shapes["state"], dim), nn.GELU(), nn.Linear(dim, dim))
-        self.tokens = None
-        if shapes["cameras"]:
-            self.tokens = Tokens(shapes["cameras"], dim, args.image_size)
-        self.encoder = nn.ModuleList()
-        for _ in range(2):
-            self.encoder.append(nn.TransformerEncoderLayer(dim, 4, 4 * dim, **options))
-        self.decoder = nn.TransformerDecoderLayer(dim, 4, 4 * dim, **options)
-        self.queries = nn.Parameter(0.02 * torch.randn(args.chunk, dim))
-        if self.flow:
-            self.noisy = nn.Linear(action_dim + 1, dim)
-        self.norm = nn.LayerNorm(dim)
-        self.out = nn.Linear(dim, action_dim)
+        self.scale = Normalizer(shapes["action"])  # the network knows actions in these units
+        kind = Transformer if shapes["cameras"] else Perceptron
+        self.net = kind(shapes, args)
 
     def encode(self, state, rgb=None):
-        """What the decoder attends to, (N, T, D)."""
-        x = self.state(self.normalize(state))[:, None]
-        if self.tokens is not None:
-            x = torch.cat([x, self.tokens(rgb)], 1)
-        for layer in self.encoder:
-            x = layer(x)
-        return x
-
-    def decode(self, memory, noisy=None, u=None):
-        """Actions (N, K, A); or of `noisy` (N, K, A) at times `u` (N,) the velocity of the flow."""
-        x = self.queries.expand(memory.shape[0], -1, -1)
-        if self.flow:
-            times = u[:, None, None].expand(-1, noisy.shape[1], 1)
-            x = x + self.noisy(torch.cat([noisy, times], -1))
-        return self.out(self.norm(self.decoder(x, memory)))
+        """What chunks are decoded from; states are cut off at 10 deviations."""
+        return self.net.encode(self.normalize(state).clamp(-10, 10), rgb)
 
     def forward(self, state, rgb=None):
-        """Equation 3: the next K actions, in [-1, 1]."""
+        """The next K actions, in [-1, 1]."""
         memory = self.encode(state, rgb)
         if not self.flow:
-            return self.decode(memory).clamp(-1, 1)
+            return self.scale.inverse(self.net.decode(memory)).clamp(-1, 1)
         n = memory.shape[0]  # not len(memory), which would fix N in the exported program
-        x = torch.randn(n, len(self.queries), self.out.out_features, device=memory.device)
+        x = torch.randn(n, *self.shape, device=memory.device)
         for i in range(FLOW_STEPS):
             u = torch.full((n,), i / FLOW_STEPS, device=memory.device)
-            x = x + self.decode(memory, x, u) / FLOW_STEPS
-        return x.clamp(-1, 1)
+            x = x + self.net.decode(memory, x, u) / FLOW_STEPS
+        return self.scale.inverse(x).clamp(-1, 1)
 
 
 # --- Storage --------------------------------------------------------------------------------------
@@ -384,22 +445,33 @@ class Chunks:
 
 # --- Update functions -----------------------------------------------------------------------------
 def clone_loss(net: ChunkPolicy, batch: dict) -> torch.Tensor:
-    """Equation 1 or 2, the mean over the steps that have a weight."""
-    actions, weights = batch["actions"], batch["weights"]
+    """Equation 1 or 2 of normalised actions, the mean over the steps that have a weight."""
+    actions, weights = net.scale(batch["actions"]), batch["weights"]
     memory = net.encode(batch["state"], batch.get("rgb"))
     if net.flow:
         noise = torch.randn_like(actions)
         u = torch.rand(len(actions), device=actions.device)
         x = noise + u[:, None, None] * (actions - noise)
-        error = (net.decode(memory, x, u) - (actions - noise)).square()
+        error = (net.net.decode(memory, x, u) - (actions - noise)).square()
     else:
-        error = (net.decode(memory) - actions).abs()
+        error = (net.net.decode(memory) - actions).abs()
     return (error.mean(-1) * weights).sum() / weights.sum()
 
 
+def shift_images(rgb: torch.Tensor) -> torch.Tensor:
+    """Images (B, H, H, C), all moved by the same few pixels, edges repeated."""
+    pixels = torch.arange(rgb.shape[1], device=rgb.device)
+    for axis in (1, 2):
+        offset = torch.randint(-PAD, PAD + 1, (1,), device=rgb.device)
+        rgb = rgb.index_select(axis, (pixels + offset).clamp(0, len(pixels) - 1))
+    return rgb
+
+
 def update(net: ChunkPolicy, optimizer: torch.optim.Optimizer, batch: dict) -> dict:
-    """One step of AdamW on a batch -> metrics, detached."""
+    """One step of AdamW on a batch, its images shifted -> metrics, detached."""
     net.train()
+    if "rgb" in batch:
+        batch = batch | {"rgb": shift_images(batch["rgb"])}
     loss = clone_loss(net, batch)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -408,17 +480,23 @@ def update(net: ChunkPolicy, optimizer: torch.optim.Optimizer, batch: dict) -> d
     return {"loss/clone": loss.detach()}
 
 
+@torch.no_grad()
+def average_weights(average: nn.Module, net: nn.Module, step: int, keep: float):
+    """Equation 5, and faster at first: after the first step (1) a tenth is left of where it began."""
+    share = max(1 - keep, 9 / (step + 9))
+    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), share)
+
+
 # --- evaluate -------------------------------------------------------------------------------------
 @torch.no_grad()
+@torch.random.fork_rng()
 def evaluate(
     policy, env, args: Args, video: Path | None = None, held_out: dict | None = None
 ) -> dict:
     """Whole episodes from fixed seeds, the random state of training untouched -> metrics.
 
-    ci_low and ci_high: the success rate's 95 % interval. held_out: a batch to validate on.
+    held_out: a batch to validate on.
     """
-    random = GlobalRandom()
-    before = random.state_dict()
     torch.manual_seed(EVAL_SEED)  # of the flow's noise
     frames, successes, lengths = [], [], []
     for seed in range(EVAL_SEED, EVAL_SEED + args.eval_episodes // env.num_envs):
@@ -437,19 +515,12 @@ def evaluate(
     if video:
         video.parent.mkdir(parents=True, exist_ok=True)
         imageio.mimwrite(video, frames, fps=max(1, round(env.control_hz)), macro_block_size=1)
-    rate = float(torch.cat(successes).float().mean())
-    n, z = args.eval_episodes, 1.96  # Wilson 1927, equation 1
-    middle = rate + z * z / (2 * n)
-    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
     results = {
-        "eval/success_rate": rate,
-        "eval/ci_low": (middle - half) / (1 + z * z / n),
-        "eval/ci_high": (middle + half) / (1 + z * z / n),
+        "eval/success_rate": float(torch.cat(successes).float().mean()),
         "eval/length": float(torch.cat(lengths).float().mean()),
     }
     if held_out:
         results["loss/valid"] = float(clone_loss(policy.net, held_out))
-    random.load_state_dict(before)
     return results
 
 
@@ -600,16 +671,31 @@ class Policy:
     def reset(self):
         """Episodes begin in all environments: the rest of their chunks is forgotten."""
         self.age = self.args.execute
+        self.past = []  # chunks, the newest first
 
     @torch.no_grad()
     def act(self, obs: dict) -> torch.Tensor:
         """obs of the environment, (N, ...) -> actions (N, A), the next ones of the chunks."""
+        if self.args.ensemble is not None:
+            return self.mean_action(self.plan(obs))
         if self.age == self.args.execute:
-            obs = {key: torch.as_tensor(x, device=self.device) for key, x in obs.items()}
-            self.chunks = self.net(**observe(obs, self.args.obs == "pixels"))
+            self.chunks = self.plan(obs)
             self.age = 0
         self.age += 1
         return self.chunks[:, self.age - 1]
+
+    def plan(self, obs: dict) -> torch.Tensor:
+        """-> the next K actions (N, K, A)."""
+        obs = {key: torch.as_tensor(x, device=self.device) for key, x in obs.items()}
+        return self.net(**observe(obs, self.args.obs == "pixels"))
+
+    def mean_action(self, chunk: torch.Tensor) -> torch.Tensor:
+        """Equation 4, with the chunk that was planned now."""
+        self.past = [chunk, *self.past][: self.args.chunk]
+        planned = torch.stack([chunk[:, age] for age, chunk in enumerate(self.past)])
+        ages = torch.arange(len(planned), device=self.device)
+        weights = torch.softmax(self.args.ensemble * ages, 0)
+        return torch.einsum("i,ina->na", weights, planned)
 
 
 # --- train ----------------------------------------------------------------------------------------
@@ -617,12 +703,23 @@ def load_demos(args: Args, env) -> tuple[list[dict], list[dict]]:
     """Demonstrations to train and to validate on. ValueError if they do not fit the environment."""
     pixels = args.obs == "pixels"
     demos, valid = read_demos(args.demos, args.cameras if pixels else ())
-    seen = observe(env.reset(seed=EVAL_SEED), pixels)
-    has = {key: rows.shape[1:] for key, rows in demos[0].items()}
-    wants = {key: tuple(rows.shape[1:]) for key, rows in seen.items()}
-    wants["actions"] = (env.action_dim,)
+    seen = observe(env.reset(), pixels) | {"actions": torch.zeros(1, env.action_dim)}
+    has = {key: list(rows.shape[1:]) for key, rows in demos[0].items()}
+    wants = {key: list(rows.shape[1:]) for key, rows in seen.items()}
     need(has == wants, f"{args.demos} has {has}, the environment {wants}")
     return demos, valid
+
+
+def keep_best(results: dict, progress: dict, content, run: Path):
+    """best.pt by success, the later one of equals; valid.pt by the validation loss."""
+    success, loss = results["eval/success_rate"], results.get("loss/valid", math.inf)
+    tqdm.write(f"{progress['global_step']} updates: success {success:.3f}")
+    if success >= progress["best"]:
+        progress["best"] = success
+        save(run / "best.pt", content())
+    if loss < progress["lowest"]:
+        progress["lowest"] = loss
+        save(run / "valid.pt", content())
 
 
 def train(args: Args) -> dict:
@@ -636,7 +733,9 @@ def train(args: Args) -> dict:
     env = make_envs(args)
     if args.evaluate:
         video = Path(args.checkpoint).parent / "videos/evaluate.mp4" if args.capture_video else None
-        results = evaluate(Policy(args.checkpoint, args.device), env, args, video)
+        policy = Policy(args.checkpoint, args.device)
+        policy.args = replace(policy.args, execute=args.execute, ensemble=args.ensemble)
+        results = evaluate(policy, env, args, video)
         print(json.dumps(results))
         env.close()
         return results
@@ -646,13 +745,17 @@ def train(args: Args) -> dict:
     demos, valid = load_demos(args, env)
     chunks = Chunks(demos, args)
     cameras = len(args.cameras) if args.obs == "pixels" else 0
-    shapes = dict(cameras=cameras, state=demos[0]["state"].shape[1], action=env.action_dim)
+    state_dim = chunks.rows["state"].shape[1]
+    shapes = dict(cameras=cameras, state=state_dim, action=env.action_dim)
     net = ChunkPolicy(shapes, args).to(args.device)
-    net.normalize.fit(torch.from_numpy(np.concatenate([demo["state"] for demo in demos])))
+    net.normalize.fit(chunks.rows["state"], 0.01)
+    net.scale.fit(chunks.rows["actions"], 0.1)
+    average = copy.deepcopy(net).requires_grad_(False)  # what acts
     held_out = Chunks(valid, args).sample(HELD_OUT) if valid else None
+    del demos, valid  # held once, in chunks
     optimizer = torch.optim.AdamW(net.parameters(), args.lr, weight_decay=1e-4, fused=True)
-    parts = dict(agent=net, optimizer=optimizer, random=GlobalRandom())
-    progress = dict(global_step=0, wall_time=0.0, train_time=0.0, best=-math.inf)
+    parts = dict(agent=average, net=net, optimizer=optimizer, random=GlobalRandom())
+    progress = dict(global_step=0, wall_time=0.0, train_time=0.0, best=-1.0, lowest=math.inf)
 
     def content() -> dict:
         about = dict(algo="bc_chunk", args=asdict(args), shapes=shapes, spec=env.spec)
@@ -660,6 +763,7 @@ def train(args: Args) -> dict:
         return about | states | dict(progress=dict(progress), csv_sizes=csv_sizes(run))
 
     policy = Policy(content(), args.device)
+    policy.net = average.eval()
     if args.resume:
         checkpoint = load(run / "checkpoint.pt")
         for name, part in parts.items():
@@ -677,7 +781,10 @@ def train(args: Args) -> dict:
     steps = range(progress["global_step"] + 1, args.steps + 1)
     for step in tqdm(steps, unit="update", mininterval=1):
         # update
+        turn = math.pi * (step - 1) / args.steps
+        optimizer.param_groups[0]["lr"] = args.lr * (1 + math.cos(turn)) / 2
         metrics = update(net, optimizer, chunks.sample(args.batch_size))
+        average_weights(average, net, step, args.average)
         losses.append(metrics["loss/clone"])
         train_time = time.perf_counter() - begin
         clock = dict(global_step=step, wall_time=time.time() - born, train_time=train_time)
@@ -696,14 +803,9 @@ def train(args: Args) -> dict:
         if eval_due:
             last = step == args.steps
             video = run / f"videos/update_{step}.mp4" if args.capture_video and last else None
-            policy.net.load_state_dict(net.state_dict())
             results = evaluate(policy, env, args, video, held_out)
             write_row(run / "eval.csv", clock | results, args.track)
-            success = results["eval/success_rate"]
-            tqdm.write(f"{step} updates: success {success:.3f}")
-            if success >= progress["best"]:
-                progress["best"] = success
-                save(run / "best.pt", content())
+            keep_best(results, progress, content, run)
             begin = time.perf_counter() - train_time
         if eval_due or interrupt.asked:
             save(run / "checkpoint.pt", content())

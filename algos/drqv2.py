@@ -18,7 +18,8 @@ Differences from the authors' code; with one environment only (1) to (4) change 
     0.004 of 255.
  5. The buffer holds each frame once and stacks by index, on the networks' device.
  6. Encoder and critic share one Adam, which changes nothing: they have the same learning rate.
- 7. Ours: several environments, a state beside the image. On a CPU the sizes are smaller: TUNED.
+ 7. Ours: several environments, a state beside the image; --atoms for D4PG's distributional
+    critics. On a CPU the sizes are smaller: TUNED.
 
 Commands, from the repository's root:
     train          python algos/drqv2.py --env-id cartpole_swingup
@@ -29,7 +30,8 @@ Commands, from the repository's root:
 Expected result: with a CPU's sizes, dot_reach from -22 (random; the best possible is -2) to -3.7
 after 60,000 transitions and 5 minutes, the mean of three seeds at -3.8, -4.0 and -3.4, with 99 %
 success; cartpole_balance 952 after 100,000 of its steps (200,000 frames, two hours of half a core),
-one seed. Curves and commands: docs/algos/drqv2.md. Not yet measured on a GPU.
+one seed, with batches of 64; today's 256 are not yet measured. Curves and commands:
+docs/algos/drqv2.md. Not yet measured on a GPU.
 
 Shapes: N environments, F slots of the buffer, B batch, A action dimensions, S state dimensions (0
 for most tasks), H x W image, C channels (3, x frame stack inside the networks), D features of the
@@ -44,6 +46,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
 import copy
 import csv
+import ctypes
 import json
 import math
 import re
@@ -110,6 +113,14 @@ TUNED = {
     "walker_*": dict(n_step=1, batch_size=512),
     "quadruped_run *": dict(buffer_size=100_000),
     "* cpu": SMALL,
+    # batch and noise as published, which is what an hour of one core has time for
+    "cartpole_* cpu": dict(
+        batch_size=256,
+        std_steps=100_000,
+        total_timesteps=50_000,
+        eval_freq=5_000,
+        eval_episodes=10,
+    ),
     "dot_reach *": SMALL
     | dict(
         num_envs=8,
@@ -176,6 +187,9 @@ class Args:
     encoder_strides: tuple[int, ...] = (2, 1, 1, 1)  # one convolution for each
     feature_dim: int = 50  # numbers that actor and critic each make of the image
     hidden: int = 1024  # width of the two layers of actor and critics
+    atoms: int = 0  # D4PG's critics: distributions over so many returns, 51 there; 0: DrQ-v2's
+    v_min: float = 0.0  # smallest of these returns
+    v_max: float = 200.0  # and largest: a suite task's, 2 a step / (1 - gamma)
 
     # compute
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # of networks and buffer
@@ -201,6 +215,8 @@ def check(args: Args):
     need(complete, "--learning-starts must be at least (--n-step + 1) x --num-envs")
     room = args.buffer_size >= (args.n_step + args.frame_stack + 2) * args.num_envs
     need(room, "--buffer-size must be at least (--n-step + --frame-stack + 2) x --num-envs")
+    scale = args.atoms == 0 or args.atoms > 1 and args.v_max > args.v_min
+    need(scale, "--atoms must be 0 or at least 2, and then --v-max above --v-min")
     need(args.checkpoint or not args.evaluate, "--evaluate needs --checkpoint FILE")
     here = torch.cuda.is_available() or args.device == "cpu"
     need(here, "there is no CUDA device here: use --device cpu")
@@ -275,11 +291,18 @@ def make_envs(args: Args) -> tuple:
 # --- Networks -------------------------------------------------------------------------------------
 def random_shift(rgb, pad: int):
     """Square images (B, H, H, C), edges repeated `pad` pixels outwards, cropped at random."""
-    count, size = rgb.shape[:2]
-    offsets = torch.randint(2 * pad + 1, (count, 2, 1), device=rgb.device) - pad  # down, right
-    pixels = (torch.arange(size, device=rgb.device) + offsets).clamp(0, size - 1)  # (B, 2, H)
-    image = torch.arange(count, device=rgb.device)[:, None, None]
-    return rgb[image, pixels[:, 0, :, None], pixels[:, 1, None, :]]  # differs (4)
+    count, size, _, channels = rgb.shape
+    down, right = torch.randint(2 * pad + 1, (count, 2, 1), device=rgb.device).unbind(1)  # (B, 1)
+    left_edge = rgb[:, :, :1].expand(-1, -1, pad, -1)
+    right_edge = rgb[:, :, -1:].expand(-1, -1, pad, -1)
+    wide = torch.cat([left_edge, rgb, right_edge], 2)  # (B, H, H + 2 pad, C)
+    # all rows of H pixels, wherever they begin, as one view: rows are copied by index, not pixels
+    pixels = count * size * (size + 2 * pad)
+    crops = wide.as_strided((pixels - size + 1, size * channels), (channels, 1))
+    image = torch.arange(count, device=rgb.device)[:, None]
+    row = torch.arange(size, device=rgb.device) + down - pad  # (B, H)
+    begin = (image * size + row.clamp(0, size - 1)) * (size + 2 * pad) + right
+    return crops.index_select(0, begin.flatten()).view_as(rgb)  # differs (4)
 
 
 def init_orthogonal(layer: nn.Module):
@@ -333,7 +356,12 @@ class Heads(nn.Module):
 
     def forward(self, features, *others):
         x = torch.cat([self.trunk(features), *others], -1)
-        return torch.stack([head(x).float() for head in self.heads])
+        outputs = []
+        for head in self.heads:
+            last = head[:-1](x).float()
+            with torch.autocast(x.device.type, enabled=False):  # bfloat16 has Q = 80 or 80.5
+                outputs.append(head[-1](last))
+        return torch.stack(outputs)
 
 
 class Agent(nn.Module):
@@ -344,7 +372,8 @@ class Agent(nn.Module):
         state, action = shapes["state"], shapes["action"]
         self.encoder = Encoder(shapes["channels"] * args.frame_stack, args)
         self.actor = Heads(self.encoder.features, state, 1, action, args)
-        self.critic = Heads(self.encoder.features, state + action, 2, 1, args)
+        outputs = max(args.atoms, 1)
+        self.critic = Heads(self.encoder.features, state + action, 2, outputs, args)
         self.apply(init_orthogonal)
         self.encoder.to(memory_format=torch.channels_last)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
@@ -365,16 +394,23 @@ def make_optimizers(agent: Agent, args: Args):
 
 # --- Storage --------------------------------------------------------------------------------------
 # same in: drqv2, sac_pixels
-def free_memory(device: torch.device) -> float:
-    """Bytes that can still be had: of the GPU, or of this machine and the container's limit."""
+def free_memory(device: torch.device, root: str = "/") -> float:
+    """Bytes that can still be had: of the GPU, or of this machine and its container's limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    machine, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
-    free = math.inf
-    if machine.exists():
-        free = 1024 * int(re.search(r"MemAvailable: *(\d+)", machine.read_text())[1])
-    if limit.exists() and "max" not in limit.read_text():
-        free = min(free, int(limit.read_text()))
+    machine = Path(root, "proc/meminfo")
+    if not machine.exists():
+        return math.inf
+    free = 1024 * int(re.search(r"MemAvailable: *(\d+)", machine.read_text())[1])
+    groups = Path(root, "proc/self/cgroup").read_text()
+    for version, group in re.findall(r":(|memory):/(.*)", groups):
+        limit = "memory.limit_in_bytes" if version else "memory.max"  # version 1 or 2
+        for folder in Path(root, "sys/fs/cgroup", version, group, limit).parents:
+            if (folder / limit).exists():  # a container sees its own limit at the top
+                most = float((folder / limit).read_text().replace("max", "inf"))
+                stat = (folder / "memory.stat").read_text()
+                held = re.findall(r"(?m)^(?:anon|shmem|total_rss|total_shmem) (\d+)", stat)
+                free = min(free, most - sum(map(int, held)))
     return free
 
 
@@ -494,6 +530,27 @@ def noisy_actions(mean, std, clip: float = math.inf):
     return actions + (actions.clamp(-1 + 1e-6, 1 - 1e-6) - actions).detach()
 
 
+def values(outputs, args: Args):
+    """What critics say, (2, B, atoms or 1) -> Q (2, B)."""
+    if args.atoms == 0:
+        return outputs.squeeze(-1)
+    returns = torch.linspace(args.v_min, args.v_max, args.atoms, device=outputs.device)
+    return (outputs.softmax(-1) * returns).sum(-1)
+
+
+def project(probabilities, rewards, discounts, args: Args):
+    """Distribution (B, atoms) of rewards + discounts x return, on the atoms of the return.
+
+    Each moved atom is shared between its two neighbours (C51, eq. 7).
+    """
+    atom = torch.arange(args.atoms, device=rewards.device)
+    width = (args.v_max - args.v_min) / (args.atoms - 1)
+    moved = rewards[:, None] + discounts[:, None] * (args.v_min + atom * width)
+    place = (moved.clamp(args.v_min, args.v_max) - args.v_min) / width  # (B, atoms), in atoms
+    shares = (1 - (place[:, None] - atom[:, None]).abs()).clamp(min=0)  # (B, to, from)
+    return (shares * probabilities[:, None]).sum(-1)
+
+
 def critic_loss(agent: Agent, batch: dict, std, args: Args):
     """Loss of critic and encoder, eqs. 1 and 2. -> loss, features (B, D), metrics"""
     obs, next_obs = batch["obs"], batch["next_obs"]
@@ -501,11 +558,20 @@ def critic_loss(agent: Agent, batch: dict, std, args: Args):
         next_features = agent.encoder(random_shift(next_obs["rgb"], args.pad))
         mean = agent.mean(next_features, next_obs["state"])
         next_actions = noisy_actions(mean, std, args.std_clip)
-        next_q = agent.target(next_features, next_obs["state"], next_actions).squeeze(-1)
-        targets = batch["rewards"] + batch["discounts"] * next_q.amin(0)
+        next_outputs = agent.target(next_features, next_obs["state"], next_actions)
+        next_q = values(next_outputs, args)
+        rewards, discounts = batch["rewards"], batch["discounts"]
+        targets = rewards + discounts * next_q.amin(0)
     features = agent.encoder(random_shift(obs["rgb"], args.pad))
-    q = agent.critic(features, obs["state"], batch["actions"]).squeeze(-1)  # (2, B)
-    loss = (q - targets).square().mean(-1).sum()
+    outputs = agent.critic(features, obs["state"], batch["actions"])
+    q = values(outputs, args)  # (2, B)
+    errors = (q - targets).square()
+    if args.atoms:
+        lower = (next_q[0] < next_q[1])[:, None]  # the distribution with the smaller mean
+        probabilities = torch.where(lower, *next_outputs).softmax(-1)
+        labels = project(probabilities, rewards, discounts, args)
+        errors = -(labels * outputs.log_softmax(-1)).sum(-1)
+    loss = errors.mean(-1).sum()
     metrics = {
         "loss/qf": loss.detach(),
         "train/q": q.detach().mean(),
@@ -519,7 +585,7 @@ def actor_loss(agent: Agent, batch: dict, features, std, args: Args):
     state = batch["obs"]["state"]
     mean = agent.mean(features, state)
     actions = noisy_actions(mean, std, args.std_clip)
-    loss = -agent.critic(features, state, actions).amin(0).mean()
+    loss = -values(agent.critic(features, state, actions), args).amin(0).mean()
     return loss, {"loss/actor": loss.detach(), "train/saturation": mean.detach().abs().mean()}
 
 
@@ -545,8 +611,21 @@ def update(agent: Agent, optimizers: dict, losses: tuple, args: Args, batch: dic
     return metrics | more
 
 
+# same in: drqv2, sac_pixels
+def warn_of_slow_amp(device: str):
+    """Without bfloat16 units it takes 1.8 (AVX-512) to 6.7 times (AVX2) as long as float32."""
+    processor = Path("/proc/cpuinfo")
+    units = not processor.exists() or "bf16" in processor.read_text()
+    if device != "cpu":
+        units = torch.cuda.is_bf16_supported(including_emulation=False)
+    if not units:
+        print("--amp is slow on this device: use --no-amp", file=sys.stderr)
+
+
 def make_update(agent: Agent, optimizers: dict, args: Args):
     """-> `update` as a function of (batch, std): plain, with compiled losses, as one CUDA graph."""
+    if args.amp:
+        warn_of_slow_amp(args.device)
     kind = torch.device(args.device).type
     mixed = torch.autocast(kind, torch.bfloat16, enabled=args.amp, cache_enabled=False)
     losses = mixed(critic_loss), mixed(actor_loss)
@@ -690,7 +769,10 @@ def load_run(run: Path, parts: dict) -> dict:
     """Put every part and the CSV files back to the checkpoint. -> progress"""
     checkpoint = load(run / "checkpoint.pt")
     for name, part in parts.items():
-        part.load_state_dict(checkpoint[name])
+        state = checkpoint[name]
+        if name != "replay":  # which copies; what an optimizer keeps would keep the file in memory
+            state = copy.deepcopy(state)
+        part.load_state_dict(state)
     cut_back(run, checkpoint["csv_sizes"])
     return checkpoint["progress"]
 
@@ -767,6 +849,22 @@ def open_run(args: Args) -> Path:
     return run
 
 
+def keep_memory():
+    """What an update frees stays here for the next one. glibc would return large blocks to the
+    system, and at 84 pixels a CPU spent a third of an update on having them back."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+@torch.no_grad()
+def explore(agent: Agent, replay: Replay, std) -> torch.Tensor:
+    """Actions (N, A) for the newest observations, with noise."""
+    seen = replay.observe(replay.head)
+    return noisy_actions(agent.mean(agent.encoder(seen["rgb"]), seen["state"]), std)
+
+
 def train(args: Args) -> dict:
     """Train, or with --evaluate only evaluate. -> metrics of the last evaluation, progress, `run`.
 
@@ -774,6 +872,7 @@ def train(args: Args) -> dict:
     first NaN, SystemExit after Ctrl-C.
     """
     check(args)
+    keep_memory()
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
     env, eval_env = make_envs(args)
@@ -815,32 +914,31 @@ def train(args: Args) -> dict:
         # act
         begin = time.perf_counter()
         std = noise_std(args, step)
-        if step < args.random_steps:
-            actions = torch.rand_like(still) * 2 - 1
-        else:
-            seen = replay.observe(replay.head)
-            with torch.no_grad():
-                mean = agent.mean(agent.encoder(seen["rgb"]), seen["state"])
-            actions = noisy_actions(mean, std)
+        uniform = step < args.random_steps
+        actions = torch.rand_like(still) * 2 - 1 if uniform else explore(agent, replay, std)
 
-        # step
-        obs, rewards, terminations, truncations, info = env.step(actions)
-
-        # store
-        dones = terminations | truncations
-        discounts = info.get("discount", 1.0) * ~terminations  # differs (1)
-        replay.add(actions, rewards, discounts, dones, info["final_obs"], obs)
-        episodes += episode_sums(info, dones)
+        # step, in two halves where the environment has them: it may draw while the networks learn
+        halves = hasattr(env, "step_begin")
+        if halves:
+            env.step_begin(actions)
 
         # update
         due = (step + args.num_envs) // args.update_every - step // args.update_every
-        step += args.num_envs
-        bar.update(args.num_envs)
         if step - first >= args.learning_starts:
             for _ in range(due):
                 losses.append(one_update(replay.sample(args.batch_size), std))
             if losses and not compiled:  # the first ones compile, and train_time is without that
                 compiled, begin = True, time.perf_counter()
+        outcome = env.step_end() if halves else env.step(actions)
+        step += args.num_envs
+        bar.update(args.num_envs)
+
+        # store
+        obs, rewards, terminations, truncations, info = outcome
+        dones = terminations | truncations
+        discounts = info.get("discount", 1.0) * ~terminations  # differs (1)
+        replay.add(actions, rewards, discounts, dones, info["final_obs"], obs)
+        episodes += episode_sums(info, dones)
 
         # log
         last = step >= args.total_timesteps

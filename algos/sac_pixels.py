@@ -22,20 +22,25 @@ Yarats et al., "Improving Sample Efficiency in Model-Free Reinforcement Learning
     alpha    mean of -alpha (log pi(a|o) + H), H = -A                               (SAC 18)
     decoder  mean of (decoder(z) - o)^2 + lambda |z|^2 / 2, z the critic's features (SAC+AE)
 
-Differences from the papers and the authors' code:
- 1. The actor's loss uses the features that the critic's loss computed, from before that step;
-    SAC+AE, RAD and DrQ compute them again after it. It saves a pass through the convolutions. The
-    reconstruction's step comes before the actor's, not after it. DrQ's losses are added over
-    copies, as in its code; its paper averages them. Both observations have K copies, where its
-    paper tells K from M. The 1,000 updates that SAC+AE's code makes at once after its random
-    actions are left out.
+Losses, gradients, optimizers' steps, actions and augmented images of all four presets agree with
+the authors' own code on the same inputs (tests/test_pixels_originals.py). Differences from it:
+ 1. Order. Two critic updates, then actor, temperature and target; theirs come after the first of
+    the two. The actor's loss uses the features that the critic's loss computed, from before that
+    step, which saves a pass through the convolutions; theirs are computed again after it. The
+    reconstruction's step comes before the actor's and the target's, not after them. SAC+AE's 1,000
+    updates at once after its random actions are left out.
  2. The tanh's share of log pi is exact, as in DrQ's code; SAC+AE's and RAD's add 1e-6.
  3. Of RAD's ten augmentations there are the two that were best, crop and translate.
- 4. Every frame is stored once as uint8 and augmentation is part of the update; theirs store whole
-    stacks.
+ 4. Every frame is stored once as uint8, an episode's last one too, and augmentation is part of the
+    update; theirs stores whole stacks and counts transitions.
  5. The state of an environment that has one joins the features of the image.
  6. Ours: several environments, --encoder reconstruction, and every combination of --encoder and
     --augmentation. On a CPU the sizes are smaller: TUNED, below.
+ 7. DrQ's shifts are whole pixels; its code leaves them to kornia, whose version 0.3.1 of that time
+    reads up to 0.07 pixels beside. DrQ's losses are added over the copies, as in its code; its
+    paper averages them, and tells K copies of o' from M of o.
+ 8. Evaluation has environments and seeds of its own; theirs is in the training environment. A
+    quadruped is seen by DrQ's camera under every preset.
 
 Commands, from the repository's root:
     train          python algos/sac_pixels.py --env-id cartpole_swingup --preset drq
@@ -86,7 +91,7 @@ EPISODE = ("return", "success_at_end")  # what is logged of an episode that ende
 DECODER_PENALTY = 1e-6  # of the features' square, beside the reconstruction
 
 # --- Args -----------------------------------------------------------------------------------------
-SAC_AE = dict(  # and RAD, which is built on its code
+SAC_AE = dict(
     copies=1,
     alpha_lr=1e-4,
     alpha_beta=0.5,
@@ -94,7 +99,7 @@ SAC_AE = dict(  # and RAD, which is built on its code
     batch_size=128,
     delta_orthogonal=True,
 )
-SMALL = dict(  # sizes for a CPU
+SMALL = dict(  # sizes for a CPU: differs (6)
     image_size=48,
     margin=2,
     encoder_strides=(2, 1, 1),
@@ -112,8 +117,11 @@ SLOW = dict(action_repeat=4, total_timesteps=125_000)
 # "env_id device preset" -> defaults other than DrQ's, those of Args; later rows win
 TUNED = {
     "* sac_ae": SAC_AE | dict(encoder="autoencoder", augmentation="none", buffer_size=1_000_000),
-    "* rad": SAC_AE | dict(augmentation="crop", margin=16),
-    "cheetah_* rad": dict(lr=2e-4),
+    # RAD is built on SAC+AE's code; both its networks end their trunk without a tanh
+    "* rad*": SAC_AE | dict(trunk_tanh=False, augmentation="crop", margin=16),  # of 100 pixels
+    "* rad_translate": dict(augmentation="translate", image_size=108, margin=8),
+    "cheetah_* rad*": dict(lr=2e-4),
+    "cheetah_* rad_translate": dict(feature_dim=64, learning_starts=10_000),
     # PlaNet's action repeats: 500,000 frames are 62,500, 125,000 or else 250,000 steps
     "cartpole_*": dict(action_repeat=8, total_timesteps=62_500),
     "reacher_*": SLOW,
@@ -121,6 +129,8 @@ TUNED = {
     "cup_*": SLOW,
     # what follows is ours
     "* cpu *": SMALL,
+    "* cpu rad": dict(margin=9),  # the published share: 9 of 57 pixels
+    "* cpu rad_translate": dict(margin=4),
     "dot_reach *": SMALL
     | dict(
         image_size=32,
@@ -134,6 +144,8 @@ TUNED = {
         eval_episodes=64,
         eval_envs=64,
     ),
+    "dot_reach * rad": dict(margin=6),
+    "dot_reach * rad_translate": dict(margin=2),
 }
 
 
@@ -141,7 +153,7 @@ TUNED = {
 class Args:
     # run
     env_id: str = "dot_reach"  # task: dot_reach, SO101... or a DeepMind Control id, domain_task
-    preset: Literal["drq", "rad", "sac_ae"] = "drq"  # whose published values are the defaults
+    preset: Literal["drq", "rad", "rad_translate", "sac_ae"] = "drq"  # its values are the defaults
     seed: int = 1  # of weights, exploration, sampling and episodes
     name: str = ""  # folder under runs/; empty: made from task, seed and time
     total_timesteps: int = 250_000  # environment transitions; x action_repeat = frames
@@ -169,9 +181,10 @@ class Args:
     encoder_channels: int = 32  # filters of each convolution
     delta_orthogonal: bool = False  # first weights only in the middle of a filter (SAC+AE, RAD)
     feature_dim: int = 50  # Z: numbers that actor and critic each make of the convolutions' output
+    trunk_tanh: bool = True  # a tanh on them; RAD has none
     hidden: int = 1024  # width of the two layers of actor and critics
-    augmentation: Literal["none", "shift", "crop", "translate"] = "shift"  # of each sampled image
-    margin: int = 4  # pixels of shift; by which an image to crop is larger, to translate smaller
+    augmentation: Literal["none", "shift", "crop", "translate"] = "shift"  # of samples: differs (3)
+    margin: int = 4  # pixels of shift; that a crop leaves out; that are black in a translation
     copies: int = 2  # K: of each image, augmented anew; targets are averaged, losses added
     buffer_size: int = 100_000  # frames kept, over all environments
     batch_size: int = 512  # transitions per update
@@ -195,8 +208,7 @@ class Args:
     @property
     def render_size(self) -> int:
         """Pixels a side of the image that the environment draws and the buffer stores."""
-        larger = dict(crop=self.margin, translate=-self.margin)
-        return self.image_size + larger.get(self.augmentation, 0)
+        return self.image_size + self.margin * (self.augmentation == "crop")
 
 
 # same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
@@ -366,7 +378,12 @@ class Heads(nn.Module):
 
     def forward(self, features, *others):
         x = torch.cat([self.trunk(features), *others], -1)
-        return torch.stack([head(x).float() for head in self.heads])
+        outputs = []
+        for head in self.heads:
+            last = head[:-1](x).float()
+            with torch.autocast(x.device.type, enabled=False):  # bfloat16 has Q = 80 or 80.5
+                outputs.append(head[-1](last))
+        return torch.stack(outputs)
 
 
 class Agent(nn.Module):
@@ -375,7 +392,7 @@ class Agent(nn.Module):
     def __init__(self, args: Args, shapes: dict):
         super().__init__()
         channels = shapes["channels"] * args.frame_stack
-        state, action = shapes["state"], shapes["action"]
+        state, action = shapes["state"], shapes["action"]  # differs (5)
         self.encoder = Encoder(channels, args)
         self.actor_encoder = Encoder(channels, args) if args.encoder == "separate" else None
         self.decoder = None
@@ -383,6 +400,9 @@ class Agent(nn.Module):
             self.decoder = Decoder(self.encoder, args)
         self.actor = Heads(self.encoder.features, state, 1, 2 * action, args)
         self.critic = Heads(self.encoder.features, state + action, 2, 1, args)
+        if not args.trunk_tanh:
+            self.actor.trunk.pop(-1)
+            self.critic.trunk.pop(-1)
         self.apply(partial(init_orthogonal, delta=args.delta_orthogonal))
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
@@ -415,16 +435,23 @@ def make_optimizers(agent: Agent, args: Args):
 
 # --- Storage --------------------------------------------------------------------------------------
 # same in: drqv2, sac_pixels
-def free_memory(device: torch.device) -> float:
-    """Bytes that can still be had: of the GPU, or of this machine and the container's limit."""
+def free_memory(device: torch.device, root: str = "/") -> float:
+    """Bytes that can still be had: of the GPU, or of this machine and its container's limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    machine, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
-    free = math.inf
-    if machine.exists():
-        free = 1024 * int(re.search(r"MemAvailable: *(\d+)", machine.read_text())[1])
-    if limit.exists() and "max" not in limit.read_text():
-        free = min(free, int(limit.read_text()))
+    machine = Path(root, "proc/meminfo")
+    if not machine.exists():
+        return math.inf
+    free = 1024 * int(re.search(r"MemAvailable: *(\d+)", machine.read_text())[1])
+    groups = Path(root, "proc/self/cgroup").read_text()
+    for version, group in re.findall(r":(|memory):/(.*)", groups):
+        limit = "memory.limit_in_bytes" if version else "memory.max"  # version 1 or 2
+        for folder in Path(root, "sys/fs/cgroup", version, group, limit).parents:
+            if (folder / limit).exists():  # a container sees its own limit at the top
+                most = float((folder / limit).read_text().replace("max", "inf"))
+                stat = (folder / "memory.stat").read_text()
+                held = re.findall(r"(?m)^(?:anon|shmem|total_rss|total_shmem) (\d+)", stat)
+                free = min(free, most - sum(map(int, held)))
     return free
 
 
@@ -532,10 +559,10 @@ class Replay:
 
 # --- Update functions -----------------------------------------------------------------------------
 def augment(rgb, args: Args, draw=None):
-    """uint8 (B, H, W, C) as drawn -> uint8 as the networks see it. draw: (B, 2), uniform in [0, 1)
+    """uint8 (B, H, W, C) as drawn -> uint8 as networks see it. draw: (B, 2), uniform in [0, 1)
 
-    One draw serves all frames of a stack, so that motion stays what it was. Acting and evaluation
-    see the middle one of all windows.
+    One draw serves all frames of a stack, so that motion stays what it was. Without draws it is
+    the middle window.
     """
     if args.augmentation == "none":
         return rgb
@@ -544,9 +571,10 @@ def augment(rgb, args: Args, draw=None):
     margin = args.margin
     corner = (draw * (margin + 1)).long()  # of a window on the image
     if args.augmentation == "shift":
-        corner = (draw * (2 * margin + 1)).long() - margin
-    if args.augmentation == "translate":  # is a window on the image with a black frame
-        rgb = F.pad(rgb, (0, 0, *[margin] * 4))
+        corner = (draw * (2 * margin + 1)).long() - margin  # differs (7)
+    if args.augmentation == "translate":  # is a window on the image's middle in a black frame
+        middle = slice(margin // 2, margin // 2 + args.image_size - margin)
+        rgb = F.pad(rgb[:, middle, middle], (0, 0, *[margin] * 4))
     where = corner[:, :, None] + torch.arange(args.image_size, device=rgb.device)
     rows, columns = where.clamp(0, rgb.shape[1] - 1).unbind(1)  # edges are repeated
     image = torch.arange(len(rgb), device=rgb.device)
@@ -653,7 +681,10 @@ def target_update(agent: Agent, args: Args):
 
 
 def update(agent: Agent, optimizers: dict, losses: list, args: Args, batches: list):
-    """The critic learns from each batch, then actor, temperature and target once. -> metrics"""
+    """The critic learns from each batch, then actor, temperature and target once: differs (1).
+
+    -> metrics
+    """
     q_loss, pi_loss, autoencoder = losses
     for batch in batches:
         batch = views(batch, args)
@@ -671,8 +702,21 @@ def update(agent: Agent, optimizers: dict, losses: list, args: Args, batches: li
     return metrics | more
 
 
+# same in: drqv2, sac_pixels
+def warn_of_slow_amp(device: str):
+    """Without bfloat16 units it takes 1.8 (AVX-512) to 6.7 times (AVX2) as long as float32."""
+    processor = Path("/proc/cpuinfo")
+    units = not processor.exists() or "bf16" in processor.read_text()
+    if device != "cpu":
+        units = torch.cuda.is_bf16_supported(including_emulation=False)
+    if not units:
+        print("--amp is slow on this device: use --no-amp", file=sys.stderr)
+
+
 def make_update(agent: Agent, optimizers: dict, args: Args):
     """-> `update` as a function of batches: plain, with compiled losses, as one CUDA graph."""
+    if args.amp:
+        warn_of_slow_amp(args.device)
     kind = torch.device(args.device).type
     mixed = torch.autocast(kind, torch.bfloat16, enabled=args.amp, cache_enabled=False)
     losses = [mixed(loss) for loss in (critic_loss, actor_loss, autoencoder_loss)]
@@ -695,7 +739,10 @@ def episode_sums(info: dict, ended):
 
 
 def evaluate(checkpoint, env, args: Args, video: Path) -> dict:
-    """Whole episodes, mean actions, fixed seeds. -> metrics. The video shows the first episode."""
+    """Whole episodes, mean actions, fixed seeds: differs (8). -> metrics
+
+    The video shows the first episode.
+    """
     policy = Policy(checkpoint, args.device)
     scores, frames = [], []
     for seed in range(EVAL_SEED, EVAL_SEED + args.eval_episodes // args.eval_envs):
@@ -714,14 +761,9 @@ def evaluate(checkpoint, env, args: Args, video: Path) -> dict:
         video.parent.mkdir(exist_ok=True)
         imageio.mimwrite(video, frames, fps=env.control_hz)
     returns, successes = torch.cat(scores, 1).double()
-    mean = returns.mean().item()
-    std = returns.std().item()
-    half = 1.96 * std / math.sqrt(len(returns))
     results = {
-        "eval/return": mean,
-        "eval/return_std": std,
-        "eval/ci_low": mean - half,
-        "eval/ci_high": mean + half,
+        "eval/return": returns.mean().item(),
+        "eval/return_std": returns.std(correction=0).item(),
     }
     if getattr(env, "has_success", True):
         results["eval/success_rate"] = successes.mean().item()
@@ -821,7 +863,10 @@ def load_run(run: Path, parts: dict) -> dict:
     """Put every part and the CSV files back to the checkpoint. -> progress"""
     checkpoint = load(run / "checkpoint.pt")
     for name, part in parts.items():
-        part.load_state_dict(checkpoint[name])
+        state = checkpoint[name]
+        if name != "replay":  # which copies; what an optimizer keeps would keep the file in memory
+            state = copy.deepcopy(state)
+        part.load_state_dict(state)
     cut_back(run, checkpoint["csv_sizes"])
     return checkpoint["progress"]
 
@@ -896,6 +941,15 @@ def open_run(args: Args) -> Path:
     return run
 
 
+@torch.no_grad()
+def explore(agent: Agent, replay: Replay, args: Args) -> torch.Tensor:
+    """Actions (N, A) for the newest observations, sampled."""
+    seen = replay.observe(replay.head)
+    if args.augmentation == "crop":  # a translation acts on the whole image, as in RAD's code
+        seen["rgb"] = augment(seen["rgb"], args)
+    return sample_actions(agent, agent.policy_features(seen["rgb"]), seen["state"])[0]
+
+
 def train(args: Args) -> dict:
     """Train, or with --evaluate only evaluate. -> metrics of the last evaluation, counters, `run`.
 
@@ -919,7 +973,7 @@ def train(args: Args) -> dict:
     learn = make_update(agent, optimizers, args)
     still = torch.zeros((args.num_envs, env.action_dim), device=args.device)
     obs = env.step(still)[0]  # reset() would undo the staggering
-    replay = Replay(obs, still, args)
+    replay = Replay(obs, still, args)  # differs (4)
     parts = dict(agent=agent, random=GlobalRandom(), **optimizers)
     if args.save_buffer:
         parts |= dict(env=env, replay=replay)
@@ -944,13 +998,8 @@ def train(args: Args) -> dict:
     while not stop:
         # act
         begin = time.perf_counter()
-        if step < args.learning_starts:
-            actions = torch.rand_like(still) * 2 - 1
-        else:
-            seen = replay.observe(replay.head)
-            with torch.no_grad():
-                features = agent.policy_features(augment(seen["rgb"], args))
-                actions, _ = sample_actions(agent, features, seen["state"])
+        uniform = step < args.learning_starts
+        actions = torch.rand_like(still) * 2 - 1 if uniform else explore(agent, replay, args)
 
         # step
         obs, rewards, terminations, truncations, info = env.step(actions)

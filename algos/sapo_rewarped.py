@@ -84,7 +84,9 @@ TUNED = {
     # As published; SAPO is Args as it stands.
     ("shac", "*", "*"): SHAC,
     ("apg", "*", "*"): SHAC | dict(num_critics=0),
-    ("*", "AntRun", "*"): dict(num_envs=64, actor_units=(128, 64, 32), critic_units=(64, 64)),
+    ("*", "AntRun", "*"): dict(
+        num_envs=64, actor_units=(128, 64, 32), critic_units=(64, 64), recompute=False
+    ),
     ("shac", "AntRun", "*"): dict(critic_lr=2e-3, target_decay=0.2),
     ("*", "HandReorient", "*"): dict(num_envs=64),
     ("*", "SoftJumper", "*"): dict(total_timesteps=6_144_000),
@@ -150,7 +152,7 @@ class Args:
     size: Literal["full", "small"] | None = None  # None: full on a GPU, small on a CPU
     reward: Literal["default", "paper"] = "default"  # paper: even where it has no usable gradient
     stagger: bool = False  # begin in the middle of episodes, so that not all end at once
-    recompute: bool = True  # rebuild the grid on the way back: slower, far less memory
+    recompute: bool = True  # run each step again on the way back: slower, far less memory
 
     # algorithm
     horizon: int = 32  # T: steps of a window, through which the actor's gradient flows
@@ -520,7 +522,7 @@ def critic_targets(agent: Agent, window: dict, args: Args):
     return td_lambda(rewards, values, window["dones"], args.gamma, args.gae_lambda)
 
 
-def critic_loss(critic: Net, obs: dict, targets):
+def critic_loss(critic: Net, obs, targets):
     """Mean over the critics of their squared errors; all of them learn the same target."""
     return (state_values(critic, obs) - targets).square().mean()
 

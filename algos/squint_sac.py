@@ -697,7 +697,10 @@ def load_run(run: Path, parts: dict) -> dict:
     """Put every part and the CSV files back to the checkpoint. -> the checkpoint"""
     checkpoint = load(run / "checkpoint.pt")
     for name, part in parts.items():
-        part.load_state_dict(checkpoint[name])
+        state = checkpoint[name]
+        if name != "replay":  # which copies; what an optimizer keeps would keep the file in memory
+            state = copy.deepcopy(state)
+        part.load_state_dict(state)
     cut_back(run, checkpoint["csv_sizes"])
     if "replay" not in parts:
         print("no replay buffer was saved (--save-buffer): it starts empty")

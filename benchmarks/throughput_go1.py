@@ -10,7 +10,8 @@ Parts, each with a baseline that its ratios refer to, measured in the same run:
                   actions, for each back end and number of environments. 20 steps are one program
     learning      gradient steps per second: an iteration's updates of algos/ppo_mjx_go1.py on one rollout, at the
                   published sizes and at those for a CPU
-    training      control steps per second of the whole: acting, simulation and learning, at the defaults of a back end
+    training      control steps per second of the whole: acting, simulation and learning, at the defaults of a back
+                  end. On mujoco-c the ways to do it, old and new, block by block in turn, with their CPU-seconds
 
 A row is the median of --blocks blocks of about equal length after a warm-up (compilation is not timed), with the
 slowest and the fastest block beside it. A row that cannot run here stands in the table with the reason. Close other
@@ -19,7 +20,8 @@ programs first: the rows are as sensitive to them as any timing. It needs the ex
 
 import os
 import sys
-from dataclasses import dataclass, fields
+import time
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +29,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import mujoco
 import numpy as np
 import throughput
 import tyro
@@ -210,25 +213,89 @@ def learning(args: Args, table: throughput.Table) -> None:
 def training(args: Args, table: throughput.Table) -> None:
     for backend in args.backends:
         hyper = ppo.parse_args(["--env-id", TASK, "--backend", backend, "--seed", str(args.seed)])
-        updates = hyper.num_minibatches * hyper.update_epochs
-        at = f"{hyper.num_envs} environments, {updates} updates for {hyper.unroll_length}"
         reason = why_not(backend)
         if backend != "mujoco-c" and jax.default_backend() == "cpu":
             reason = reason or "takes minutes for an iteration on a CPU: published sizes"
         if reason:
-            table.missing("training", backend, at, reason)
-            continue
-        env, _ = ppo.make_envs(hyper)
-        model, learner, _ = rollout(env, hyper)
-        keys = jax.random.split(jax.random.PRNGKey(hyper.seed), hyper.num_envs)
-        program = partial(ppo.iterate, env=env, model=model, args=hyper, iterations=1)
-        program, kept = jax.jit(program), [learner, env.reset_batch(keys, stagger=True)]
+            table.missing("training", backend, sizes(hyper), reason)
+        elif backend == "mujoco-c":
+            training_in_c(hyper, args, table)
+        else:
+            work = one_program(hyper, ppo.make_envs(hyper)[0])
+            values = speeds(work, hyper.num_envs * hyper.unroll_length, args)
+            table.measured("training", backend, sizes(hyper), "control steps", values)
 
-        def work(program=program, kept=kept):
-            kept[:] = jax.block_until_ready(program(*kept, np.int32(1)))[:2]
 
-        values = speeds(work, hyper.num_envs * hyper.unroll_length, args)
-        table.measured("training", backend, at, "control steps", values)
+def sizes(hyper: ppo.Args) -> str:
+    updates = hyper.num_minibatches * hyper.update_epochs
+    return f"{hyper.num_envs} environments, {updates} updates for {hyper.unroll_length}"
+
+
+def one_program(hyper: ppo.Args, env):
+    """-> an iteration of acting, simulation and learning as one compiled program."""
+    model, learner, _ = rollout(env, hyper)
+    keys = jax.random.split(jax.random.PRNGKey(hyper.seed), hyper.num_envs)
+    program = partial(ppo.iterate, env=env, model=model, args=hyper, iterations=1)
+    program, kept = jax.jit(program), [learner, env.reset_batch(keys, stagger=True)]
+
+    def work():
+        kept[:] = jax.block_until_ready(program(*kept, np.int32(1)))[:2]
+
+    return work
+
+
+def in_threads(hyper: ppo.Args, env):
+    """-> the same as training does it on mujoco-c."""
+    model, learner, _ = rollout(env, hyper)
+    keys = jax.random.split(jax.random.PRNGKey(hyper.seed), hyper.num_envs)
+    shares = np.array_split(keys, ppo.SHARES)
+    program = ppo.in_threads(env, model, hyper, 1)
+    kept = [learner, tuple(env.reset_batch(share, stagger=True) for share in shares)]
+
+    def work():
+        kept[:] = jax.block_until_ready(program(*kept, np.int32(1)))[:2]
+
+    return work
+
+
+def training_in_c(hyper: ppo.Args, args: Args, table: throughput.Table) -> None:
+    """Ways to train on mujoco-c, their blocks in turn: other programs slow all of them down alike."""
+    before = ppo.make_envs(hyper)[
+        0
+    ]  # with the shapes that are drawn, and MuJoCo's search for islands
+    before.physics.model = before.model
+    before.model.opt.disableflags |= int(mujoco.mjtDisableBit.mjDSBL_AUTORESET)
+    coarse = replace(hyper, sim_dt=0.005)
+    plain, coarse_env = ppo.make_envs(hyper)[0], ppo.make_envs(coarse)[0]
+    fewer, both = replace(hyper, update_epochs=3), replace(coarse, update_epochs=3)
+    works = {
+        "one program that calls back (until November 2026)": (hyper, one_program(hyper, before)),
+        "halves in threads": (hyper, in_threads(hyper, plain)),
+        "the same, 3 passes": (fewer, in_threads(fewer, plain)),
+        "the same, physics steps of 5 ms": (coarse, in_threads(coarse, coarse_env)),
+        "the same, both": (both, in_threads(both, coarse_env)),
+    }
+    amount = hyper.num_envs * hyper.unroll_length
+    for _ in range(2):
+        for _, work in works.values():
+            work()
+    begin = time.perf_counter()
+    work()
+    calls = max(1, round(args.seconds / args.blocks / (time.perf_counter() - begin)))
+    rates, busy = {name: [] for name in works}, {name: [] for name in works}
+    for _ in range(args.blocks):
+        for name, (_, work) in works.items():
+            begin, cpu = time.perf_counter(), time.process_time()
+            for _ in range(calls):
+                work()
+            rates[name].append(calls * amount / (time.perf_counter() - begin))
+            busy[name].append((time.process_time() - cpu) / calls)
+    first = np.median(next(iter(busy.values())))
+    for name, (setting, _) in works.items():
+        used = np.median(busy[name])
+        remark = f"{used:.3g} CPU-seconds an iteration, {first / used:.3g} times fewer"
+        what = f"mujoco-c: {name}"
+        table.measured("training", what, sizes(setting), "control steps", rates[name], remark)
 
 
 def main(args: Args) -> None:

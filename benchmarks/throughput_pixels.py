@@ -16,6 +16,12 @@ task, of which the agent's step has --action-repeat:
                   and each way to be faster
     training      frames per second of the training loop of algos/drqv2.py at its defaults on this device, by the number
                   of environments, after the random phase; set-up and evaluation are not in it
+    original      frames per second of CPU time of a whole training loop, with the authors' code (--original FOLDER, a
+                  checkout of facebookresearch/drqv2; the baseline) and with algos/drqv2.py, at 84 pixels as published
+                  and at 48 with a narrower head; both draw with OpenGL's defaults, in their own process, and take turns
+
+In `learning`, drqv2's rows say what share of the processor's peak its arithmetic reaches: floating-point operations
+of an update over those of a product of two large float32 matrices, timed just before.
 
 A row is the median of --blocks blocks of about equal length after a warm-up, with the slowest and the fastest block
 beside it. A row that cannot run here stands in the table with the reason. Close other programs first: the rows are as
@@ -25,15 +31,21 @@ sensitive to them as any timing.
 import contextlib
 import csv
 import gc
+import importlib
 import io
 import os
 import shutil
+import statistics
+import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
+from unittest import mock
 
 import numpy as np
 import throughput
@@ -41,6 +53,7 @@ import torch
 import tyro
 from throughput import cores, speeds, wait
 from torch._inductor.exc import InductorError
+from torch.utils.flop_counter import FlopCounterMode
 
 from envs import check, dmc
 
@@ -49,7 +62,7 @@ sys.path.insert(0, str(ROOT / "algos"))
 import drqv2  # noqa: E402  (algos/ is a folder of files to run; the line above lets this script import them)
 import sac_pixels  # noqa: E402
 
-Part = Literal["physics", "pictures", "environment", "learning", "training"]
+Part = Literal["physics", "pictures", "environment", "learning", "training", "original"]
 
 
 @dataclass
@@ -78,6 +91,8 @@ class Args:
     """in learning: at which sizes; the published ones take seconds an update on a CPU"""
     routes: tuple[str, ...] = ("plain", "bfloat16", "compiled", "CUDA graph")
     """in learning: routes whose names begin so"""
+    original: Path | None = None
+    """in original: a checkout of https://github.com/facebookresearch/drqv2"""
     out: Path | None = None
     """CSV file to write; docs/results/throughput/pixels__<hardware>.csv is what the docs show"""
     seed: int = 1
@@ -244,6 +259,20 @@ def learner(algo, hyper):
     return lambda: learn([replay.sample(hyper.batch_size) for _ in range(count)]), count
 
 
+def peak(args: Args) -> float:
+    """Floating-point operations per second of a large product of float32 matrices."""
+    size = 8192 if args.device.startswith("cuda") else 2048
+    a, b = torch.randn((2, size, size), device=args.device).unbind()
+    return max(speeds(lambda: torch.mm(a, b), 2 * size**3, replace(args, seconds=args.seconds / 5)))
+
+
+def operations(work) -> int:
+    """Floating-point operations of the products and convolutions, forward and back, in one call of `work`."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
 def learning(args: Args, table: throughput.Table) -> None:
     """Updates per second of both algorithms, plain and by each of the faster routes."""
     cuda = args.device.startswith("cuda")
@@ -289,11 +318,17 @@ def learning(args: Args, table: throughput.Table) -> None:
                 plain = dict(amp=False, compile=False, cudagraphs=False)
                 try:
                     work, updates = learner(algo, replace(hyper, **plain | route))
+                    share = ""
+                    if algo is drqv2 and not route:
+                        most, flops = peak(args), operations(work)
                     values = speeds(work, updates, args)
+                    if algo is drqv2 and "amp" not in route:
+                        rate = flops * statistics.median(values)
+                        share = f"{rate / most:.0%} of the peak, {most / 1e9:,.0f} GFLOP/s"
                 except (InductorError, torch.OutOfMemoryError) as error:
                     table.missing("learning", what, at, str(error).splitlines()[0])
                 else:
-                    table.measured("learning", what, at, "critic updates", values)
+                    table.measured("learning", what, at, "critic updates", values, share)
                 work = None
                 gc.collect()
                 torch.cuda.empty_cache()
@@ -347,21 +382,167 @@ def loop(hyper: drqv2.Args, blocks: int, block: int) -> list[float]:
     ]
 
 
+# --- The authors' loop ------------------------------------------------------------------------------------------------
+SIZES = {
+    84: dict(batch_size=256, hidden=1024),
+    48: dict(batch_size=64, hidden=256),
+}  # by pixels a side
+TASK = dict(env_id="cartpole_balance", frame_stack=3, action_repeat=2)
+
+
+def turns(step):
+    """`step`, which at its first call and then after every so many waits for a number on standard input, the steps of
+    the next block, and prints the CPU seconds that the block before took."""
+    left, since = 0, 0.0
+
+    def counted(*given):
+        nonlocal left, since
+        if left == 0:
+            print("seconds", time.process_time() - since, flush=True)
+            left, since = int(input()), time.process_time()
+        left -= 1
+        return step(*given)
+
+    return counted
+
+
+def our_loop(size: int) -> None:
+    hyper = drqv2.Args(
+        device="cpu", amp=False, compile=False, cudagraphs=False, image_size=size, buffer_size=20_000,
+        learning_starts=16, random_steps=0, capture_video=False, eval_freq=1 << 60, eval_envs=1, eval_episodes=1,
+        total_timesteps=1 << 60, **SIZES[size], **TASK,
+    )  # fmt: skip
+    env = dmc.make(hyper.env_id, 1, "cpu", seed=1, image_size=size, workers=0)
+    env.step_begin = turns(env.step_begin)
+    drqv2.make_envs = lambda args: (env, env)
+    drqv2.train(hyper)
+
+
+def their_loop(size: int, folder: Path) -> None:
+    """Their Workspace.train from `folder`, configured as their files say. Stubs for what only configures and logs."""
+    for name in ("hydra", "omegaconf", "termcolor", "torchvision", "torch.utils.tensorboard"):
+        sys.modules.setdefault(name, mock.MagicMock())
+    sys.modules["hydra"].main = lambda **given: lambda main: main
+    del sys.modules["drqv2"]
+    sys.path.insert(0, str(folder))
+    train, agents, tasks, storage = (
+        importlib.import_module(name) for name in ("train", "drqv2", "dmc", "replay_buffer")
+    )
+    wrapper, of = tasks.pixels.Wrapper, SIZES[size]
+
+    def of_size(env, render_kwargs, **given):
+        return wrapper(env, render_kwargs=render_kwargs | dict(height=size, width=size), **given)
+
+    tasks.pixels.Wrapper = of_size
+    convolutions = agents.Encoder.__init__
+
+    def encoder(self, shape):  # they know 84 pixels alone
+        convolutions(self, shape)
+        self.repr_dim = 32 * ((size - 3) // 2 - 5) ** 2
+
+    agents.Encoder.__init__ = encoder
+    spec = tasks.ExtendedTimeStepWrapper.action_spec  # float64 by today's dm_control
+    tasks.ExtendedTimeStepWrapper.action_spec = lambda self: spec(self).replace(dtype=np.float32)
+    settings = dict(
+        device="cpu", lr=1e-4, feature_dim=50, hidden_dim=of["hidden"], critic_target_tau=0.01, num_expl_steps=0,
+        update_every_steps=2, stddev_schedule="linear(1.0,0.1,100000)", stddev_clip=0.3, use_tb=False,
+    )  # fmt: skip
+    train.make_agent = lambda seen, acted, cfg: agents.DrQV2Agent(
+        seen.shape, acted.shape, **settings
+    )
+    train.Logger = mock.MagicMock()
+    train.Workspace.eval = lambda self: None
+    cfg = dict(
+        task_name=TASK["env_id"], seed=1, device="cpu", frame_stack=3, action_repeat=2, discount=0.99, nstep=3,
+        batch_size=of["batch_size"], replay_buffer_size=20_000, replay_buffer_num_workers=0, save_snapshot=False,
+        save_video=False, save_train_video=False, use_tb=False, agent=None, num_train_frames=1 << 60,
+        num_seed_frames=0, eval_every_frames=1 << 60,
+    )  # fmt: skip
+    work = train.Workspace(SimpleNamespace(**cfg))
+    first = work.train_env.reset()
+    for t in range(501):  # an episode to begin with, in place of their 4,000 frames
+        kind = tasks.StepType.LAST if t == 500 else tasks.StepType.MID
+        work.replay_storage.add(first._replace(step_type=kind))
+    work.train_env.step = turns(work.train_env.step)
+    work.train()
+
+
+def original(args: Args, table: throughput.Table) -> None:
+    """Both loops, each in a process of its own, in turns of one block after another."""
+    for size, of in SIZES.items():
+        at = f"{size} px, batch {of['batch_size']}, 1 thread"
+        if args.original is None or not (args.original / "replay_buffer.py").is_file():
+            table.missing(
+                "original", "the authors' drqv2", at, "--original FOLDER names no checkout of it"
+            )
+            continue
+        steps = 8 if size == 84 else 60  # of which every second one updates
+        loops, rates = {}, {"the authors' drqv2": [], "algos/drqv2.py": []}
+        with tempfile.TemporaryDirectory() as folder:
+            for name, who in zip(rates, ("theirs", "ours"), strict=True):
+                words = [
+                    sys.executable,
+                    __file__,
+                    "loop",
+                    who,
+                    str(size),
+                    str(args.original.resolve()),
+                ]
+                one = dict(MUJOCO_GL="egl", OMP_NUM_THREADS="1", LP_NUM_THREADS="1")
+                loops[name] = subprocess.Popen(
+                    words, cwd=folder, env=os.environ | one, text=True, stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                )  # fmt: skip
+            for block in range(args.blocks + 1):
+                for name, process in loops.items():
+                    seconds = seconds_of(process, steps)
+                    if block:  # the first answer is the start, the first block warms up
+                        rates[name].append(steps * TASK["action_repeat"] / seconds)
+            for process in loops.values():
+                process.kill()
+                process.wait()
+        for name, values in rates.items():
+            table.measured(f"original {size}", name, at, "frames of CPU time", values)
+
+
+def seconds_of(process: subprocess.Popen, steps: int) -> float:
+    """CPU seconds of `steps` steps of a loop behind `turns`. Raises RuntimeError if it has ended."""
+    answers = []
+    while len(answers) < 2:
+        line = process.stdout.readline()
+        if not line:
+            raise RuntimeError(
+                "a training loop ended early; start it alone to see why: see `original`"
+            )
+        if line.startswith("seconds"):
+            answers.append(float(line.split()[1]))
+            if len(answers) < 2:
+                process.stdin.write(f"{steps}\n")
+                process.stdin.flush()
+    process.stdin.write("1\n")
+    process.stdin.flush()
+    return answers[1]
+
+
 def main(args: Args) -> None:
     """Measures what `args` names and prints it. Raises ValueError for arguments that do not fit."""
     args.check()
-    torch.set_float32_matmul_precision("high")  # as training does
+    torch.set_float32_matmul_precision("high")  # as training does, and so the next line
+    drqv2.keep_memory()
     table = throughput.Table(args.out, machine(args))
     args.processes = args.processes or min(cores(), 16)
     for part in args.parts:
         {"physics": physics, "pictures": pictures, "environment": environment, "learning": learning,
-         "training": training}[part](args, table)  # fmt: skip
+         "training": training, "original": original}[part](args, table)  # fmt: skip
         wait(args.device)
     if args.out:
         print(f"wrote {len(table.rows)} rows to {args.out}")
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["loop"]:  # one of two loops, for `original`
+        who, size, folder = sys.argv[2:]
+        sys.exit(our_loop(int(size)) if who == "ours" else their_loop(int(size), Path(folder)))
     try:
         main(tyro.cli(Args, description=__doc__))
     except (ValueError, ImportError, RuntimeError) as error:

@@ -38,6 +38,9 @@ step(actions)        actions float32 (N, A) in [-1, 1] -> obs, rewards (N,) floa
                          the option `end_on_success=True`, which resfit and bc_chunk ask for; it
                          is then a termination
     info["discount"]     optional (N,): factor in [0, 1] of all later rewards; 1 if it is missing
+step_begin(actions), step_end()
+                     optional: the two halves of `step`. An environment that has them may work in
+                     other processes between the two; drqv2 updates its networks there
 render(which=(0,), size=256)
                      -> images for people, uint8 NumPy (len(which), size, size, 3)
 state_dict()         -> everything that the future depends on, random state included, as nested

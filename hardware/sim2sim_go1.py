@@ -2,11 +2,10 @@
 
     python hardware/sim2sim_go1.py --policy runs/NAME/best.npz --out FOLDER     a sweep: table, CSV and video
     python hardware/sim2sim_go1.py --policy runs/NAME/best.npz --viewer         a window; the arrow keys give commands
-    python hardware/sim2sim_go1.py --policy runs/NAME/best.npz --export policy.onnx
 
-The policy is a checkpoint of `algos/ppo_mjx_go1.py` or `algos/distill_go1.py`, which NumPy runs, or its `--export`, for
-ONNX Runtime. Neither needs JAX, and nothing here imports it. The robot is `envs/go1/go1.xml` in C MuJoCo, but driven as
-the real one is, and not as in training:
+The policy is a checkpoint of `algos/ppo_mjx_go1.py` or `algos/distill_go1.py`, which NumPy runs, or the ONNX file
+of `hardware/export_go1.py`. Neither needs JAX, and nothing here imports it. The robot is `envs/go1/go1.xml` in C
+MuJoCo, but driven as the real one is, and not as in training:
 
     50 Hz    observation -> policy -> joint targets                (the policy's own rate)
     500 Hz   torque = kp (target - angle) - kd velocity, within the motors' limits, from measured angles
@@ -97,49 +96,6 @@ class Policy:
         kernel, bias = self.layers[-1]
         return np.tanh(x @ kernel + bias)
 
-    def export(self, path: str | Path) -> None:
-        """The same function as ONNX: "obs" float32 (batch, F) -> "actions" (batch, 12), with the normalisation inside.
-
-        `spec` is its metadata, as in export.py. Raises Sim2SimError without onnx, or if this is an export already.
-        """
-        if self.path.suffix != ".npz":
-            raise Sim2SimError(
-                f"{self.path} is an export already: --export wants a checkpoint (.npz)"
-            )
-        try:
-            from onnx import TensorProto, checker, helper, numpy_helper
-            from onnx import save as save_onnx
-        except ImportError:
-            raise Sim2SimError('--export needs onnx: pip install -e ".[export]"') from None
-        constants, nodes = {"mean": self.mean, "std": self.std}, []
-
-        def node(kind: str, *inputs: str) -> str:
-            name = f"x{len(nodes)}"
-            nodes.append(helper.make_node(kind, inputs, [name]))
-            return name
-
-        x = node("Div", node("Sub", "obs", "mean"), "std")
-        for i, (kernel, bias) in enumerate(self.layers):
-            constants |= {f"kernel{i}": kernel, f"bias{i}": bias}
-            x = node("Gemm", x, f"kernel{i}", f"bias{i}")
-            if i < len(self.layers) - 1:
-                x = node("Mul", x, node("Sigmoid", x))
-        node("Tanh", x)
-        nodes[-1].output[0] = "actions"
-        obs = helper.make_tensor_value_info("obs", TensorProto.FLOAT, ["batch", self.size])
-        actions = helper.make_tensor_value_info("actions", TensorProto.FLOAT, ["batch", 12])
-        tensors = [
-            numpy_helper.from_array(np.asarray(v, np.float32), k) for k, v in constants.items()
-        ]
-        graph = helper.make_graph(nodes, "policy", [obs], [actions], tensors)
-        opset = [helper.make_opsetid("", 17)]
-        model = helper.make_model(graph, opset_imports=opset, ir_version=8)
-        helper.set_model_props(
-            model, {"cleanrobot": json.dumps(self.spec)}
-        )  # as hardware/export.py
-        checker.check_model(model)
-        save_onnx(model, str(path))
-
     def _onnx(self) -> dict:
         try:
             import onnxruntime
@@ -155,7 +111,7 @@ class Policy:
             spec = json.loads(session.get_modelmeta().custom_metadata_map["cleanrobot"])
             self.size = session.get_inputs()[0].shape[1]
         except Exception:  # its exceptions share no base class
-            raise Sim2SimError(f"{self.path} was not written by sim2sim_go1.py --export") from None
+            raise Sim2SimError(f"{self.path} was not written by hardware/export_go1.py") from None
         self.run = lambda x: session.run(None, {"obs": x[None].astype(np.float32)})[0][0]
         return spec
 
@@ -628,7 +584,6 @@ class Args:
     motor_hz: int = 500  # of the motors' loop
     video: bool = True  # with --out: a video of four conditions at 1 m/s
     viewer: bool = False  # a window instead of the sweep: arrows, comma, period, space, backspace
-    export: str | None = None  # only write the policy of a checkpoint to this file (.onnx)
     condition: Condition = field(default_factory=Condition)  # with --viewer: the robot to drive
 
 
@@ -649,10 +604,6 @@ def main(args: Args) -> list[dict]:
             'MuJoCo is missing: pip install -e ".[go1]" (or just pip install mujoco)'
         ) from None
     policy = Policy(args.policy)
-    if args.export:
-        policy.export(args.export)
-        print(f"wrote {args.export}")
-        return []
     rates = dict(physics_hz=args.physics_hz, motor_hz=args.motor_hz)
     Go1(policy.spec, **rates)  # says now what does not fit
     if args.viewer:

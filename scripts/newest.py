@@ -105,7 +105,9 @@ def main() -> int:
     parser.add_argument("--extras", default=",".join(EXTRAS), help="of pyproject.toml, by commas")
     parser.add_argument("--upgrade", nargs="+", default=[], help="only these; default: all")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv-newest", help="made anew")
-    parser.add_argument("--tests", nargs=argparse.REMAINDER, default=[], help="the rest: for pytest")
+    parser.add_argument(
+        "--tests", nargs=argparse.REMAINDER, default=[], help="the rest: for pytest"
+    )
     parser.add_argument("--list", action="store_true", help="resolve only, install nothing")
     args = parser.parse_args()
     requirements = plan(args.extras.split(","), args.upgrade)

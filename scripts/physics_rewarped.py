@@ -95,7 +95,7 @@ def transfers(steps: int = 200) -> dict:
     first, turning = p.v.sum(1)[0], angular(p)
     for _ in range(steps):
         p = sim.step(p)
-        mass, moved = (mpm.wp.to_torch(a) for a in sim.spaces[0].grids[0][1:3])  # of the nodes
+        mass, moved = (mpm.wp.to_torch(a) for a in sim.spaces[0].grids[0][:2])  # of the nodes
         kept.append(
             (
                 abs(float(mass.sum()) / 216 - 1),

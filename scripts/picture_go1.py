@@ -1,12 +1,15 @@
 """Draw the images of the Go1 tasks that the docs show.
 
     python scripts/picture_go1.py                                       tasks.png
-    python scripts/picture_go1.py --policy runs/<name>/best.npz         walk.gif, walk.png, walk_plot.png too
+    python scripts/picture_go1.py --policy runs/<name>/best.npz         the film of a walk, and its plots
     python scripts/picture_go1.py --stand runs/<name>/best.npz          stand.png too
 
 Output, under docs/images/go1:
     tasks.png        the robot at an episode's start, standing, on rough terrain
-    walk.gif         the policy in MuJoCo's C library, told one velocity after another: COMMANDS below
+    walk.mp4         the policy in MuJoCo's C library, told one velocity after another: COMMANDS below. Seen from
+                     above, what it is told in blue, what it does in orange: an arrow for the velocity, the
+                     circle being 1 m/s; an arc for the turning of one second
+    walk.gif         the same, small
     walk.png         a film strip of the first second of the trot
     walk_plot.png    commanded and measured velocities of that walk, and which feet stood on the floor
     stand.png        Go1Stand: where a policy holds the trunk, by command
@@ -17,6 +20,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import imageio.v2 as imageio
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,14 +36,17 @@ import ppo_mjx_go1 as ppo  # noqa: E402  (algos/ is a folder of files to run; th
 
 # entries of privileged_state: forward and sideways velocity, turning rate, free of noise
 MEASURED = (57, 58, 50)
-# seconds, then forward and sideways velocity in m/s and turning rate in rad/s
+# what it is told, for how many seconds: forward and sideways velocity in m/s, turning rate in rad/s
 COMMANDS = (
-    (2.5, 1.0, 0.0, 0.0),
-    (2.0, 0.6, 0.0, 1.0),
-    (2.0, 0.0, 0.5, 0.0),
-    (2.0, -0.7, 0.0, 0.0),
-    (1.5, 0, 0, 0),
+    ("forward", 3.0, (1.0, 0.0, 0.0)),
+    ("to the left", 3.0, (0.0, 0.4, 0.0)),
+    ("stand", 2.0, (0.0, 0.0, 0.0)),
+    ("turn left on the spot", 3.0, (0.0, 0.0, 0.8)),
+    ("turn right on the spot", 3.0, (0.0, 0.0, -0.8)),
+    ("stand", 2.0, (0.0, 0.0, 0.0)),
 )
+TOLD, DOES = (31, 119, 180), (255, 127, 14)  # colours
+DIAL = 50  # pixels for 1 m/s
 POSES = (
     (0.30, 0.0, 0.0),
     (0.21, 0.0, 0.0),
@@ -136,38 +143,87 @@ def tasks(args: Args) -> None:
     row(images, texts, 3).quantize(256).save(args.out / "tasks.png", optimize=True)
 
 
+def smooth(velocity: np.ndarray, steps: int = 20) -> np.ndarray:
+    """Means (T, 3) over the last `steps`, about one stride: within one the velocity swings."""
+    before = np.repeat(velocity[:1], steps - 1, 0)
+    sums = np.cumsum(np.concatenate([np.zeros((1, 3)), before, velocity]), 0)
+    return (sums[steps:] - sums[:-steps]) / steps
+
+
+def draw_velocity(draw: ImageDraw.ImageDraw, centre, velocity, color, width: int, radius: int):
+    """From above, nose up: a line for the velocity in the plane, an arc for a second's turning."""
+    x, y = centre
+    forward, left, turning = velocity
+    tip = x - DIAL * left, y - DIAL * forward
+    draw.line([centre, tip], fill=color, width=width)
+    draw.circle(tip, width, fill=color)
+    nose = 270.0  # PIL's degrees go clockwise from the right
+    ends = sorted((nose, nose - np.degrees(turning)))
+    box = (x - radius, y - radius, x + radius, y + radius)
+    draw.arc(box, *ends, fill=color, width=5)
+
+
+def captioned(frame: np.ndarray, what: str, told, does) -> Image.Image:
+    """A frame (360, 480, 3) with what the robot is told and what it does, in numbers and from above."""
+    high, wide = frame.shape[:2]
+    image = Image.new("RGB", (wide, high + 64), "white")
+    image.paste(Image.fromarray(frame))
+    draw, centre = ImageDraw.Draw(image), (wide - 75, 75)
+    draw.circle(centre, DIAL, fill="white", outline="gray")
+    draw_velocity(draw, centre, told, TOLD, 8, DIAL + 16)
+    draw_velocity(draw, centre, does, DOES, 4, DIAL + 8)
+    draw.text((8, high + 20), what, fill="black", font=ImageFont.load_default(20))
+    rows = (
+        (("", "forward m/s", "left m/s", "turning rad/s"), "black", 2, 11),
+        (("told", *(f"{value:5.2f}" for value in np.round(told, 2) + 0.0)), TOLD, 17, 17),
+        (("does", *(f"{value:5.2f}" for value in np.round(does, 2) + 0.0)), DOES, 39, 17),
+    )  # + 0.0: no minus zero
+    for words, color, below, size in rows:
+        for left, word in zip((232, 282, 354, 408), words, strict=True):
+            at, font = (left, high + below), ImageFont.load_default(size)
+            draw.text(at, word, fill=color, font=font)
+    return image
+
+
+def film(env: go1.Go1Env, qpos, names, command, measured, out: Path) -> None:
+    """walk.mp4 at half the control rate, and walk.gif with half of its frames at half the size."""
+    shown = slice(None, None, 2)
+    rows = zip(
+        env.render(qpos[shown], (360, 480)),
+        names[shown],
+        command[shown],
+        smooth(measured)[shown],
+        strict=True,
+    )
+    frames = [captioned(*row) for row in rows]
+    rate = round(env.control_hz / 2)
+    imageio.mimwrite(
+        out / "walk.mp4", [np.asarray(f) for f in frames], fps=rate, macro_block_size=1
+    )
+    octree = Image.Quantize.FASTOCTREE  # the default loses the colours of thin lines
+    small = [
+        f.resize((320, 283)).quantize(64, octree, dither=Image.Dither.NONE) for f in frames[::2]
+    ]
+    rest = dict(append_images=small[1:], duration=2000 // rate, loop=0, optimize=True)
+    small[0].save(out / "walk.gif", save_all=True, **rest)
+
+
 def walk(args: Args) -> None:
     policy, env = ppo.Policy(args.policy), go1.make("Go1JoystickFlat", "mujoco-c")
-    state, trace = still(env, 0), []
-    for seconds, *command in COMMANDS:
+    state, trace, names = still(env, 0), [], []
+    for name, seconds, command in COMMANDS:
         state, part = hold(env, state, seconds, policy.act, command)
         trace += part
+        names += [name] * len(part)
+        reached = np.mean([step[2] for step in part[-50:]], 0).round(2).tolist()
+        print(f"{name} {command}: mean of the last second {reached}")
     qpos, *told = (np.stack(column) for column in zip(*trace, strict=True))
     plot_walk(*told, env.control_hz, args.out / "walk_plot.png")
-    film = [
-        Image.fromarray(frame).quantize(48, dither=Image.Dither.NONE)
-        for frame in env.render(qpos[::4], (180, 240))
-    ]
-    film[0].save(
-        args.out / "walk.gif",
-        save_all=True,
-        append_images=film[1:],
-        duration=80,
-        loop=0,
-        optimize=True,
-    )
-    moments = range(
-        75, 75 + 8 * 3, 3
-    )  # at full speed, 0.06 s apart: one stride of about 0.4 s, and a little more
-    strip = row(
-        list(env.render(qpos[moments], (150, 200))), [f"{(t - 75) / 50:.2f} s" for t in moments], 4
-    )
+    film(env, qpos, names, *told[:2], args.out)
+    moments = range(75, 75 + 8 * 3, 3)  # 0.06 s apart: one stride of about 0.4 s, and a little more
+    texts = [f"{(t - 75) / 50:.2f} s" for t in moments]
+    strip = row(list(env.render(qpos[moments], (150, 200))), texts, 4)
     strip.quantize(256).save(args.out / "walk.png", optimize=True)
-    stops = np.cumsum([round(seconds * env.control_hz) for seconds, *_ in COMMANDS])
-    for stop, (_, *command) in zip(stops, COMMANDS, strict=True):
-        print(
-            f"command {command}: mean of the last second {told[1][stop - 50 : stop].mean(0).round(2).tolist()}"
-        )
 
 
 def stand(args: Args) -> None:

@@ -14,6 +14,7 @@ import ast
 import os
 import re
 import sys
+import unicodedata
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files as package_files
@@ -327,7 +328,8 @@ def papers() -> list[dict[str, str]]:
 
 
 def plain(text: str) -> str:
-    return re.sub(r"[{}]|\\'", "", text).replace("Remi", "Rémi")
+    accented = re.sub(r"\{\\'(\w)\}", "\\1\u0301", text)
+    return unicodedata.normalize("NFC", re.sub(r"[{}]", "", accented))
 
 
 def paper_lines(paper: dict[str, str]) -> list[str]:

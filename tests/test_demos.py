@@ -457,3 +457,121 @@ def test_request_to_end_finishes_the_file(tmp_path):
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 130 and "what was recorded is in" in output
     assert len(demos.read(out)) >= 1 and [p.name for p in tmp_path.iterdir()] == ["f.hdf5"]
+
+
+# --- a file and a run fit ---------------------------------------------------------------------------------------------
+def test_a_file_of_another_task_or_without_the_cameras_is_refused(tmp_path):
+    recorded(tmp_path / "f.hdf5", 2)  # of "Fake", cameras w and a, 8 pixels
+    assert demos.fit(tmp_path / "f.hdf5", "Fake", ("a", "w"), 8) == {}
+    for options, message in (
+        (("SO101LiftCube-v1",), "f.hdf5 has demonstrations of Fake, not of SO101LiftCube-v1"),
+        (("Fake", ("x",), 8), "f.hdf5 has no camera x; it has a, w"),
+        (("Fake", ("a",), 16), "f.hdf5 has images of 8 x 8, the run wants 16 x 16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            demos.fit(tmp_path / "f.hdf5", *options)
+
+
+def test_robosuite_is_built_as_the_file_says(tmp_path):
+    path = robomimic_file(tmp_path / "image.hdf5")
+    assert demos.fit(path, "robosuite/PickPlaceCan") == {"env_kwargs": {"robots": ["Panda"]}}
+    with pytest.raises(ValueError, match="of PickPlaceCan, not of robosuite/Lift"):
+        demos.fit(path, "robosuite/Lift")
+    with h5py.File(path, "a") as file:
+        about = json.loads(file["data"].attrs["env_args"])
+        about["env_kwargs"]["control_freq"] = 10
+        file["data"].attrs["env_args"] = json.dumps(about)
+    with pytest.raises(ValueError, match="was recorded at 10 Hz, the environment has 20"):
+        demos.fit(path, "robosuite/PickPlaceCan")
+
+
+@pytest.mark.parametrize("algo", ["resfit", "bc_chunk"])
+def test_both_algorithms_ask_whether_the_file_fits(tmp_path, algo):
+    """Before an environment is built."""
+    recorded(tmp_path / "f.hdf5", 2)
+    module = __import__(algo)
+    args = module.Args(env_id="SO101LiftCube-v1", demos=str(tmp_path / "f.hdf5"), device="cpu")
+    with pytest.raises(ValueError, match="has demonstrations of Fake, not of SO101LiftCube-v1"):
+        module.make_envs(args)
+
+
+# --- LeRobotDataset ---------------------------------------------------------------------------------------------------
+def lerobot_folder(folder, version):
+    """Two episodes of 5 and 4 steps, joints in degrees, one camera of 32 x 48 whose frames tell their number."""
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pip install pyarrow")
+    import imageio.v2 as imageio
+    import pyarrow
+
+    info = {
+        "codebase_version": version,
+        "fps": 10,
+        "total_episodes": 2,
+        "chunks_size": 1000,
+        "robot_type": "so101",
+    }
+    wide = {"dtype": "video", "shape": [32, 48, 3]}
+    info["features"] = {"action": {"dtype": "float32"}, "observation.images.front": wide}
+    rows = {"episode_index": [0] * 5 + [1] * 4, "action": [[90.0 - i, 5.0] for i in range(9)]}
+    rows["observation.state"] = [[float(i), 0.0, 1.0] for i in range(9)]
+    key = "observation.images.front"
+
+    def write(path, columns):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(pyarrow.table(columns), path)
+
+    def film(path, numbers):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        frames = [np.full((32, 48, 3), 20 * i + 20, np.uint8) for i in numbers]
+        imageio.mimwrite(path, frames, fps=10, macro_block_size=1)
+
+    if version == "v3.0":
+        info["data_path"] = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+        info["video_path"] = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+        write(folder / "data/chunk-000/file-000.parquet", rows)
+        film(folder / f"videos/{key}/chunk-000/file-000.mp4", range(9))
+        about = {"episode_index": [0, 1], f"videos/{key}/from_timestamp": [0.0, 0.5]}
+        for part in ("data", f"videos/{key}"):
+            about |= {f"{part}/chunk_index": [0, 0], f"{part}/file_index": [0, 0]}
+        write(folder / "meta/episodes/chunk-000/file-000.parquet", about)
+    else:
+        info["data_path"] = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
+        info["video_path"] = (
+            "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
+        )
+        for episode, part in enumerate((slice(0, 5), slice(5, 9))):
+            columns = {name: values[part] for name, values in rows.items()}
+            write(folder / f"data/chunk-000/episode_{episode:06d}.parquet", columns)
+            film(folder / f"videos/chunk-000/{key}/episode_{episode:06d}.mp4", range(9)[part])
+    (folder / "meta").mkdir(exist_ok=True)
+    (folder / "meta/info.json").write_text(json.dumps(info))
+    return folder
+
+
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+def test_a_lerobot_dataset_is_read_and_converted(tmp_path, version):
+    folder = lerobot_folder(tmp_path / "set", version)
+    found = demos.read(folder)
+    assert [len(demo["actions"]) for demo in found] == [5, 4]
+    assert found[1]["obs"]["state"][:, 0].tolist() == [5, 6, 7, 8]
+    assert found[0]["success"].tolist() == [False] * 4 + [True]
+    assert found[1]["obs"]["rgb"].shape == (4, 32, 48, 3)
+    brightness = found[1]["obs"]["rgb"].mean((1, 2, 3))
+    assert brightness == pytest.approx([120, 140, 160, 180], abs=4), "an episode's own frames"
+    out = tmp_path / "arm.hdf5"
+    main(Args(env_id="MyArm", from_lerobot=folder, out=out, render_size=16))
+    both = demos.read(out)
+    assert both[0]["obs"]["rgb"].shape == (5, 16, 16, 3)
+    assert both[0]["actions"][0].tolist() == [1.0, -1.0] and both[1]["actions"][-1, 0] == -1.0
+    about = demos.env_args(out)
+    assert about["action_low"] == [82.0, 5.0] and about["action_high"] == [90.0, 5.0]
+    assert demos.fit(out, "MyArm", ("front",), 16) == {}
+    resfit = __import__("resfit")
+    train, valid = resfit.read_demos(str(out), ("front",))
+    assert [len(demo["actions"]) for demo in train + valid] == [5, 4]
+
+
+def test_a_lerobot_dataset_of_another_version_is_refused(tmp_path):
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta/info.json").write_text('{"codebase_version": "v9"}')
+    with pytest.raises(ValueError, match="is a LeRobotDataset v9; v2.0, v2.1 and v3.0 are read"):
+        demos.read(tmp_path)

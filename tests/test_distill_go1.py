@@ -75,7 +75,7 @@ def arguments(teacher: str, **changes) -> distill.Args:
 
 
 def make_fakes(args):
-    return FakeEnv(args.no_linvel), FakeEnv(args.no_linvel)
+    return FakeEnv(no_linvel=True), FakeEnv(no_linvel=True)
 
 
 @pytest.fixture
@@ -236,7 +236,7 @@ def test_a_students_file_is_one_of_ppo(fake, whole, teacher, monkeypatch):
     monkeypatch.setattr(ppo, "make_envs", lambda args: (FakeEnv(True), FakeEnv(args.no_linvel)))
     args = ppo.parse_args(["--evaluate", "--checkpoint", best, "--no-capture-video"])
     assert args.no_linvel and args.hidden == (16, 16) and args.eval_episodes == 4
-    result = ppo.train(args)
+    result, _ = ppo.evaluate(ppo.Policy(best).act, FakeEnv(True), args.eval_episodes)
     assert result["eval/return"] == pytest.approx(
         float(table(whole / "eval.csv")[-1]["eval/return"]), rel=1e-4
     )
@@ -259,6 +259,31 @@ def test_a_teacher_of_another_robot_is_refused(fake, teacher):
     with pytest.raises(ValueError, match="^other.npz comes from another robot"):
         distill.train(arguments("other.npz"))
     assert not Path("runs").exists()
+
+
+def test_a_teacher_that_lacks_the_velocity_itself_is_refused(whole):
+    """Its inputs are not where a sighted teacher's are: it would be shown others, and teach nonsense."""
+    pytest.importorskip("mujoco", reason='needs MuJoCo: pip install -e ".[go1]"')
+    student = str(whole / "best.npz")
+    with pytest.raises(ValueError, match="best.npz lacks the velocity itself: nothing to teach$"):
+        distill.make_envs(arguments(student))
+
+
+def test_the_task_has_all_the_teachers_settings(teacher, tmp_path):
+    """All to which the teacher's run was set; the evaluation's are those of ppo_mjx_go1.py."""
+    pytest.importorskip("mujoco", reason='needs MuJoCo: pip install -e ".[go1]"')
+    meta = ppo.load(teacher)
+    set_so = dict(noise_level=0.25, action_latency=[0.0, 0.01], pushes=True, kp_factor=[0.8, 1.2])
+    meta["args"] = meta["args"] | set_so | dict(command_time=2.5)
+    ppo.save(tmp_path / "set.npz", meta, meta.pop("arrays"))
+    args = arguments(str(tmp_path / "set.npz"), env_id="Go1JoystickFlat", backend="mujoco-c")
+    env, eval_env = distill.make_envs(args)
+    for config in (env.config, eval_env.config):
+        assert (config.noise_level, config.action_latency) == (0.25, (0.0, 0.01))
+        assert config.pushes and config.no_linvel
+    assert env.config.domain_randomization and env.config.kp_factor == (0.8, 1.2)
+    assert not eval_env.config.domain_randomization and eval_env.config.kp_factor == (1.0, 1.0)
+    assert (env.config.command_time, eval_env.config.command_time) == (2.5, 5.0)
 
 
 def test_the_command_prints_one_line(tmp_path):

@@ -175,6 +175,52 @@ def test_saved_episodes_are_lived_again_exactly():
         assert np.array_equal(one.view(), other.view())
 
 
+@egl
+@pytest.mark.parametrize("env_id", [name for names in worker.LOCOMOTION.values() for name in names])
+def test_locomotion_is_seen_by_the_walker_and_lived_again_exactly(env_id):
+    """The second world of one task, in another that began elsewhere. Mazes fail here: they shuffle by themselves."""
+    one, other = (task(env_id, seed, renderer="egl") for seed in (1, 2))
+    one.begin()
+    steps = [actions(1, len(one.low), t)[0].numpy() for t in range(4)]
+    for action in steps[:2]:
+        one.step(action)
+    other.load(one.save())
+    for action in steps[2:]:
+        assert np.array_equal(one.view(), other.view()) and one.step(action) == other.step(action)
+    one.begin(), other.begin()
+    assert np.array_equal(one.env.physics.get_state(), other.env.physics.get_state())
+    assert one.describe()["cameras"][one.camera] == "walker/egocentric" and one.view().std() > 2
+    assert one.frames == (1500 if env_id == "rodent_run_gaps" else 1000)
+
+
+@egl
+def test_a_walker_that_falls_into_a_gap_has_truly_ended():
+    one = task("rodent_run_gaps", renderer="egl", image_size=8)
+    one.env.task._terminate_at_height = 10.0  # everything is below that
+    reward, discount, terminated, truncated, sane = one.step(np.zeros(38, np.float32))
+    assert (discount, terminated, truncated, sane) == (0.0, True, False, True)
+
+
+def test_locomotion_without_opengl_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setitem(os.environ, "MUJOCO_GL", "disabled")
+    with pytest.raises(ValueError, match="^rodent_run_gaps needs OpenGL: renderer egl or osmesa$"):
+        task("rodent_run_gaps")
+
+
+@pytest.mark.parametrize(
+    ("cores", "n", "workers", "count"),
+    [(1, 1, None, 0), (2, 1, None, 1), (1, 2, None, 2), (2, 1, 0, 0)],
+)
+def test_an_environment_gets_a_process_where_there_is_a_core_for_it(
+    monkeypatch, cores, n, workers, count
+):
+    from envs.dmc import env
+
+    monkeypatch.setattr(env, "usable_cpus", lambda: cores)
+    known = SimpleNamespace(num_envs=n, renderer="warp")
+    assert env.DMCEnv._processes(known, workers) == count
+
+
 def test_jitter_changes_pictures_and_nothing_else():
     plain, moved = task("walker_walk"), task("walker_walk", camera_jitter=0.1, colour_jitter=0.3)
     rows = slice(-12 - 6 * plain.model.nlight, -6 * plain.model.nlight)  # the camera's pose
@@ -461,7 +507,7 @@ def test_fast_render_keeps_the_scene_and_drops_the_shadows():
 
 @egl
 def test_opengl_environments_here_and_in_a_process_agree():
-    here = make("cartpole_balance", 1, renderer="egl", workers=None, fast_render=True)
+    here = make("cartpole_balance", 1, renderer="egl", workers=0, fast_render=True)
     there = make("cartpole_balance", 1, renderer="egl", workers=1, fast_render=True)
     assert isinstance(here.groups[0], processes.Here) and isinstance(
         there.groups[0], processes.Process

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import importlib.util
 import itertools
 import math
 import random
@@ -366,17 +367,6 @@ def test_a_buffer_larger_than_the_memory_is_refused_at_once(fake):
     assert not Path("runs").exists(), "what is refused leaves no folder"
 
 
-def test_the_container_limits_the_memory(monkeypatch):
-    read = Path.read_text
-    assert 2**20 < dq.free_memory(torch.device("cpu")) < 2**50
-    texts = {"meminfo": "MemTotal: 9 kB\nMemAvailable:   400 kB\n", "memory.max": "max\n"}
-    monkeypatch.setattr(Path, "exists", lambda path: path.name in texts)
-    monkeypatch.setattr(Path, "read_text", lambda path: texts.get(path.name) or read(path))
-    assert dq.free_memory(torch.device("cpu")) == 400 * 1024
-    texts["memory.max"] = "1000\n"
-    assert dq.free_memory(torch.device("cpu")) == 1000
-
-
 # --- Random shift ---------------------------------------------------------------------------------
 def shifted_by(monkeypatch, rgb, offsets, pad):
     """random_shift with chosen offsets (B, 2) from 0 to 2 pad: down, right."""
@@ -456,6 +446,17 @@ def test_encoder_sees_every_frame_and_takes_images_as_they_are_stored():
     features = encoder(rgb)
     assert features.shape == (2, encoder.features) and encoder.features == 8 * 8 * 4
     torch.testing.assert_close(features.view(2, 8, 8, 4).permute(0, 3, 1, 2), reference)
+
+
+def test_the_last_layer_is_not_in_bfloat16():
+    """There a batch at Q = 80 has a value or two: 80, 80.5."""
+    args = arguments()
+    agent = dq.Agent(args, SHAPES)
+    torch.nn.init.constant_(agent.critic.heads[0][-1].bias, 80.0)
+    features, state = torch.randn(64, agent.encoder.features), torch.randn(64, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        q = agent.critic(features, state, torch.rand(64, 2))[0]
+    assert q.dtype == torch.float32 and len(q.unique()) > 50
 
 
 # --- Noise ----------------------------------------------------------------------------------------
@@ -576,6 +577,91 @@ def test_update_equals_its_formulas_written_out(monkeypatch):
     assert all(parameter.requires_grad for parameter in agent.critic.parameters())
 
 
+def test_amp_without_bfloat16_units_warns(monkeypatch, capsys):
+    agent, replay, args = learning_parts(amp=True)
+    texts = {"cpuinfo": "flags: avx512f avx512_bf16"}
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    monkeypatch.setattr(Path, "read_text", lambda path: texts[path.name])
+    dq.make_update(agent, dq.make_optimizers(agent, args), args)
+    assert not capsys.readouterr().err
+    texts["cpuinfo"] = "flags: avx2"
+    dq.make_update(agent, dq.make_optimizers(agent, args), args)
+    assert capsys.readouterr().err == "--amp is slow on this device: use --no-amp\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc")
+def test_large_blocks_are_not_faulted_in_anew():
+    code = """if True:
+        import resource, torch, drqv2
+        drqv2.keep_memory()
+        pages = []
+        for _ in range(3):
+            torch.ones(2**24)  # 16,384 pages
+            pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        print(pages[2] - pages[1])
+    """
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=SCRIPT.parent, text=True, capture_output=True)
+    assert int(result.stdout) < 1000, result.stderr
+
+
+# --- Distributional critics -----------------------------------------------------------------------
+def test_a_distribution_is_projected_as_by_hand():
+    """Atoms 0, 1, 2, 3, 4, each row's distribution moved, cut off at the ends and shared."""
+    args = arguments(atoms=5, v_min=0.0, v_max=4.0)
+    even = torch.full((5,), 0.2)
+    probabilities = torch.stack([even, even, even, torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0])])
+    rewards, discounts = torch.tensor([1.0, 0.25, 9.0, 0.5]), torch.tensor([0.0, 1.0, 1.0, 0.5])
+    expected = [
+        [0.0, 1.0, 0.0, 0.0, 0.0],  # an end: the reward alone
+        [0.15, 0.2, 0.2, 0.2, 0.25],  # 0.25, 1.25, 2.25, 3.25 and 4 (cut off)
+        [0.0, 0.0, 0.0, 0.0, 1.0],
+        [0.0, 0.5, 0.5, 0.0, 0.0],  # 1 and 2
+    ]
+    found = dq.project(probabilities, rewards, discounts, args)
+    torch.testing.assert_close(found, torch.tensor(expected))
+    torch.testing.assert_close((found @ torch.arange(5.0))[3], torch.tensor(0.5 + 0.5 * 2.0))
+
+
+def test_values_are_means_of_the_distributions():
+    args = arguments(atoms=3, v_min=-2.0, v_max=4.0)  # atoms -2, 1, 4
+    outputs = torch.tensor([0.5, 0.25, 0.25]).log().expand(2, 4, 3)
+    torch.testing.assert_close(dq.values(outputs, args), torch.full((2, 4), 0.25))
+    assert torch.equal(dq.values(outputs[..., :1], arguments()), outputs[..., 0])
+
+
+def test_distributional_critics_learn_a_known_return(monkeypatch):
+    """Ends everywhere: labels are the rewards' own atoms, from the critic with the smaller mean."""
+    agent, replay, args = learning_parts(atoms=11, v_min=-2.0, v_max=2.0, lr=5e-3)
+    batch = replay.sample(64) | dict(discounts=torch.zeros(64))
+    batch["rewards"] = batch["actions"][:, 0].round()
+    one_update = dq.make_update(agent, dq.make_optimizers(agent, args), args)
+    errors = []
+    for _ in range(150):
+        metrics = one_update(batch, STD)
+        errors.append(float(metrics["loss/qf"]))
+    assert errors[-1] < 0.5 * errors[0]
+    features = agent.encoder(batch["obs"]["rgb"])
+    outputs = agent.critic(features, batch["obs"]["state"], batch["actions"])
+    assert outputs.shape == (2, 64, 11)
+    error = (dq.values(outputs, args).mean(0) - batch["rewards"]).abs().mean()
+    assert error < 0.3
+
+
+def test_the_smaller_distribution_is_the_target(monkeypatch):
+    agent, replay, args = learning_parts(atoms=5, v_min=0.0, v_max=4.0)
+    batch, labels = replay.sample(16), []
+    wanted = torch.randn(2, 16, 5)
+    monkeypatch.setattr(agent.target, "forward", lambda *given: wanted)
+    project = dq.project
+    monkeypatch.setattr(dq, "project", lambda p, *rest: labels.append(p) or project(p, *rest))
+    dq.critic_loss(agent, batch, STD, args)
+    means = wanted.softmax(-1) @ torch.arange(5.0)
+    for i in range(16):
+        smaller = wanted[means[:, i].argmin(), i].softmax(-1)
+        torch.testing.assert_close(labels[0][i], smaller)
+
+
 def test_a_termination_cuts_the_value_and_a_time_limit_does_not():
     agent, replay, args = learning_parts()
     batch = replay.sample(16)
@@ -640,7 +726,7 @@ def test_a_short_run_from_end_to_end(fake):
     assert list(rows[0])[:4] == ["global_step", "wall_time", "train_time", "eval/return"]
     assert [row["global_step"] for row in rows] == ["60", "120"] and result["global_step"] == 120
     metrics = table(run / "metrics.csv")
-    assert [row["global_step"] for row in metrics] == ["40", "60", "80", "100", "120"]
+    assert [row["global_step"] for row in metrics] == ["60", "80", "100", "120"]
     assert all(math.isfinite(float(value)) for row in metrics for value in row.values())
     torch.manual_seed(args.seed)
     start = dq.Agent(args, SHAPES).state_dict()
@@ -699,6 +785,35 @@ def test_the_buffer_gets_what_the_environment_gave(fake, monkeypatch):
     assert any(given[3].any() for given, _ in kept), "an episode ended"
 
 
+class InHalves(FakeEnv):
+    """An environment that may draw while the networks learn. `order`: what happened."""
+
+    order: list = []
+
+    def step_begin(self, actions):
+        InHalves.order.append("begin")
+        self.begun = actions
+
+    def step_end(self):
+        InHalves.order.append("end")
+        return FakeEnv.step(self, self.begun)
+
+
+def test_updates_come_between_the_halves_of_a_step_and_change_nothing(fake, monkeypatch):
+    dq.train(arguments(name="whole", **LONG))
+    sample = dq.Replay.sample
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            dq.Replay, "sample", lambda *given: InHalves.order.append("update") or sample(*given)
+        )
+        envs = [InHalves(4, seed=1, size=16, stagger=False) for _ in range(2)]
+        patch.setattr(dq, "make_envs", lambda args: envs)
+        InHalves.order.clear()
+        dq.train(arguments(name="halves", **LONG))
+    same_runs("whole", "halves")
+    assert InHalves.order == ["begin", "end"] * 10 + ["begin", "update", "end"] * 30
+
+
 def test_noise_follows_its_schedule_in_acting_and_learning(fake, monkeypatch):
     """Unclipped while acting; clipped and of that step's size in the updates after it."""
     calls, noisy = [], dq.noisy_actions
@@ -714,7 +829,7 @@ def test_noise_follows_its_schedule_in_acting_and_learning(fake, monkeypatch):
     assert acting == [float(dq.noise_std(args, t)) for t in range(40, 120, 4)]
     learning = [std for std, clip in calls if clip == 0.2]  # of target and actor in each update
     assert learning[::2] == learning[1::2]
-    assert learning[::2] == [float(dq.noise_std(args, t)) for t in range(36, 120, 4)]
+    assert learning[::2] == [float(dq.noise_std(args, t)) for t in range(40, 120, 4)]
     assert len(calls) == len(acting) + len(learning)
 
 
@@ -722,7 +837,7 @@ def test_updates_come_at_their_rate(fake, monkeypatch):
     """One for every three transitions, four of which come at once."""
     samples = watch(monkeypatch, dq.Replay, "sample")
     dq.train(arguments(update_every=3, learning_starts=60))
-    assert len(samples) == 120 // 3 - 56 // 3
+    assert len(samples) == 120 // 3 - 60 // 3
 
 
 def test_the_first_actions_are_uniform_and_the_next_ones_noisy(fake, monkeypatch):
@@ -785,6 +900,21 @@ def test_ctrl_c_saves_and_the_run_goes_on_exactly(fake, monkeypatch):
     same_runs("whole", "half")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_resuming_holds_the_buffer_once(fake, monkeypatch):
+    """Not a second time as a mapping of the checkpoint, which what an optimizer kept would hold."""
+    dq.train(arguments(name="run", **LONG))
+    maps, step = [], FakeEnv.step
+
+    def watched(self, actions):
+        maps.append(Path("/proc/self/maps").read_text())
+        return step(self, actions)
+
+    monkeypatch.setattr(FakeEnv, "step", watched)
+    dq.train(dq.parse_args(["--resume", "runs/run", "--total-timesteps", "164"]))
+    assert "checkpoint.pt" not in maps[0]
+
+
 def test_a_run_that_dies_before_its_first_evaluation_can_go_on(fake, monkeypatch):
     dq.train(arguments(name="whole", **LONG))
     with monkeypatch.context() as patch:
@@ -801,7 +931,7 @@ def test_without_a_saved_buffer_updates_wait_until_it_is_filled_again(fake, monk
     assert "replay" not in first and "env" not in first
     samples = watch(monkeypatch, dq.Replay, "sample")
     dq.train(dq.parse_args(["--resume", "runs/run", "--total-timesteps", "160"]))
-    assert len(samples) == (160 - 80 - 40) // 4 + 1
+    assert len(samples) == (160 - 80 - 40) // 4
     assert [row["global_step"] for row in table("runs/run/eval.csv")] == ["60", "80", "120", "160"]
 
 
@@ -1004,6 +1134,8 @@ def test_arguments_of_a_run_come_from_its_checkpoint(fake):
         (dict(learning_starts=8), "--learning-starts must be at least"),
         (dict(buffer_size=27), "--buffer-size must be at least"),
         (dict(eval_episodes=7), "multiple of --eval-envs"),
+        (dict(atoms=1), "--atoms must be 0 or at least 2"),
+        (dict(atoms=51, v_min=9.0, v_max=9.0), "--v-max above --v-min"),
     ],
 )
 def test_choices_that_cannot_work_are_named(changes, words):
@@ -1033,3 +1165,24 @@ def test_the_command_line_prints_an_error_without_a_traceback(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1] == "error: --evaluate needs --checkpoint FILE"
+
+
+# --- The published curve --------------------------------------------------------------------------
+def test_published_curves_are_drawn_beside_ours(tmp_path):
+    path = SCRIPT.parents[1] / "scripts/plot_published.py"
+    spec = importlib.util.spec_from_file_location("plot_published", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    curve = script.published(SCRIPT.parents[1] / "docs/published/drqv2.csv")["cartpole_balance"]
+    at = curve["frame"].index(60_000)  # ten seeds: 963 974 980 982 987 989 991 992 993 995
+    assert curve["seeds"][at] == 10 and 987 <= curve["median"][at] <= 989
+    assert (round(curve["lowest"][at]), round(curve["highest"][at])) == (963, 995)
+    (tmp_path / "cartpole_balance__cpu2__s1.csv").write_text("global_step,eval/return\n100,7.5\n")
+    groups = script.ours(tmp_path, "cartpole_balance")
+    assert groups == {"cpu2": [([200.0], [7.5])]}
+    command = '{"command": "python algos/drqv2.py --action-repeat 4"}'
+    (tmp_path / "cartpole_balance__cpu2__s1.json").write_text(command)
+    groups = script.ours(tmp_path, "cartpole_balance")
+    assert groups["cpu2"][0][0] == [400.0]
+    script.draw("cartpole_balance", curve, groups, tmp_path / "images/a.png")
+    assert (tmp_path / "images/a.png").stat().st_size > 5_000

@@ -2,6 +2,7 @@
 
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -594,7 +595,7 @@ def test_noise_has_the_published_ranges():
 # --- Randomisation, pushes, latency ---------------------------------------------------------------
 def test_randomisation_changes_what_it_says_and_nothing_else(varied):
     state = varied.reset_batch(keys(40, 1))
-    models, nominal = varied.physics.models_for(state.dr), varied.model
+    models, nominal = varied.physics.models_for(state.dr), varied.physics.model
     names = [name for name in dir(nominal) if isinstance(getattr(nominal, name), np.ndarray)]
     changed = {
         n
@@ -762,6 +763,67 @@ def test_a_step_in_c_can_stand_in_a_jitted_scan(varied):
     assert not np.array_equal(state.qpos, start.qpos)
     for ours, theirs in zip(*map(jax.tree.leaves, (scanned, state)), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_left_out_of_the_simulated_model_changes_no_bit(flat):
+    """Shapes that are only drawn, and the search for islands, cost time; the robot moves the same."""
+    state = flat.step_batch(flat.reset_batch(keys(4)), jnp.full((4, 12), 0.3))
+    targets, force = flat._targets(state, jnp.full((4, 12), -0.4))
+    given = state.qpos, state.qvel, state.warmstart, targets, force, {}
+    whole = Go1Env("Go1JoystickFlat", EnvConfig(**STILL), "mujoco-c", threads=1).physics
+    lean, whole.model = whole.model, flat.model
+    whole.model.opt.disableflags &= ~int(mujoco.mjtDisableBit.mjDSBL_ISLAND)
+    assert whole.model.ngeom == 34 and lean.ngeom == 5
+    for ours, theirs in zip(flat.physics.run(*given), whole.run(*given), strict=True):
+        assert np.array_equal(ours, theirs)
+
+
+def test_a_warning_of_the_c_library_is_counted(flat):
+    """A target that is no number is its one warning, without divergence, that can be provoked here.
+
+    It stops the clock of that robot alone, as full contacts would; one that diverges is not counted.
+    """
+    state = flat.step_batch(flat.reset_batch(keys(3)), jnp.zeros((3, 12)))
+    targets, force = flat._targets(state, jnp.zeros((3, 12)))
+    given = state.qpos, state.qvel.at[2, 8].set(1e11), state.warmstart
+    assert not flat.physics.run(*given, targets, force, {})[-1].any()
+    *_, overflow = flat.physics.run(*given, targets.at[1, 2].set(jnp.nan), force, {})
+    assert overflow.tolist() == [False, True, False]
+
+
+@pytest.mark.slow
+def test_contacts_that_do_not_fit_are_counted_in_warp():
+    """Room for the contacts of one robot, four, where two stand on the floor."""
+    pytest.importorskip("mujoco_warp", reason='needs MuJoCo Warp: pip install -e ".[so101]"')
+    found = []
+    for room in (2, 1):
+        env = Go1Env("Go1JoystickFlat", EnvConfig(warp_worlds=room, **STILL), "mjx-warp")
+        state = env.reset_batch(keys(2))
+        qpos = state.qpos.at[:, 2].set(0.24).at[:, 3:7].set(jnp.eye(4)[0])
+        state = env.step_batch(state._replace(qpos=qpos), jnp.zeros((2, 12)))
+        found.append(float(state.metrics["overflow"].sum()))
+    assert found[0] == 0 and found[1] > 0
+
+
+def test_c_lives_on_the_cpu_and_serves_several_threads(varied):
+    """Whatever the default device is; two callers at once get what one after the other would."""
+    with varied._device():
+        assert jax.config.jax_default_device.platform == "cpu"
+    states = [varied.reset_batch(keys(8, seed)) for seed in (1, 2)]
+    actions = jnp.full((8, 12), 0.2)
+    alone = [varied.step_batch(state, actions) for state in states]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda state: varied.step_batch(state, actions), states * 4))
+    for ours, theirs in zip(together, alone * 4, strict=True):
+        for a, b in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+            assert np.array_equal(a, b)
+
+
+def test_action_rate_is_the_speed_of_the_targets(flat):
+    state = flat.reset_batch(keys(2))
+    actions = jnp.zeros((2, 12)).at[0, :6].set(0.2)
+    after = flat.step_batch(state, actions)
+    assert after.metrics["action_rate"] == pytest.approx([0.1 * 0.5 / 0.02, 0.0])
 
 
 def test_threads_do_not_change_the_result(varied):

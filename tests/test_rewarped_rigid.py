@@ -105,6 +105,10 @@ def test_two_links_on_a_free_body_keep_momentum():
     state[2], state[3] = (torch.randn(1, 3, generator=g, dtype=D) for _ in range(2))
     state[4], state[5], state[6] = (torch.randn(1, 2, generator=g, dtype=D) for _ in range(3))
 
+    mass = torch.tensor([body.mass for body in bodies], dtype=D)
+    com = torch.tensor([body.com for body in bodies], dtype=D)
+    inertia = torch.stack([sim.matrix(body.inertia) for body in bodies])
+
     def momenta(p, q, v, w, angles, rates):
         """By differences of the frames' positions: independent of the mass matrix."""
 
@@ -112,20 +116,34 @@ def test_two_links_on_a_free_body_keep_momentum():
             spin = torch.cat((w * s / 2, torch.ones(1, 1, dtype=D)), 1)
             turned = torch.nn.functional.normalize(multiply(spin, q), dim=1)
             x, turns = sim.frames(p + s * v, turned, angles + s * rates)
-            return x + rotate(turns, sim.coms.expand(1, -1, 3)), turns
+            return x + rotate(turns, com.expand(1, -1, 3)), turns
 
         (a, _), (b, _), (c, turns) = middles(-1e-6), middles(1e-6), middles(0.0)
         speed, spins = (b - a) / 2e-6, [w[0]]
         for j, hinge in enumerate(hinges):
             spins.append(spins[hinge.parent] + rotate(turns[0, 1 + j], sim.axes[j]) * rates[0, j])
-        push = sim.masses[:, None] * speed[0]
+        push = mass[:, None] * speed[0]
         own = rotate(turns[0] * torch.tensor((-1.0, -1.0, -1.0, 1.0), dtype=D), torch.stack(spins))
-        own = rotate(turns[0], (sim.inertias @ own[..., None])[..., 0])
+        own = rotate(turns[0], (inertia @ own[..., None])[..., 0])
         return push.sum(0), (own + torch.cross(c[0], push, dim=1)).sum(0)
 
     before, after = momenta(*state[:6]), momenta(*sim.step(*state))
     for one, other in zip(before, after, strict=True):
         assert (one - other).norm() < 1e-3 * one.norm()
+
+
+def test_without_checkpoints_a_window_that_is_over_has_no_gradient():
+    """Its arrays may have been used again; and a window has as many steps as were asked for."""
+    env = rewarped.make("AntRun", 1, size="small", checkpoint=False, window=2)
+    action = torch.zeros(1, 8, requires_grad=True)
+    reward = env.step(action)[1].sum()
+    env.detach()
+    env.step(action)
+    with pytest.raises(RuntimeError, match="after detach"):
+        reward.backward()
+    env.step(action)
+    with pytest.raises(RuntimeError, match="more than window=2"):
+        env.step(action)
 
 
 def test_limits_hold_and_a_ball_rests_in_the_ground():

@@ -75,7 +75,7 @@ def test_only_equations_of_a_page_are_changed():
 def test_every_equation_of_a_page_is_well_formed(page):
     out = typeset.typeset_page(page.read_text())
     blocks = re.findall(r'<div class="equations">.*?</div>', out)
-    assert blocks
+    assert blocks or page.stem not in site_hooks.ALGOS
     for block in blocks:
         tree = ElementTree.fromstring(block)
         for name, count in {"msub": 2, "msup": 2, "msubsup": 3, "munder": 2, "mfrac": 2}.items():

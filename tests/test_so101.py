@@ -1,6 +1,7 @@
 """The SO-101 task set: geometry and physics against closed forms, episodes, randomisation, exact resume."""
 
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,10 @@ import torch
 
 mujoco = pytest.importorskip("mujoco", reason='needs MuJoCo: pip install -e ".[so101]"')
 pytest.importorskip("mujoco_warp", reason='needs MuJoCo Warp: pip install -e ".[so101]"')
+import mujoco_warp as mjw  # noqa: E402
+
 from envs import so101  # noqa: E402
+from envs.so101 import render  # noqa: E402
 
 
 def actions(n, seed=0):
@@ -407,6 +411,37 @@ def test_a_diverged_world_restarts_alone():
     for i in range(3):
         env.step(actions(4, i))
     assert int(env.nan_resets) == 1 and env.qpos.isfinite().all()
+
+
+@pytest.mark.parametrize(("buffer", "kind"), [("CONTACTS", "NARROWPHASE"), ("CONSTRAINTS", "NEFC")])
+def test_contacts_that_do_not_fit_stop_a_run_in_one_line(buffer, kind, monkeypatch, capfd):
+    monkeypatch.setattr(render, buffer, 4)
+    env = make("SO101LiftCube-v1", 4, engine="warp", images=False)
+    down = torch.zeros(4, 6)
+    down[:, 1] = 1.0
+    with pytest.raises(ValueError, match=f"left out .*{kind}.*raise CONTACTS and CONS") as error:
+        for _ in range(so101.HORIZON):
+            env.step(down)
+    assert "\n" not in str(error.value) and "overflow" not in capfd.readouterr().out
+
+
+def test_a_rare_contact_that_does_not_fit_is_reported_once():
+    """Two of 4 x 500 environment steps; solver iterations, which MuJoCo Warp prints of by itself, do not count."""
+    env = make("SO101LiftCube-v1", 4, engine="warp", images=False)
+    nefc, solver = int(mjw.OverflowType.NEFC), int(mjw.OverflowType.ITERATIONS)
+    for bits in ([nefc, 0, nefc, solver], [solver] * 4):
+        env.scene.d.overflow.assign(bits)
+        env.step(torch.zeros(4, 6))
+        assert not env.scene.d.overflow.numpy().any()
+    env.physics.steps = 500
+    with pytest.warns(UserWarning, match="in 2 of 2000 environment steps .NEFC.: it has memory"):
+        env.physics.check_left_out()
+    with warnings.catch_warnings(action="error"):
+        env.physics.check_left_out()  # nothing new
+    env.physics.steps = 499
+    env.physics.t_left_out[0] += 1
+    with pytest.raises(ValueError, match="in 3 of 1996"):
+        env.physics.check_left_out()
 
 
 @pytest.mark.parametrize("engine", ["mujoco", "warp"])

@@ -553,6 +553,22 @@ def test_a_run_killed_before_its_first_evaluation_can_be_continued(fake):
     assert not differences(agent_of("run"), agent_of("whole"))
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_resume_holds_the_buffer_once(fake):
+    """The checkpoint's pages, buffer included, are released when it has been read."""
+
+    class Looking(FakeEnv):
+        def step(self, actions):
+            mapped.append("checkpoint.pt" in Path("/proc/self/maps").read_text())
+            return super().step(actions)
+
+    mapped = []
+    sq.train(arguments(name="run", save_buffer=True))
+    fake["train"] = Looking
+    sq.train(sq.parse_args(["--resume", "runs/run", "--total-timesteps", "160"]))
+    assert len(mapped) > 3 and not any(mapped[3:])
+
+
 def test_resume_without_buffer_says_so(fake, capsys):
     sq.train(arguments(name="run", total_timesteps=80))
     sq.train(sq.parse_args(["--resume", "runs/run", "--total-timesteps", "160"]))

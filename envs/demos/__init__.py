@@ -3,6 +3,7 @@
     python -m envs.demos --env-id SO101PlaceCube-v1 --episodes 200 --noise 0.1
     python -m envs.demos --env-id SO101LiftCube-v1 --obs pixels --cameras wrist third --render-size 84 --out lift.hdf5
     python -m envs.demos --env-id robosuite/PickPlaceCan --episodes 50        (docs/envs/robosuite.md: its environment)
+    python -m envs.demos --from-lerobot FOLDER --env-id MyArm --out arm.hdf5  a LeRobotDataset, brought to this layout
     python -m envs.demos --show lift.hdf5                                     what a file holds, ours or robomimic's
 
 The expert knows the true state and never errs by itself. `Human` makes it err, by what people do with a leader arm:
@@ -27,7 +28,7 @@ For programs: `read(path)` gives a list of demonstrations, see there; `record(en
 """
 
 from envs.demos.human import Human
-from envs.demos.reading import describe, env_args, read, read_successes
-from envs.demos.recording import record
+from envs.demos.reading import describe, env_args, fit, read, read_successes
+from envs.demos.recording import convert, record
 
-__all__ = ["Human", "describe", "env_args", "read", "read_successes", "record"]
+__all__ = ["Human", "convert", "describe", "env_args", "fit", "read", "read_successes", "record"]

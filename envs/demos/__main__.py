@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from envs.demos.human import Human
+from envs.demos.lerobot import is_lerobot
 from envs.demos.reading import describe, import_h5py
-from envs.demos.recording import record
+from envs.demos.recording import convert, record
 
 
 @dataclass
@@ -45,6 +46,8 @@ class Args:
     """Give up after so many episodes; None: ten times as many as wanted."""
     seed: int = 0
     """Seed of starts, randomisation and errors: the same seed and settings, the same demonstrations."""
+    from_lerobot: Path | None = None
+    """Record nothing; bring this LeRobotDataset folder to robomimic's layout, in --out, as the task --env-id."""
     show: Path | None = None
     """Record nothing; describe this file."""
 
@@ -110,6 +113,14 @@ def main(args: Args) -> None:
     out = (args.out or Path("runs/demos") / name).expanduser()
     if out.exists() and not args.overwrite:
         raise ValueError(f"{out} exists; name another file with --out, or add --overwrite")
+    if args.from_lerobot is not None:
+        if not is_lerobot(args.from_lerobot):
+            raise ValueError(
+                f"{args.from_lerobot} is no LeRobotDataset: there is no meta/info.json"
+            )
+        tally = convert(args.from_lerobot, out, args.env_id, args.render_size, args.seed)
+        print(f"{out}: {tally['kept']} demonstrations, {tally['steps']} steps")
+        return
     env, human, about, cameras = make(args)
     inode = lambda: out.stat().st_ino if out.exists() else None  # noqa: E731
     before = inode()

@@ -9,6 +9,19 @@ from typing import Any
 
 import numpy as np
 
+from envs.demos import lerobot
+from envs.demos.lerobot import is_lerobot
+
+# Of env_kwargs: what makes a task of robosuite another one, and is not set by the environment itself.
+BUILDS = (
+    "robots",
+    "controller_configs",
+    "env_configuration",
+    "gripper_types",
+    "base_types",
+    "initialization_noise",
+)
+CONTROL_HZ = 20  # of envs/robosuite
 INSTALL = 'demonstrations need h5py: pip install -e ".[resfit]"'
 
 
@@ -74,6 +87,42 @@ def env_args(path: str | Path) -> dict[str, Any]:
         return found
 
 
+def fit(
+    path: str | Path, env_id: str, cameras: Sequence[str] = (), image_size: int = 0
+) -> dict[str, Any]:
+    """Options for `envs.make` with which an environment is the one of the demonstrations.
+
+    For a task of robosuite these are the env_kwargs of the file's env_args: robots, controllers and the like, without
+    what is about images. Raises ValueError, one line, where the file is of another task, or where `cameras` (of images,
+    `image_size` on each side) are not in it. A file that does not name its task fits all.
+    """
+    with _open(path) as (file, names, about):
+        named = about.get("env_id") or about.get("env_name") or env_id
+        task, wanted = named.rsplit("/", 1)[-1], env_id.rsplit("/", 1)[-1]
+        if task != wanted:
+            raise ValueError(f"{path} has demonstrations of {named}, not of {env_id}")
+        obs = file["data"][names[0]].get("obs", {})
+        for camera in cameras:
+            if f"{camera}_image" not in obs:
+                there = [key.removesuffix("_image") for key in obs if key.endswith("_image")]
+                raise ValueError(
+                    f"{path} has no camera {camera}; it has {', '.join(there) or 'none'}"
+                )
+            sides = obs[f"{camera}_image"].shape[1:3]
+            if tuple(sides) != (image_size, image_size):
+                raise ValueError(
+                    f"{path} has images of {sides[0]} x {sides[1]}, the run wants {image_size} x {image_size}"
+                )
+    if not env_id.startswith("robosuite/"):
+        return {}
+    kwargs = about.get("env_kwargs") or {}
+    kept = {k: v for k, v in kwargs.items() if k in BUILDS}
+    frequency = kwargs.get("control_freq", CONTROL_HZ)
+    if frequency != CONTROL_HZ:
+        raise ValueError(f"{path} was recorded at {frequency} Hz, the environment has {CONTROL_HZ}")
+    return {"env_kwargs": kept} if kept else {}
+
+
 def read(
     path: str | Path,
     obs_keys: Sequence[str] | Mapping[str, str | Sequence[str]] | None = None,
@@ -103,6 +152,8 @@ def read(
 
     Raises FileNotFoundError, ValueError (one line: what is wrong with the file or the request), ImportError.
     """
+    if is_lerobot(path):
+        return _read_lerobot(path, obs_keys, limit, until_success)
     with _open(path) as (file, names, about):
         if filter is not None:
             masks = {k: [n.decode() if isinstance(n, bytes) else str(n) for n in v[()]]
@@ -145,6 +196,33 @@ def read(
         return [
             _read_one(path, file["data"][name], name, keys, until_success) for name in names[:limit]
         ]
+
+
+def _read_lerobot(path, obs_keys, limit: int | None, until_success: bool) -> list[dict[str, Any]]:
+    """What `read` gives of a LeRobotDataset."""
+    keys = ("state", "rgb") if obs_keys is None else tuple(obs_keys)
+    if not set(keys) <= {"state", "rgb"}:
+        raise ValueError(f"{path} is a LeRobotDataset: state and rgb can be read, not {keys}")
+    found = []
+    for demo in lerobot.episodes(path, images="rgb" in keys):
+        if len(found) == limit:
+            break
+        demo["obs"] = {key: demo["obs"][key] for key in keys if key in demo["obs"]}
+        found.append(_cut(demo) if until_success else demo)
+    return found
+
+
+def _cut(demo: dict[str, Any]) -> dict[str, Any]:
+    """A demonstration up to its first success, where it goes on after one."""
+    success = demo["success"]
+    if not success[:-1].any():
+        return demo
+    end = int(success.argmax()) + 1
+    final = {k: v[end] for k, v in demo["obs"].items()}
+    cut = demo | {"obs": {k: v[:end] for k, v in demo["obs"].items()}, "final_obs": final}
+    cut |= {key: demo[key][:end].copy() for key in ("actions", "rewards", "success", "dones")}
+    cut["dones"][-1] = True
+    return cut
 
 
 def read_successes(path: str | Path, obs_keys: Sequence[str]) -> tuple[list[dict], list[dict]]:
@@ -197,19 +275,9 @@ def _read_one(
         raise ValueError(
             f"{path}: data/{name} has {length} actions, but other entries are {sorted(lengths)} long"
         )
-    if until_success and success[:-1].any():
-        end = int(success.argmax()) + 1
-        final = {k: v[end] for k, v in obs.items()}
-        obs = {k: v[:end] for k, v in obs.items()}
-        actions, rewards, success, dones = (
-            actions[:end],
-            rewards[:end],
-            success[:end],
-            dones[:end].copy(),
-        )
-        dones[-1] = True
-    return {"obs": obs, "final_obs": final, "actions": actions, "rewards": rewards, "dones": dones, "success": success,
-            "name": name}  # fmt: skip
+    demo = {"obs": obs, "final_obs": final, "actions": actions, "rewards": rewards, "dones": dones,
+            "success": success, "name": name}  # fmt: skip
+    return _cut(demo) if until_success else demo
 
 
 def _join(parts: list[np.ndarray]) -> np.ndarray:

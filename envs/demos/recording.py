@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from envs.demos import lerobot
 from envs.demos.reading import import_h5py
 
 VALID = 0.1  # share of the demonstrations that mask/valid names
@@ -80,6 +81,55 @@ class _File:
     def discard(self) -> None:
         self.file.close()
         self.temporary.unlink(missing_ok=True)
+
+
+def convert(
+    folder: str | Path, path: str | Path, env_id: str, size: int = 84, seed: int = 0
+) -> dict[str, Any]:
+    """Brings a LeRobotDataset to the layout that algos/ read: one file, images of `size` pixels on each side.
+
+    Actions beyond [-1, 1] are brought there, each dimension by its own least and largest value over the dataset, which
+    env_args keep as `action_low` and `action_high`: a policy's action a means low + (a + 1) / 2 (high - low). The file
+    appears when it is complete. Returns {"kept", "steps"}. Raises ValueError, ImportError.
+    """
+    info = lerobot.read_info(folder)
+    names = [
+        key.removeprefix(lerobot.IMAGES).replace(".", "_") for key in lerobot.camera_keys(info)
+    ]
+    low, high = np.inf, -np.inf
+    for demo in lerobot.episodes(folder, images=False):
+        low = np.minimum(low, demo["actions"].min(0))
+        high = np.maximum(high, demo["actions"].max(0))
+    if np.abs(low).max() <= 1 and np.abs(high).max() <= 1:
+        low, high = -np.ones_like(low), np.ones_like(high)
+    spread = np.where(high > low, high - low, 1)
+    out = _File(Path(path))
+    try:
+        for demo in lerobot.episodes(folder, size):
+            obs = {"state": demo["obs"]["state"]}
+            for k, name in enumerate(names):
+                obs[f"{name}_image"] = demo["obs"]["rgb"][..., 3 * k : 3 * k + 3]
+            actions = 2 * (demo["actions"] - low) / spread - 1
+            rows = {"obs": obs, "next_obs": {}, "actions": actions.astype(np.float32)}
+            rows |= {"rewards": demo["rewards"], "dones": demo["dones"].astype(np.uint8)}
+            rows["success"] = demo["success"].astype(np.uint8)
+            out.add(rows, bool(demo["success"].any()))
+        about = {
+            "env_name": env_id,
+            "env_id": env_id,
+            "type": 2,
+            "env_kwargs": {"camera_names": names},
+        }
+        about |= {
+            "action_low": low.tolist(),
+            "action_high": high.tolist(),
+            "robot": info.get("robot_type"),
+        }
+        out.finish(about, seed)
+    except BaseException:
+        out.discard()
+        raise
+    return {"kept": out.count, "steps": out.total}
 
 
 @torch.no_grad()

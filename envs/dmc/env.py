@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import torch
 
+from envs import usable_cpus
 from envs.dmc.processes import Here, Process, choose_renderer, gl_backend
 
 # The published sets; medium and hard need more frames, see docs/envs/dmc.md.
@@ -30,7 +31,7 @@ class DMCEnv:
     share of the model's extent and turned by up to this many radians. colour_jitter: and each colour channel of each
     material by up to this much of 1. fast_render: OpenGL without shadows, multisampling and mirrors, which looks
     different. samples_per_pixel: rays of the renderer "warp". workers: most processes; 0 is none, None is one for each
-    environment, and none for a single one.
+    environment, and none for a single one where this process may use one core alone.
     """
 
     state_dim, privileged_dim, has_success = 0, 0, False
@@ -113,7 +114,7 @@ class DMCEnv:
 
     def _processes(self, workers: int | None) -> int:
         """How many processes. One where this process already has another OpenGL backend: it can have a single one."""
-        if workers or (workers is None and self.num_envs > 1):
+        if workers or (workers is None and max(self.num_envs, usable_cpus()) > 1):
             return min(workers or self.num_envs, self.num_envs)
         if "dm_control" not in sys.modules:
             os.environ["MUJOCO_GL"] = gl_backend(self.renderer)

@@ -7,6 +7,7 @@ and `Task.load` lives it again without drawing, which is exact.
 """
 
 import difflib
+import importlib
 import importlib.metadata
 import os
 import signal
@@ -46,6 +47,12 @@ except (ImportError, AttributeError) as error:
         "`python -m envs.check` says what to install; renderer 'warp' needs no OpenGL"
     ) from None
 
+# module of dm_control.locomotion.examples -> its tasks whose episodes follow from the random state. Mazes and what
+# shuffles things are left out: they keep random states of their own, which nobody can save.
+LOCOMOTION = {
+    "basic_rodent_2020": ("rodent_escape_bowl", "rodent_run_gaps"),
+    "basic_cmu_2019": ("cmu_humanoid_go_to_target", "cmu_humanoid_run_gaps", "cmu_humanoid_run_walls"),
+}  # fmt: skip
 VISIBLE = 3  # groups 0, 1 and 2 of geoms, sites and tendons are drawn
 FOR_PEOPLE = 256  # pixels a side that `fast_render` still leaves room for
 SLOT = 3 + 9 + 3 + 4  # floats that describe a drawn thing: position, rotation, size, colour
@@ -53,7 +60,7 @@ SLOT = 3 + 9 + 3 + 4  # floats that describe a drawn thing: position, rotation, 
 
 # ------------------------------------------------------------------------------------------------------ the tasks ----
 def known_tasks() -> dict[str, tuple[str, str]]:
-    """Env id -> (domain, task) of the control suite, or ("manipulation", name)."""
+    """Env id -> (domain, task) of the control suite, ("manipulation", name), or (module, name) of LOCOMOTION."""
     # lqr draws its model at random when it is loaded and knows no time limit: nothing to be learned from pixels.
     known = {
         f"{domain}_{task}": (domain, task) for domain, task in suite.ALL_TASKS if domain != "lqr"
@@ -63,6 +70,8 @@ def known_tasks() -> dict[str, tuple[str, str]]:
     }
     for name in manipulation.get_environments_by_tag("features"):
         known[name.removesuffix("_features")] = ("manipulation", name)
+    for module, names in LOCOMOTION.items():
+        known |= {name: (module, name) for name in names}
     return known
 
 
@@ -83,6 +92,14 @@ def _load(env_id: str, random: np.random.RandomState):
     try:
         if domain == "manipulation":
             return manipulation.load(task, seed=random)
+        if domain in LOCOMOTION:
+            if os.environ["MUJOCO_GL"] == "disabled":  # they draw a first image of their own
+                raise ValueError(f"{env_id} needs OpenGL: renderer egl or osmesa")
+            examples = importlib.import_module(f"dm_control.locomotion.examples.{domain}")
+            env = getattr(examples, task)(random_state=random)
+            for observable in env.task.observables.values():  # its own images would be drawn too
+                observable.enabled = False
+            return env
         return suite.load(domain, task, task_kwargs={"random": random}, visualize_reward=False)
     finally:
         logging.set_verbosity(verbosity)
@@ -126,7 +143,7 @@ class Task:
     def _frames(self) -> int:
         """Control steps of an episode, by counting as dm-control does: its limit may be 1000.0000000001."""
         limit = getattr(self.env, "_step_limit", None)
-        if limit is None:  # the manipulation tasks stop by the simulated time
+        if limit is None:  # manipulation and locomotion stop by the simulated time
             limit = self.env._time_limit / self.env.control_timestep()
         return int(np.ceil(limit - 1e-6))
 
@@ -135,6 +152,8 @@ class Task:
         model = self.env.physics.model.ptr
         names = [model.camera(i).name for i in range(model.ncam)]
         if camera is None:
+            if "walker/egocentric" in names:
+                return names.index("walker/egocentric")
             if not hasattr(self.env, "_step_limit"):
                 return names.index("front_close")
             return 2 if self.env_id.startswith("quadruped") else 0

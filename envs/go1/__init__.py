@@ -25,8 +25,9 @@ Differences from Playground's task, each for a reason:
     numbers. The next episode is drawn anew, at no cost, whenever one ends. (Playground's training
     wrapper restores each environment's first state; commands, last action, air time and swing height
     survive the fall.)
- 2. The observation shows the action just taken and the command that the next reward is about (there:
-    the action before it, and for one step the old command), at an episode's first step too.
+ 2. The observation shows the action just taken, the command that the next reward is about and, for
+    the critic, the feet that touch the floor now (there: the action and the contacts of the step
+    before, and for one step the old command), at an episode's first step too.
  3. A fall and a time-out are told apart; the observation before the reset is kept in `final_obs`.
  4. An environment whose physics diverges is restarted alone, as a time-out, without reward, and
     counted in metrics["nan"].
@@ -35,6 +36,12 @@ Differences from Playground's task, each for a reason:
     its edge.
  7. The first observation of an episode is computed in closed form; its accelerometer reads as at
     rest, torques are 0.
+ 8. commands="balanced", which training uses, has more commands to stand and to turn on the spot.
+
+Contacts or constraints that do not fit into a back end's memory are counted in metrics["overflow"];
+ppo_mjx_go1 stops where that is more than one step of a thousand. metrics["action_rate"] is the mean
+speed of the joint targets, rad/s.
+
 Angles are radians, lengths metres, forces newtons, times seconds; x forward, y left, z up; legs FR,
 FL, RR, RL.
 """

@@ -5,6 +5,7 @@ docstring numbers a difference from Playground's task, the code says `# differs 
 """
 
 import math
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,8 @@ class Go1Env:
         few, few_of_line_search = (100, 50) if backend == "mujoco-c" else (1, 5)
         iterations = c.iterations or few, c.ls_iterations or few_of_line_search
         self.model = robot.build_model(c, self.task.rough, *iterations)
-        self.physics = make_physics(backend, self.model, self.task, c, threads)
+        simulated = robot.build_model(c, self.task.rough, *iterations, drawn=False)
+        self.physics = make_physics(backend, simulated, self.task, c, threads)
         self.episode_length = c.episode_length or self.task.episode_length
         self.control_hz = 1.0 / c.ctrl_dt
         self.obs_dim = 45 if c.no_linvel else 48
@@ -65,16 +67,34 @@ class Go1Env:
         self._sensors = robot.sensors_at(self.model)
         self._renderer = None
         self._reset, self._step = jax.jit(jax.vmap(self.reset)), jax.jit(self._step_all)
+        self._targets, self._finish = (jax.jit(jax.vmap(f)) for f in (self.targets, self.finish))
 
     # --- many robots ------------------------------------------------------------------------------
     def reset_batch(self, keys: jax.Array, stagger: bool = False) -> State:
         """N robots from N keys. stagger: spread the clocks over an episode, so that ends are spread."""
-        clocks = jnp.arange(len(keys)) * self.episode_length // len(keys) * stagger
-        return self._reset(keys, clocks.astype(jnp.int32))
+        with self._device():
+            clocks = np.arange(len(keys)) * self.episode_length // len(keys) * stagger
+            return self._reset(keys, clocks.astype(np.int32))
 
     def step_batch(self, state: State, actions: jax.Array) -> State:
-        """actions (N, 12) in [-1, 1] -> the next State. Pure on every back end."""
-        return self._step(state, actions)
+        """actions (N, 12) in [-1, 1] -> the next State. Pure on every back end.
+
+        In C and outside a compiled program no callback is needed, which JAX could not cache.
+        """
+        traced = isinstance(state.qpos, jax.core.Tracer) or isinstance(actions, jax.core.Tracer)
+        if traced or self.backend != "mujoco-c":
+            return self._step(state, actions)
+        with self._device():
+            targets, force = self._targets(state, actions)
+            carried = state.qpos, state.qvel, state.warmstart
+            moved = self.physics.run(*carried, targets, force, state.dr)
+            return self._finish(state, actions, *moved)
+
+    def _device(self):
+        """mujoco-c lives on the CPU, whatever else the machine has."""
+        if self.backend != "mujoco-c":
+            return nullcontext()
+        return jax.default_device(jax.devices("cpu")[0])
 
     def _step_all(self, state: State, actions: jax.Array) -> State:
         targets, force = jax.vmap(self.targets)(state, actions)
@@ -125,7 +145,7 @@ class Go1Env:
         size = jnp.where((t >= 0) & (t < duration), size, 0.0)
         return size * jnp.stack([jnp.cos(direction), jnp.sin(direction), jnp.zeros(())])
 
-    def finish(self, state: State, action, qpos, qvel, warmstart, sensors) -> State:
+    def finish(self, state: State, action, qpos, qvel, warmstart, sensors, overflow) -> State:
         """What follows the physics: reward, end of the episode, next command and push, reset."""
         c = self.config
         key, sub = jax.random.split(state.key)
@@ -147,8 +167,11 @@ class Go1Env:
         reward = jnp.where(sane, jnp.clip(sum(scaled.values()) * c.ctrl_dt, 0.0, 1e4), 0.0)
         metrics = {f"reward/{name}": value for name, value in scaled.items()}
         metrics |= self._errors(state.command, m, qpos)
+        moved = jnp.abs(action - state.last_action).mean()
+        metrics["action_rate"] = moved * c.action_scale / c.ctrl_dt  # rad/s of the joint targets
         metrics = {name: jnp.where(sane, value, 0.0) for name, value in metrics.items()}
         metrics["nan"] = 1.0 - sane
+        metrics["overflow"] = overflow.astype(jnp.float32)
 
         clock, length, returns = state.clock + 1, state.length + 1, state.returns + reward
         over = (clock >= self.episode_length) | self._off_terrain(qpos) | ~sane
@@ -199,10 +222,10 @@ class Go1Env:
     @property
     def metric_names(self) -> list[str]:
         names = [f"reward/{name}" for name in self.task.rewards]
-        names += ["lin_vel_error", "yaw_vel_error"]
+        names += ["lin_vel_error", "yaw_vel_error", "action_rate"]
         if self.task.stand:
             names += ["height_error", "tilt_error"]
-        return [*names, "nan"]
+        return [*names, "nan", "overflow"]
 
     def _terms(self, state, action, qpos, qvel, m, fallen, first_contact, air_time, swing_peak):
         """Every term of the task, unscaled. m: what the sensors read."""
@@ -253,21 +276,13 @@ class Go1Env:
         return (jnp.abs(qpos[:2]) > edge).any() & self.task.rough  # differs (6)
 
     # --- commands and pushes ----------------------------------------------------------------------
-    def _draw_command(self, draw):
-        largest = np.array(self.config.command_range, np.float32)
-        low, high = terms.STAND_COMMAND if self.task.stand else (-largest, largest)
-        return draw(low, high, 3)
-
     def _draw_command_time(self, draw):
         seconds = -self.config.command_time * jnp.log1p(-draw(0.0, 1.0))
         return jnp.round(seconds / self.config.ctrl_dt).astype(jnp.int32)
 
     def _next_command(self, draw, command, timer):
-        """At 0: each axis keeps its value with probability 1/2, else it is drawn anew, or zero."""
-        new = self._draw_command(draw)
-        if not self.task.stand:
-            new = new * (draw(0.0, 1.0, 3) < terms.COMMAND_KEPT)
-            new = jnp.where(draw(0.0, 1.0, 3) < 0.5, command, new)
+        """At 0 the next command, and the time until the one after it."""
+        new = terms.next_command(draw, command, self.task, self.config)
         due = timer <= 0
         next_timer = jnp.where(due, self._draw_command_time(draw), timer)
         return jnp.where(due, new, command), next_timer
@@ -303,7 +318,7 @@ class Go1Env:
             qpos=qpos,
             qvel=jnp.concatenate([velocity, jnp.zeros(12)]),
             warmstart=jnp.zeros(18),
-            command=self._draw_command(draw),
+            command=terms.first_command(draw, self.task, self.config),
             command_timer=self._draw_command_time(draw),
             last_action=jnp.zeros(12),
             air_time=jnp.zeros(4),

@@ -32,9 +32,14 @@ CONSTANTS = {
 }
 
 
-def build_model(config, rough: bool, iterations: int, ls_iterations: int) -> mujoco.MjModel:
-    """The compiled model; gains and time step are the configuration's."""
+def build_model(
+    config, rough: bool, iterations: int, ls_iterations: int, drawn: bool = True
+) -> mujoco.MjModel:
+    """The compiled model; gains and time step are the configuration's. drawn: with what only looks."""
     spec = mujoco.MjSpec.from_file(str(Path(__file__).with_name("go1.xml")))
+    if not drawn:
+        for geom in [geom for geom in spec.geoms if not (geom.contype or geom.conaffinity)]:
+            spec.delete(geom)
     if rough:
         spec.add_hfield(
             name="terrain",

@@ -1,7 +1,7 @@
 """The Go1's tasks: their settings, the state of an environment, and every reward term."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,9 @@ SOFT_LIMIT = 0.95  # share of the joint range
 POSE_WEIGHT = np.array([1.0, 1.0, 0.1] * 4, np.float32)
 # probability that an axis of a new command is not zero
 COMMAND_KEPT = np.array([0.9, 0.25, 0.5], np.float32)
+# commands="balanced": probability that a new command is zero, or turns and does nothing else. What
+# the published rule draws and keeps comes on top: each then fills a tenth of the time.
+STANDS, TURNS = 0.06, 0.06
 # Go1Stand: low and high of height, roll, pitch
 STAND_COMMAND = np.array([[0.20, -0.2, -0.25], [0.30, 0.2, 0.25]], np.float32)
 # Uniform noise on the policy's observation at noise level 1: velocity, gyro, gravity, joint positions
@@ -87,6 +90,8 @@ class EnvConfig:
     ls_iterations: int | None = None  # of its line search; None: 5 on mjx-*, 50 on mujoco-c
     noise_level: float = 1.0  # factor on the noise of the policy's observation; 0: none
     no_linvel: bool = False  # "state" without the body's velocity (45 numbers): no sensor has it
+    # of the joystick tasks; balanced: a tenth of the time stands, a tenth turns on the spot
+    commands: Literal["published", "balanced"] = "published"
     command_range: tuple[float, float, float] = (1.5, 0.8, 1.2)  # m/s, m/s, rad/s at most
     command_time: float = 5.0  # s between commands, mean of an exponential distribution
     pushes: bool = False  # push the trunk now and then
@@ -114,6 +119,8 @@ class EnvConfig:
             need(getattr(self, name) > 0, f"{name} must be positive")
         low = min(self.noise_level, *self.command_range)
         need(low >= 0, "noise_level and command_range must not be negative")
+        known = self.commands in ("published", "balanced")
+        need(known, f"commands must be published or balanced, not {self.commands}")
         ranges = ("push_wait", "push_duration", "push_speed", "kp_factor", "kd_factor")
         for name in (*ranges, "action_latency"):
             low, high = getattr(self, name)
@@ -154,6 +161,42 @@ class State(NamedTuple):
     metrics: dict[str, jax.Array]  # each reward term with its scale; errors; nan
     episode_return: jax.Array  # () of the episode that this step belongs to; final where it ended
     episode_length: jax.Array  # () int32
+
+
+# --- Commands -------------------------------------------------------------------------------------
+# Both -> (3,). draw(low, high, *shape): uniform numbers, each used once.
+def first_command(draw, task: Task, config: EnvConfig):
+    """At an episode's start: each component is uniform."""
+    new = _uniform_command(draw, task, config)
+    return new if _as_published(task, config) else _stand_or_turn(draw, new, new)
+
+
+def next_command(draw, command, task: Task, config: EnvConfig):
+    """Later: each axis keeps its value with probability 1/2, else it is drawn anew, or zero."""
+    uniform = _uniform_command(draw, task, config)
+    if task.stand:
+        return uniform
+    new = uniform * (draw(0.0, 1.0, 3) < COMMAND_KEPT)
+    new = jnp.where(draw(0.0, 1.0, 3) < 0.5, command, new)
+    return new if _as_published(task, config) else _stand_or_turn(draw, uniform, new)
+
+
+def _as_published(task: Task, config: EnvConfig) -> bool:
+    return task.stand or config.commands == "published"
+
+
+def _uniform_command(draw, task: Task, config: EnvConfig):
+    largest = np.array(config.command_range, np.float32)
+    low, high = STAND_COMMAND if task.stand else (-largest, largest)
+    return draw(low, high, 3)
+
+
+def _stand_or_turn(draw, uniform, otherwise):
+    """Zero, or the turning rate of `uniform` alone, or `otherwise`."""
+    kind = draw(0.0, 1.0)
+    turn = uniform * np.array([0, 0, 1], np.float32)
+    special = jnp.where(kind < STANDS, 0.0, turn)
+    return jnp.where(kind < STANDS + TURNS, special, otherwise)
 
 
 # --- Reward terms ---------------------------------------------------------------------------------

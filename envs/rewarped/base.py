@@ -7,6 +7,8 @@ live state, which passes the gradient of every environment that goes on and stop
 
 import torch
 
+from envs.rewarped.substeps import all_finite
+
 REWARDS, SIZES = ("default", "paper"), ("full", "small")
 
 
@@ -109,6 +111,7 @@ class DifferentiableEnv:
 
     def detach(self) -> None:
         """Begins a window: what comes after has no gradient with respect to what came before."""
+        self.sim.detach()
         self.state = {name: value.detach() for name, value in self.state.items()}
         self.obs = self.observe(self.state)
 
@@ -122,9 +125,7 @@ class DifferentiableEnv:
         state = self.physics(self.state, actions)
         # An environment that has blown up goes back to the state before, detached: its reward is 0, its last
         # observation the one before, and no gradient passes.
-        nan = ~torch.stack(
-            [v.detach().isfinite().reshape(self.num_envs, -1).all(1) for v in state.values()]
-        ).all(0)
+        nan = ~all_finite([value.detach() for value in state.values()])
         if self.device.type == "cuda" or nan.any():
             state = choose(nan, {name: value.detach() for name, value in self.state.items()}, state)
         rewards, terminations = self.reward(state, actions)

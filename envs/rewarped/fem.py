@@ -143,6 +143,8 @@ class FEM:
         device="cpu",
         dtype=torch.float32,
         graph: bool = False,
+        checkpoint: bool = True,
+        window: int = 32,
     ):
         rest = rest.double()
         edges = torch.stack([rest[tets[:, k]] - rest[tets[:, 0]] for k in (1, 2, 3)], -1)
@@ -170,7 +172,7 @@ class FEM:
         masses = array(self.mass.numpy(), dtype=real)
         world = [dt, gravity, radius, ke, kd, kf, friction]
 
-        def launches(state, inputs, scratch, following):
+        def launches(state, inputs, scratch, following, adjoint):
             (x, v), (activation,), (f,) = state, inputs, scratch
             body = [corners, inverse, volumes, mu, lam, damping, float(relative)]
             return [
@@ -188,7 +190,13 @@ class FEM:
             device=device,
             dtype=dtype,
             graph=graph,
+            checkpoint=checkpoint,
+            window=window,
         )
+
+    def detach(self) -> None:
+        """Begins a window."""
+        self.steps.detach()
 
     def step(self, x, v, activation):
         """x and v (N, V, 3) a step later, for activations (N, T); differentiable."""

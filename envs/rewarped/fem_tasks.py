@@ -101,6 +101,8 @@ class SoftJumper(DifferentiableEnv):
             device=self.device,
             dtype=self.dtype,
             graph=self.graph,
+            checkpoint=self.checkpoint,
+            window=self.window,
         )
         self.tets, self.rest = tets, rest.to(self.device, self.dtype)
         self.y0 = float(rest[:, 1].mean())

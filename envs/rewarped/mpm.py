@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 import warp as wp
 
-from envs.rewarped.substeps import Launcher, all_finite, own_gradient
+from envs.rewarped.substeps import Launcher, Spaces, all_finite, need_values, own_gradient
 
 MATERIALS = ("elastic", "plasticine", "fluid")
 CAPSULE, BOX = (
@@ -52,6 +52,7 @@ def kernels(real) -> types.SimpleNamespace:
         functools.partial(wp.kernel, module=name),
         functools.partial(wp.func, module=name),
     )
+    plain = functools.partial(kernel, enable_backward=False)  # with no adjoint, or one by hand
     vec3, mat33 = wp.types.vector(3, real), wp.types.matrix((3, 3), real)
     vectors, matrices = wp.array(dtype=vec3, ndim=2), wp.array(dtype=mat33, ndim=2)
     grid_scalars, grid_vectors = wp.array(dtype=real, ndim=4), wp.array(dtype=vec3, ndim=4)
@@ -103,12 +104,8 @@ def kernels(real) -> types.SimpleNamespace:
         A[n, p] = C[n, p] - eye() * (lam * J * (J - one) * scale)
 
     @func
-    def principal(F: mat33):
-        """Singular value decomposition F = U diag(sigma) V^T and log strains; sigma is kept away from zero."""
-        U, sigma, V = wp.svd3(F)
-        least = real(0.05)
-        sigma = vec3(wp.max(sigma[0], least), wp.max(sigma[1], least), wp.max(sigma[2], least))
-        return U, sigma, V, vec3(wp.log(sigma[0]), wp.log(sigma[1]), wp.log(sigma[2]))
+    def log_strain(sigma: vec3):
+        return vec3(wp.log(sigma[0]), wp.log(sigma[1]), wp.log(sigma[2]))
 
     @func
     def shrink(strain: vec3, limit: real):
@@ -124,26 +121,6 @@ def kernels(real) -> types.SimpleNamespace:
         return mean, factor, direction
 
     @func
-    def hencky(F: mat33, mu: real, lam: real, limit: real):
-        """Returns the plastic F and its Kirchhoff stress: log strains e = log sigma(F), yield at |dev e| = limit.
-
-        Outside, dev e shrinks to the limit (von Mises, volume kept). tau = U diag(2 mu e + lam tr e) U^T.
-        """
-        U, sigma, V, strain = principal(F)
-        mean, factor, direction = shrink(strain, limit)
-        center = vec3(mean, mean, mean)
-        strain = center + (strain - center) * factor
-        tau = U @ wp.diag(strain * (mu * real(2.0)) + center * (lam * real(3.0))) @ wp.transpose(U)
-        if factor < real(1.0):
-            plastic = (
-                U
-                @ wp.diag(vec3(wp.exp(strain[0]), wp.exp(strain[1]), wp.exp(strain[2])))
-                @ wp.transpose(V)
-            )
-            return plastic, tau
-        return F, tau
-
-    @func
     def sinh_ratio(x: real, s: real):
         """sinh(s x / 2) / sinh(x / 2), also at x = 0."""
         if wp.abs(x) < real(1e-3):
@@ -157,17 +134,26 @@ def kernels(real) -> types.SimpleNamespace:
             return real(1.0) - x * x / real(6.0)
         return x / wp.sinh(x)
 
-    @wp.func_grad(hencky)
-    def adj_hencky(F: mat33, mu: real, lam: real, limit: real, adj_plastic: mat33, adj_tau: mat33):
-        """The adjoint by hand, because that of svd3 divides by differences of singular values and is silently wrong
-        where two are equal: at F = I, where every episode begins.
+    @func
+    def adj_hencky(
+        U: mat33,
+        sigma: vec3,
+        V: mat33,
+        mu: real,
+        lam: real,
+        limit: real,
+        adj_plastic: mat33,
+        adj_tau: mat33,
+    ):
+        """The adjoint of return and stress by hand, because that of svd3 divides by differences of singular values and
+        is silently wrong where two are equal: at F = I, where every episode begins.
 
-        hencky is an isotropic function of F: with dF = U P V^T, the diagonal of P changes the singular values and the
+        They are isotropic functions of F: with dF = U P V^T, the diagonal of P changes the singular values and the
         rest turns U and V. What multiplies the turns are divided differences, (g_j - g_i) / (sigma_j - sigma_i) of the
         new singular values g, and 2 mu s (e_j - e_i) / (sigma_j^2 - sigma_i^2); written with x = e_j - e_i both are
         smooth functions of x that have a value at x = 0.
         """
-        U, sigma, V, strain = principal(F)
+        strain = log_strain(sigma)
         mean, s, direction = shrink(strain, limit)
         center = vec3(mean, mean, mean)
         new = center + (strain - center) * s
@@ -186,20 +172,22 @@ def kernels(real) -> types.SimpleNamespace:
         P = wp.diag(
             vec3(adj_strain[0] / sigma[0], adj_strain[1] / sigma[1], adj_strain[2] / sigma[2])
         )
+        root = vec3(wp.sqrt(sigma[0]), wp.sqrt(sigma[1]), wp.sqrt(sigma[2]))
+        grown = vec3(wp.exp(new[0]), wp.exp(new[1]), wp.exp(new[2]))
         for i in range(3):
             for j in range(3):
-                if i != j:
+                if i < j:
                     x = strain[j] - strain[i]
-                    middle = wp.exp((strain[i] + strain[j]) / real(2.0))  # sqrt(sigma_i sigma_j)
-                    middle_new = wp.exp((new[i] + new[j]) / real(2.0))
-                    a = middle_new / middle * sinh_ratio(x, s)
-                    b = (wp.exp(new[i]) + wp.exp(new[j])) / (sigma[i] + sigma[j])
-                    c = mu * s * x_over_sinh(x) / (middle * middle)
-                    P[i, j] = (a + b) / real(2.0) * W[i, j] + (a - b) / real(2.0) * W[j, i]
-                    P[i, j] += (T[i, j] + T[j, i]) * c * sigma[j]
-        wp.adjoint[F] += U @ P @ wp.transpose(V)
+                    middle = root[i] * root[j]
+                    a = wp.sqrt(grown[i] * grown[j]) / middle * sinh_ratio(x, s)
+                    b = (grown[i] + grown[j]) / (sigma[i] + sigma[j])
+                    c = mu * s * x_over_sinh(x) / (middle * middle) * (T[i, j] + T[j, i])
+                    even, odd = (a + b) / real(2.0), (a - b) / real(2.0)
+                    P[i, j] = even * W[i, j] + odd * W[j, i] + c * sigma[j]
+                    P[j, i] = even * W[j, i] + odd * W[i, j] + c * sigma[i]
+        return U @ P @ wp.transpose(V)
 
-    @kernel
+    @plain
     def stress_plasticine(
         F: matrices,
         C: matrices,
@@ -210,12 +198,55 @@ def kernels(real) -> types.SimpleNamespace:
         scale: real,
         F_next: matrices,
         A: matrices,
+        left: matrices,
+        right: matrices,
+        stretch: vectors,
     ):
-        """Hencky strain with von Mises return; see `hencky`."""
+        """Log strains e = log sigma of F = U diag(sigma) V^T, kept for the adjoint; yield at |dev e| = limit.
+
+        Outside, dev e shrinks to the limit (von Mises, volume kept). tau = U diag(2 mu e + lam tr e) U^T.
+        """
         n, p = wp.tid()
-        plastic, tau = hencky((eye() + C[n, p] * dt) @ F[n, p], mu, lam, limit)
+        plastic = (eye() + C[n, p] * dt) @ F[n, p]
+        U, sigma, V = wp.svd3(plastic)
+        least = real(0.05)  # away from zero
+        sigma = vec3(wp.max(sigma[0], least), wp.max(sigma[1], least), wp.max(sigma[2], least))
+        left[n, p] = U
+        right[n, p] = V
+        stretch[n, p] = sigma
+        strain = log_strain(sigma)
+        mean, factor, direction = shrink(strain, limit)
+        center = vec3(mean, mean, mean)
+        strain = center + (strain - center) * factor
+        tau = U @ wp.diag(strain * (mu * real(2.0)) + center * (lam * real(3.0))) @ wp.transpose(U)
+        if factor < real(1.0):
+            grown = vec3(wp.exp(strain[0]), wp.exp(strain[1]), wp.exp(strain[2]))
+            plastic = U @ wp.diag(grown) @ wp.transpose(V)
         F_next[n, p] = plastic
         A[n, p] = C[n, p] - tau * scale
+
+    @plain
+    def adj_stress_plasticine(
+        F: matrices,
+        C: matrices,
+        dt: real,
+        mu: real,
+        lam: real,
+        limit: real,
+        scale: real,
+        left: matrices,
+        right: matrices,
+        stretch: vectors,
+        adj_F_next: matrices,
+        adj_A: matrices,
+        adj_F: matrices,
+        adj_C: matrices,
+    ):
+        n, p = wp.tid()
+        U, V, sigma, adj_Ap = left[n, p], right[n, p], stretch[n, p], adj_A[n, p]
+        adj = adj_hencky(U, sigma, V, mu, lam, limit, adj_F_next[n, p], adj_Ap * (-scale))
+        adj_F[n, p] = adj_F[n, p] + wp.transpose(eye() + C[n, p] * dt) @ adj
+        adj_C[n, p] = adj_C[n, p] + adj_Ap + adj @ wp.transpose(F[n, p]) * dt
 
     # ---- transfers ---------------------------------------------------------------------------------------------------
     @func
@@ -232,7 +263,35 @@ def kernels(real) -> types.SimpleNamespace:
             real(0.5) * (f - real(0.5)) * (f - real(0.5)),
         )
 
-    @functools.partial(wp.kernel, module=name, enable_backward=False)
+    @func
+    def slope(f: real):
+        """Derivatives of `spline`."""
+        return vec3(f - real(1.5), real(2.0) - f * real(2.0), f - real(0.5))
+
+    plain = functools.partial(
+        wp.kernel, module=name, enable_backward=False
+    )  # with no adjoint, or one by hand
+
+    @plain
+    def clear(nodes: ints, count: ints, m: grid_scalars, mv: grid_vectors, gv: grid_vectors):
+        """Zeros where the grid has been used; most of it is empty."""
+        t = wp.tid()
+        if t < count[0]:
+            G, node = m.shape[1], nodes[t]
+            i, j, k, n = node // (G * G) % G, node // G % G, node % G, node // (G * G * G)
+            m[n, i, j, k] = real(0.0)
+            mv[n, i, j, k] = vec3()
+            gv[n, i, j, k] = vec3()
+
+    @plain
+    def unsee(nodes: ints, count: ints, seen: grid_ints):
+        """`seen` as it was before `mark`."""
+        t = wp.tid()
+        if t < count[0]:
+            G, node = seen.shape[1], nodes[t]
+            seen[node // (G * G * G), node // (G * G) % G, node // G % G, node % G] = 0
+
+    @plain
     def mark(x: vectors, inv_dx: real, seen: grid_ints, nodes: ints, count: ints):
         """Lists the nodes that particles touch, each once; most of the grid is empty."""
         n, p = wp.tid()
@@ -246,7 +305,7 @@ def kernels(real) -> types.SimpleNamespace:
                             ((n * G + bx + i) * G + by + j) * G + bz + k
                         )
 
-    @kernel
+    @plain
     def p2g(
         x: vectors,
         v: vectors,
@@ -271,7 +330,46 @@ def kernels(real) -> types.SimpleNamespace:
                     wp.atomic_add(grid_m, n, ix, iy, iz, w)
                     wp.atomic_add(grid_mv, n, ix, iy, iz, (vp + Ap @ offset) * w)
 
-    @kernel
+    @plain
+    def adj_p2g(
+        x: vectors,
+        v: vectors,
+        A: matrices,
+        dx: real,
+        inv_dx: real,
+        adj_m: grid_scalars,
+        adj_mv: grid_vectors,
+        adj_x: vectors,
+        adj_v: vectors,
+        adj_A: matrices,
+    ):
+        """With o = x_i - x, of the weights m + mv . (v + A o); adj_A alone is not added to."""
+        n, p = wp.tid()
+        xp, vp, Ap, G = x[n, p], v[n, p], A[n, p], adj_m.shape[1]
+        bx, by, bz = corner(xp[0], inv_dx, G), corner(xp[1], inv_dx, G), corner(xp[2], inv_dx, G)
+        fx, fy, fz = xp[0] * inv_dx - real(bx), xp[1] * inv_dx - real(by), xp[2] * inv_dx - real(bz)
+        wx, wy, wz = spline(fx), spline(fy), spline(fz)
+        sx, sy, sz = slope(fx), slope(fy), slope(fz)
+        to_v, to_A, to_f = vec3(), mat33(), vec3()
+        for i in range(3):
+            for j in range(3):
+                for k in range(3):
+                    ix, iy, iz = bx + i, by + j, bz + k
+                    offset = vec3(real(ix), real(iy), real(iz)) * dx - xp
+                    momentum = adj_mv[n, ix, iy, iz]
+                    share = adj_m[n, ix, iy, iz] + wp.dot(momentum, vp + Ap @ offset)
+                    weighed = momentum * (wx[i] * wy[j] * wz[k])
+                    to_v += weighed
+                    to_A += wp.outer(weighed, offset)
+                    to_f += (
+                        vec3(sx[i] * wy[j] * wz[k], wx[i] * sy[j] * wz[k], wx[i] * wy[j] * sz[k])
+                        * share
+                    )
+        adj_x[n, p] = adj_x[n, p] + to_f * inv_dx - wp.transpose(Ap) @ to_v
+        adj_v[n, p] = adj_v[n, p] + to_v
+        adj_A[n, p] = to_A
+
+    @plain
     def g2p(
         x: vectors,
         grid_v: grid_vectors,
@@ -307,6 +405,50 @@ def kernels(real) -> types.SimpleNamespace:
             wp.clamp(moved[1], least, most),
             wp.clamp(moved[2], least, most),
         )
+
+    @plain
+    def adj_g2p(
+        x: vectors,
+        grid_v: grid_vectors,
+        dx: real,
+        inv_dx: real,
+        dt: real,
+        x_next: vectors,
+        v_next: vectors,
+        adj_x_next: vectors,
+        adj_v_next: vectors,
+        adj_C_next: matrices,
+        adj_x: vectors,
+        adj_grid_v: grid_vectors,
+    ):
+        """With o = x_i - x, a node's velocity goes into v and B by its weight: B is linear in o."""
+        n, p = wp.tid()
+        xp, moved, G = x[n, p], x_next[n, p], grid_v.shape[1]
+        adj_moved, least = adj_x_next[n, p], real(0.5) * dx
+        for k in range(3):  # one that the domain's border holds passes nothing on
+            if moved[k] <= least or moved[k] >= real(1.0) - least:
+                adj_moved[k] = real(0.0)
+        adj_v = adj_v_next[n, p] + adj_moved * dt
+        adj_B = adj_C_next[n, p] * (real(4.0) * inv_dx * inv_dx)
+        bx, by, bz = corner(xp[0], inv_dx, G), corner(xp[1], inv_dx, G), corner(xp[2], inv_dx, G)
+        fx, fy, fz = xp[0] * inv_dx - real(bx), xp[1] * inv_dx - real(by), xp[2] * inv_dx - real(bz)
+        wx, wy, wz = spline(fx), spline(fy), spline(fz)
+        sx, sy, sz = slope(fx), slope(fy), slope(fz)
+        to_f = vec3()
+        for i in range(3):
+            for j in range(3):
+                for k in range(3):
+                    ix, iy, iz = bx + i, by + j, bz + k
+                    offset = vec3(real(ix), real(iy), real(iz)) * dx - xp
+                    adj_vi = adj_v + adj_B @ offset
+                    share = wp.dot(grid_v[n, ix, iy, iz], adj_vi)
+                    wp.atomic_add(adj_grid_v, n, ix, iy, iz, adj_vi * (wx[i] * wy[j] * wz[k]))
+                    to_f += (
+                        vec3(sx[i] * wy[j] * wz[k], wx[i] * sy[j] * wz[k], wx[i] * wy[j] * sz[k])
+                        * share
+                    )
+        to_x = adj_moved + to_f * inv_dx - wp.transpose(adj_B) @ v_next[n, p]
+        adj_x[n, p] = adj_x[n, p] + to_x
 
     # ---- colliders and walls -----------------------------------------------------------------------------------------
     @func
@@ -490,7 +632,7 @@ def kernels(real) -> types.SimpleNamespace:
             grid_v[n, i, j, k] = walls(v, i, j, k, G, ground)
 
     found = {k: v for k, v in locals().items() if isinstance(v, wp.Kernel)}
-    return types.SimpleNamespace(vec3=vec3, mat33=mat33, hencky=hencky, **found)
+    return types.SimpleNamespace(vec3=vec3, mat33=mat33, **found)
 
 
 # ------------------------------------------------------------------------------------------------- states and poses --
@@ -560,11 +702,10 @@ class _Workspace(Launcher):
 
         def arrays(
             count,
-        ):  # what a substep computes on its way: A of the particles; mass, momentum, velocity of nodes
+        ):  # what a substep computes on its way: mass, momentum, velocity of nodes
             make = functools.partial(wp.zeros, device=str(sim.device))
             return [
                 (
-                    make((N, P), dtype=sim.k.mat33),
                     make((N, G, G, G), dtype=sim.real),
                     make((N, G, G, G), dtype=sim.k.vec3),
                     make((N, G, G, G), dtype=sim.k.vec3),
@@ -573,6 +714,13 @@ class _Workspace(Launcher):
             ]
 
         self.grids, self.adj_grid = arrays(grids), arrays(1)[0]
+        affine = functools.partial(wp.zeros, (N, P), dtype=sim.k.mat33, device=str(sim.device))
+        self.A, self.adj_A = [affine() for _ in range(S)], affine()
+        # What the stress of plasticine leaves for its adjoint: U, V and sigma of F.
+        stretches = functools.partial(wp.zeros, (N, P), dtype=sim.k.vec3, device=str(sim.device))
+        self.svd = [()] * S
+        if sim.material == "plasticine":
+            self.svd = [(affine(), affine(), stretches()) for _ in range(S)]
         ints = functools.partial(wp.zeros, dtype=wp.int32, device=str(sim.device))
         self.seen, self.touched = (
             ints((N, G, G, G)),
@@ -593,9 +741,9 @@ class _Workspace(Launcher):
             self.adj_w[s + 1],
             self.adj_p[s],
         )
-        A, m, mv, gv = self.grids[s % len(self.grids)]
+        A, (m, mv, gv) = self.A[s], self.grids[s % len(self.grids)]
         touched = self.touched[s % len(self.grids)]
-        aA, am, amv, agv = self.adj_grid
+        aA, (am, amv, agv) = self.adj_A, self.adj_grid
         material = [sim.dt, sim.mu, sim.lam, sim.limit, sim.scale]
         world = [sim.dx, sim.dt, sim.gravity, sim.friction, sim.ground_friction, len(sim.kinds)]
         shapes = [
@@ -603,9 +751,15 @@ class _Workspace(Launcher):
             sim.sizes_,
         ]  # without an adjoint; were they their own, it would be added to them
         spacing = [sim.dx, 1.0 / sim.dx]
+        adj_stress = [aF, aC, *material], [aF1, aA]
+        if self.svd[s]:
+            by_hand = [F, C, *material, *self.svd[s], aF1, aA], [aF, aC]
+            adj_stress = [(k.adj_stress_plasticine, (N, P), *by_hand)]
+        adj_p2g = [x, v, A, *spacing, am, amv], [ax, av, aA]
+        adj_g2p = [x, gv, *spacing, sim.dt, x1, v1, ax1, av1, aC1], [ax, agv]
         return [
-            (sim.stress, (N, P), [F, C, *material], [F1, A], [aF, aC, *material], [aF1, aA]),
-            (k.p2g, (N, P), [x, v, A, *spacing], [m, mv], [ax, av, aA, *spacing], [am, amv]),
+            (sim.stress, (N, P), [F, C, *material], [F1, A, *self.svd[s]], *adj_stress),
+            (k.p2g, (N, P), [x, v, A, *spacing], [m, mv], (k.adj_p2g, (N, P), *adj_p2g)),
             (
                 k.grid,
                 None,
@@ -619,8 +773,7 @@ class _Workspace(Launcher):
                 (N, P),
                 [x, gv, *spacing, sim.dt],
                 [x1, v1, C1],
-                [ax, agv, *spacing, sim.dt],
-                [ax1, av1, aC1],
+                (k.adj_g2p, (N, P), *adj_g2p),
             ),
         ]
 
@@ -632,24 +785,29 @@ class _Workspace(Launcher):
             dim = int(count.numpy()[0]) if self.ask else len(nodes)
         return kernel, dim, *rest
 
-    def forward_substep(self, s: int, particles: bool = True) -> None:
-        """Substep s; without `particles` only its grid is built."""
+    def on_touched(self, kernel, s: int, *arrays) -> None:
+        """Launch a kernel without adjoint on the nodes that substep s touches, or touched before."""
+        inputs = [*self.touched[s % len(self.grids)], *arrays]
+        self.launch(self.sized((kernel, None, inputs, []), s))
+
+    def forward_substep(self, s: int, rebuild: bool = False) -> None:
+        """Substep s; to `rebuild` only its grid."""
         sim, touched = self.sim, self.touched[s % len(self.grids)]
-        for array in (*self.grids[s % len(self.grids)][1:], self.seen, touched[1]):
-            array.zero_()
+        self.on_touched(sim.k.clear, s, *self.grids[s % len(self.grids)])
+        touched[1].zero_()
         mark = [self.w[s].x, 1.0 / sim.dx, self.seen, *touched]
         self.launch((sim.k.mark, (sim.num_envs, sim.num_particles), mark, []))
-        for launch in self.launches[s][: 4 if particles else 3]:
+        self.on_touched(sim.k.unsee, s, self.seen)
+        for launch in self.launches[s][1:3] if rebuild else self.launches[s]:
             self.launch(self.sized(launch, s))
 
     def backward_substep(self, s: int) -> None:
         """Adjoint of substep s. A grid that all substeps share is first built again, in place of that of s + 1."""
         if self.shared:
-            self.forward_substep(s, particles=False)
-        for array in self.adj_grid:
-            array.zero_()
+            self.forward_substep(s, rebuild=True)
         for launch in reversed(self.launches[s]):
             self.launch(self.sized(launch, s), adjoint=True)
+        self.on_touched(self.sim.k.clear, s, *self.adj_grid)
 
     def forward(self, particles: Particles, poses: Poses | None) -> Particles:
         """Particles after a step, views into the workspace."""
@@ -676,12 +834,11 @@ class _Step(torch.autograd.Function):
     """One step of the simulation, as torch sees it: (particles, poses) -> particles."""
 
     @staticmethod
-    def forward(ctx, sim, keep, *tensors):
+    def forward(ctx, sim, space, *tensors):
         particles, poses = (
             Particles(*tensors[:4]),
             Poses(*tensors[4:]) if len(tensors) > 4 else None,
         )
-        space = sim.workspace(keep)
         ctx.sim, ctx.space, ctx.serial = sim, space, space.serial
         if sim.checkpoint:
             ctx.save_for_backward(*tensors)
@@ -695,10 +852,8 @@ class _Step(torch.autograd.Function):
         if sim.checkpoint:
             saved = ctx.saved_tensors
             space.forward(Particles(*saved[:4]), Poses(*saved[4:]) if ctx.has_poses else None)
-        elif space.serial != ctx.serial:
-            raise RuntimeError(
-                "backward() came after detach(): the substeps of that window are overwritten"
-            )
+        else:
+            need_values(space, ctx.serial)
         adj_particles, adj_poses = space.backward(adj)
         found = list(adj_particles)
         if ctx.has_poses:
@@ -711,7 +866,7 @@ class _Step(torch.autograd.Function):
         return None, None, *kept[:4], *(pose.movedim(0, 1) for pose in kept[4:])
 
 
-class MPM:
+class MPM(Spaces):
     """N environments of P particles of one material.
 
     material         "elastic", "plasticine" or "fluid"
@@ -773,7 +928,8 @@ class MPM:
             substeps,
         )
         self.device, self.dtype = torch.device(device), dtype
-        self.checkpoint, self.window, self.graph = checkpoint, window, graph
+        super().__init__(device, checkpoint, window)
+        self.graph = graph
         self.dx, self.dt, self.gravity = 1.0 / grid, dt, gravity
         self.friction, self.ground_friction = friction, ground_friction
         self.mu, self.lam = (
@@ -784,7 +940,7 @@ class MPM:
         self.scale = 4 * dt / (density * self.dx**2)
         self.real = wp.float32 if dtype == torch.float32 else wp.float64
         self.k = kernels(self.real)
-        self.stress = getattr(self.k, f"stress_{material}")
+        self.material, self.stress = material, getattr(self.k, f"stress_{material}")
         self.kinds = [kind for kind, _ in colliders]
         padded = [(*size, 0.0, 0.0, 0.0)[:3] for _, size in colliders]
         self.kinds_ = wp.array(self.kinds or [0], dtype=wp.int32, device=str(self.device))
@@ -794,26 +950,9 @@ class MPM:
         wp.load_module(
             self.stress.module, device=str(self.device)
         )  # before any capture, which cannot compile
-        self.spaces, self.used = [], 0
-        self.bad_gradients = torch.zeros((), dtype=torch.int64, device=self.device)
 
-    def workspace(self, keep: bool) -> _Workspace:
-        """Arrays for a step. Those of a step whose gradient is wanted are kept until `detach`, unless checkpointed."""
-        keep = keep and not self.checkpoint
-        if keep and self.used == self.window:
-            raise RuntimeError(
-                f"{self.window + 1} steps without detach(): more than window={self.window}"
-            )
-        if self.used == len(self.spaces):
-            self.spaces.append(_Workspace(self, 1 if self.checkpoint else self.substeps))
-        space = self.spaces[self.used]
-        space.serial += 1
-        self.used += keep
-        return space
-
-    def detach(self) -> None:
-        """Begins a window: the arrays of older steps may be overwritten."""
-        self.used = 0
+    def new_workspace(self) -> _Workspace:
+        return _Workspace(self, 1 if self.checkpoint else self.substeps)
 
     def step(self, particles: Particles, poses: Poses | None = None) -> Particles:
         """Particles a step later; differentiable with respect to particles and poses."""
@@ -822,5 +961,4 @@ class MPM:
                 f"{len(self.kinds)} colliders, but poses {'are missing' if poses is None else 'given'}"
             )
         tensors = (*particles, *(poses or ()))
-        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        return Particles(*_Step.apply(self, keep, *tensors))
+        return Particles(*_Step.apply(self, self.workspace(tensors), *tensors))

@@ -105,10 +105,6 @@ class MPMEnv(DifferentiableEnv):
         joints = start.repeat(self.num_envs, 1)
         return {**mpm.at_rest(x)._asdict(), "joints": joints, **extra}
 
-    def detach(self) -> None:
-        self.sim.detach()
-        super().detach()
-
     def physics(self, state, actions):
         q = state["joints"]
         # differs (2): the room that is left depends on q. The original detaches q here: then a

@@ -15,11 +15,12 @@ step begins: then a hinge's axis s at x moves what hangs on it by (s, x cross s)
                signed distance
     wrenches   a thread a body: forces on it less those that its own acceleration needs, to all
                coordinates that move it
-    solve      a thread a piece of a row of the inverse mass matrix: accelerations
+    solve      a thread a row of the inverse mass matrix: accelerations
     advance    a thread a coordinate: velocities, then positions
 
 The mass matrix is that of the beginning of a step, as in the published simulation, which computes
-it once a step: a batched inverse in torch, and every kernel stays small. For what moves while it
+it once a step: root, links and `weigh`, a thread a body and a coordinate, then a batched inverse in
+torch. For what moves while it
 holds that is wrong: a body in flight feels m t v x g of its weight as a torque after the time t.
 `updates` computes it more often.
 
@@ -35,11 +36,9 @@ from dataclasses import dataclass
 import torch
 import warp as wp
 
-from envs.rewarped.kinematics import skew
 from envs.rewarped.substeps import Substeps
 
 DEPTH = 4  # most hinges between a body and the root of its tree
-CHUNK = 8  # entries of a row that one thread multiplies
 
 
 # ------------------------------------------------------------------------------------------------------- kernels -----
@@ -56,7 +55,7 @@ def kernels(real) -> types.SimpleNamespace:
         wp.types.quaternion(real),
         wp.types.matrix((3, 3), real),
     )
-    vectors, quats, scalars2 = (wp.array(dtype=t, ndim=2) for t in (vec3, quat, real))
+    vectors, frames, scalars2 = (wp.array(dtype=t, ndim=2) for t in (vec3, mat33, real))
     points, turns, matrices, scalars, ints = (
         wp.array(dtype=t, ndim=1) for t in (vec3, quat, mat33, real, wp.int32)
     )
@@ -70,18 +69,18 @@ def kernels(real) -> types.SimpleNamespace:
         u: points,
         origin: points,
         X: vectors,
-        Q: quats,
+        R: frames,
         W: vectors,
         U: vectors,
     ):
         n = wp.tid()
         world = X.shape[1] - 1
         X[n, 0] = r[n]
-        Q[n, 0] = q[n]
+        R[n, 0] = wp.quat_to_matrix(q[n])
         W[n, 0] = w[n]
         U[n, 0] = u[n]
         X[n, world] = -origin[n]
-        Q[n, world] = quat(real(0.0), real(0.0), real(0.0), real(1.0))
+        R[n, world] = wp.identity(n=3, dtype=real)
 
     @kernel
     def links(
@@ -99,7 +98,7 @@ def kernels(real) -> types.SimpleNamespace:
         limit_d: real,
         damping: real,
         X: vectors,
-        Q: quats,
+        R: frames,
         W: vectors,
         U: vectors,
         BW: vectors,
@@ -111,13 +110,13 @@ def kernels(real) -> types.SimpleNamespace:
         n, i = wp.tid()
         j = level[i]
         a, b, speed = parent[j], j + 1, rate[n, j]
-        x = X[n, a] + wp.quat_rotate(Q[n, a], anchor[j])
-        q = Q[n, a] * turn[j] * wp.quat_from_axis_angle(axis[j], angle[n, j])
-        s = wp.quat_rotate(q, axis[j])
+        x = X[n, a] + R[n, a] @ anchor[j]
+        rot = R[n, a] @ wp.quat_to_matrix(turn[j] * wp.quat_from_axis_angle(axis[j], angle[n, j]))
+        s = rot @ axis[j]
         m = wp.cross(x, s)
         w, u = W[n, a] + s * speed, U[n, a] + m * speed
         X[n, b] = x
-        Q[n, b] = q
+        R[n, b] = rot
         W[n, b] = w
         U[n, b] = u
         BW[n, b] = BW[n, a] + wp.cross(w, s) * speed
@@ -151,7 +150,7 @@ def kernels(real) -> types.SimpleNamespace:
         kf: real,
         friction: real,
         X: vectors,
-        Q: quats,
+        R: frames,
         W: vectors,
         U: vectors,
         f: vectors,
@@ -159,7 +158,7 @@ def kernels(real) -> types.SimpleNamespace:
     ):
         n, k = wp.tid()
         b, zero = body[k], real(0.0)
-        x = X[n, b] + wp.quat_rotate(Q[n, b], offset[k]) - vec3(zero, radius[k], zero)  # its lowest
+        x = X[n, b] + R[n, b] @ offset[k] - vec3(zero, radius[k], zero)  # its lowest
         height = x[1] + origin[n][1]
         if height < zero:
             u = U[n, b] + wp.cross(W[n, b], x)
@@ -208,7 +207,7 @@ def kernels(real) -> types.SimpleNamespace:
         kf: real,
         friction: real,
         X: vectors,
-        Q: quats,
+        R: frames,
         W: vectors,
         U: vectors,
         f: vectors,
@@ -216,11 +215,11 @@ def kernels(real) -> types.SimpleNamespace:
     ):
         n, k, m = wp.tid()
         a, b = body[k], box_body[m]
-        centre = X[n, a] + wp.quat_rotate(Q[n, a], offset[k])
-        local = wp.quat_rotate_inv(Q[n, b], centre - X[n, b]) - box_place[m]
+        centre = X[n, a] + R[n, a] @ offset[k]
+        local = wp.transpose(R[n, b]) @ (centre - X[n, b]) - box_place[m]
         depth = radius[k] - box_distance(box_half[m], local)
         if depth > real(0.0) and a != b:
-            normal = wp.quat_rotate(Q[n, b], box_normal(box_half[m], local))
+            normal = R[n, b] @ box_normal(box_half[m], local)
             x = centre - normal * radius[k]  # the sphere's deepest point
             u = U[n, a] + wp.cross(W[n, a], x) - U[n, b] - wp.cross(W[n, b], x)
             force = penalty(depth, normal, u, ke, kd, kf, friction)
@@ -239,7 +238,7 @@ def kernels(real) -> types.SimpleNamespace:
         carriers: ints2,
         gravity: vec3,
         X: vectors,
-        Q: quats,
+        R: frames,
         W: vectors,
         U: vectors,
         BW: vectors,
@@ -251,10 +250,11 @@ def kernels(real) -> types.SimpleNamespace:
         force: scalars2,
     ):
         n, b = wp.tid()
-        q, w, bw = Q[n, b], W[n, b], BW[n, b]
-        c = X[n, b] + wp.quat_rotate(q, com[b])
-        spin = wp.quat_rotate(q, inertia[b] @ wp.quat_rotate_inv(q, w))
-        turning = wp.quat_rotate(q, inertia[b] @ wp.quat_rotate_inv(q, bw)) + wp.cross(w, spin)
+        rot, w, bw = R[n, b], W[n, b], BW[n, b]
+        c = X[n, b] + rot @ com[b]
+        back = wp.transpose(rot)
+        spin = rot @ (inertia[b] @ (back @ w))
+        turning = rot @ (inertia[b] @ (back @ bw)) + wp.cross(w, spin)
         speeding = BU[n, b] + wp.cross(bw, c) + wp.cross(w, U[n, b] + wp.cross(w, c)) - gravity
         push = f[n, b] - speeding * mass[b]
         twist = t[n, b] - turning - wp.cross(c, speeding * mass[b])
@@ -269,14 +269,86 @@ def kernels(real) -> types.SimpleNamespace:
                 wp.atomic_add(force, n, 6 + j, share)
 
     @kernel
-    def solve(inverse: scalars3, force: scalars2, coordinates: int, change: scalars2):
-        n, i, chunk = wp.tid()
+    def weigh(
+        carriers: ints2,
+        rooted: ints,
+        weighed: ints,
+        mass: scalars,
+        com: points,
+        inertia: matrices,
+        X: vectors,
+        R: frames,
+        way: vectors,
+        moment: vectors,
+        matrix: scalars3,
+    ):
+        """One column of the mass matrix, as far as one body makes it: the momentum that the body
+        has at a unit of this coordinate, to all coordinates that move it."""
+        n, b, slot = wp.tid()
+        one, zero = real(1.0), real(0.0)
+        column = int(-1)  # noqa: UP018  (to Warp a literal is a constant)
+        w = vec3()
+        u = vec3()
+        if slot < 6:
+            if rooted[b] == 1:
+                column = slot
+            w = vec3(
+                wp.where(slot == 0, one, zero),
+                wp.where(slot == 1, one, zero),
+                wp.where(slot == 2, one, zero),
+            )
+            u = vec3(
+                wp.where(slot == 3, one, zero),
+                wp.where(slot == 4, one, zero),
+                wp.where(slot == 5, one, zero),
+            )
+        else:
+            own = carriers[b, slot - 6]
+            if own >= 0:
+                column = 6 + own
+                w = way[n, own]
+                u = moment[n, own]
+        if column >= 0:
+            a = weighed[b]
+            rot = R[n, a]
+            c = X[n, a] + rot @ com[a]
+            push = (u + wp.cross(w, c)) * mass[a]
+            twist = rot @ (inertia[a] @ (wp.transpose(rot) @ w)) + wp.cross(c, push)
+            if rooted[b] == 1:
+                for i in range(3):
+                    wp.atomic_add(matrix, n, i, column, twist[i])
+                    wp.atomic_add(matrix, n, 3 + i, column, push[i])
+            for k in range(DEPTH):
+                j = carriers[b, k]
+                if j >= 0:
+                    share = wp.dot(way[n, j], twist) + wp.dot(moment[n, j], push)
+                    wp.atomic_add(matrix, n, 6 + j, column, share)
+
+    @functools.partial(wp.kernel, module=name, enable_backward=False)
+    def solve(inverse: scalars3, force: scalars2, change: scalars2):
+        n, i = wp.tid()
         total = real(0.0)
-        for step in range(CHUNK):  # unrolled: the adjoint of a dynamic loop would be wrong
-            k = chunk * CHUNK + step
-            if k < coordinates:
-                total = total + inverse[n, i, k] * force[n, k]
-        wp.atomic_add(change, n, i, total)
+        for k in range(force.shape[1]):
+            total += inverse[n, i, k] * force[n, k]
+        change[n, i] = total
+
+    @functools.partial(wp.kernel, module=name, enable_backward=False)
+    def adj_solve(
+        inverse: scalars3,
+        change: scalars2,
+        adj_change: scalars2,
+        adj_force: scalars2,
+        adj_matrix: scalars3,
+    ):
+        """The adjoint of `solve`, by hand, in terms of the matrix: with change = M^-1 force, it is
+        l = M^-1 adj_change for the force and -l change^T for M."""
+        n, i = wp.tid()
+        total = real(0.0)
+        for k in range(change.shape[1]):
+            total += inverse[n, k, i] * adj_change[n, k]
+        adj_force[n, i] = total
+        for k in range(change.shape[1]):
+            adj_matrix[n, i, k] = adj_matrix[n, i, k] - total * change[n, k]
 
     @kernel
     def advance(
@@ -399,6 +471,8 @@ class Rigid:
         device="cpu",
         dtype=torch.float32,
         graph: bool = False,
+        checkpoint: bool = True,
+        window: int = 32,
     ):
         carriers = [[]]  # of each body: the hinges between it and the root of its tree
         for j, hinge in enumerate(hinges):
@@ -438,15 +512,10 @@ class Rigid:
         self.anchors = new([h.anchor for h in hinges]).view(-1, 3)
         self.axes = new([h.axis for h in hinges]).view(-1, 3)
         self.turns = new([h.turn for h in hinges]).view(-1, 4)
-        self.masses, self.coms = new([b.mass for b in bodies]), new([b.com for b in bodies])
-        self.inertias = inertias.to(device, dtype)
         self.armature = torch.diag(new([0.0] * 6 + [h.armature for h in hinges]))
-        # Which coordinates move which body (B, D).
+        self.empty = torch.zeros(N, D, D, device=device, dtype=dtype)
+        # Whether the free body moves them.
         rooted = [b == 0 or hinges[carriers[b][0]].parent == 0 for b in range(B)]
-        moves = [
-            [1.0 * rooted[b]] * 6 + [1.0 * (j in carriers[b]) for j in range(J)] for b in range(B)
-        ]
-        self.moves = new(moves)
 
         def array(rows, kind):
             empty = (0,) * kind._length_ if hasattr(kind, "_length_") else 0
@@ -481,47 +550,69 @@ class Rigid:
             array((b.place for b in boxes), k.vec3),
             array((b.half for b in boxes), k.vec3),
         ]
-        padded = [(c + [-1] * DEPTH)[:DEPTH] for c in carriers]
-        weight = [
+        heavy = [
             array((b.mass for b in bodies), real),
             array((b.com for b in bodies), k.vec3),
             wp.array(inertias.numpy(), dtype=k.mat33, device=where),
-            array((int(r) for r in rooted), wp.int32),
-            wp.array(padded, dtype=wp.int32, device=where),
-            k.vec3(*gravity),
         ]
+        roots = array((int(r) for r in rooted), wp.int32)
+        padded = [(c + [-1] * DEPTH)[:DEPTH] for c in carriers]
+        above = wp.array(padded, dtype=wp.int32, device=where)
+        self.weighed = array(range(B), wp.int32)  # whose inertia each body has in the mass matrix
         s = springs or Springs()
         hold = [s.limit, s.limit_d, s.damping]
         contact = [s.contact_ke, s.contact_kd, s.contact_kf, s.friction]
 
-        def launches(state, inputs, scratch, following):
-            (*free, angle, rate), (motor, inverse, origin) = state, inputs
-            X, Q, W, U, BW, BU, way, moment, f, t, force, change = scratch
-            frames, bias = [X, Q, W, U], [BW, BU, way, moment]
-            found = [(k.root, (N,), [*free, origin], frames)]
+        def placing(state, motor, origin, scratch):
+            """Launches of root and links."""
+            *free, angle, rate = state
+            X, R, W, U, BW, BU, way, moment, force = scratch
+            found = [(k.root, (N,), [*free, origin], [X, R, W, U])]
             for level in levels:
                 own = [angle, rate, motor, level, *tree, *hold]
-                found.append((k.links, (N, len(level)), own, [*frames, *bias, force]))
+                found.append((k.links, (N, len(level)), own, scratch))
+            return found
+
+        def weighing(state, inputs, scratch, following, adjoint):
+            origin, X, R, way, moment = inputs[-1], scratch[0], scratch[1], scratch[6], scratch[7]
+            weight = [above, roots, self.weighed, *heavy, X, R, way, moment]
+            last = (k.weigh, (N, B, 6 + DEPTH), weight, following)
+            return [*placing(inputs[:6], inputs[6], origin, scratch), last]
+
+        def launches(state, inputs, scratch, following, adjoint):
+            motor, matrix, inverse, origin = inputs
+            *placed, f, t, change = scratch
+            X, R, W, U, BW, BU, way, moment, force = placed
+            places, bias = [X, R, W, U], [BW, BU, way, moment]
+            found = placing(state, motor, origin, placed)
             if K and ground:
-                found.append((k.contacts, (N, K), [origin, *touch, *contact], [*frames, f, t]))
+                found.append((k.contacts, (N, K), [origin, *touch, *contact], [*places, f, t]))
             if K and M:
-                found.append((k.touches, (N, K, M), [*touch, *block, *contact], [*frames, f, t]))
-            found.append((k.wrenches, (N, B), weight, [*frames, *bias, f, t, force]))
-            found.append((k.solve, (N, D, -(-D // CHUNK)), [inverse, force, D], [change]))
+                found.append((k.touches, (N, K, M), [*touch, *block, *contact], [*places, f, t]))
+            weight = [*heavy, roots, above, k.vec3(*gravity)]
+            found.append((k.wrenches, (N, B), weight, [*places, *bias, f, t, force]))
+            back = [inverse, change, adjoint(change)], [adjoint(force), adjoint(matrix)]
+            by_hand = (k.adj_solve, (N, D), *back)
+            found.append((k.solve, (N, D), [inverse, force], [change], by_hand))
             return [*found, (k.advance, (N, 1 + J), [*state, change, dt], following)]
 
         vector, hinge, each = ((N,), k.vec3), ((N, max(J, 1)), real), ((N, B + 1), k.vec3)
-        scratch = [each, ((N, B + 1), k.quat), each, each, each, each]
-        scratch += [((N, max(J, 1)), k.vec3)] * 2 + [each, each, ((N, D), real), ((N, D), real)]
+        square = ((N, D, D), real)
+        state = [vector, ((N,), k.quat), vector, vector, hinge, hinge]
+        placed = [each, ((N, B + 1), k.mat33), each, each, each, each]
+        placed += [((N, max(J, 1)), k.vec3)] * 2 + [((N, D), real)]
+        options = dict(device=device, dtype=dtype, graph=graph, checkpoint=checkpoint)
+        options |= dict(window=window * updates)
+        self.weighing = Substeps(
+            [square], [*state, hinge, vector], placed, weighing, substeps=1, **options
+        )
         self.steps = Substeps(
-            [vector, ((N,), k.quat), vector, vector, hinge, hinge],
-            [hinge, ((N, D, D), real), vector],
-            scratch,
+            state,
+            [hinge, square, square, vector],
+            [*placed, each, each, ((N, D), real)],
             launches,
             substeps=substeps // updates,
-            device=device,
-            dtype=dtype,
-            graph=graph,
+            **options,
         )
 
     @staticmethod
@@ -536,11 +627,17 @@ class Rigid:
         for _ in range(self.updates):
             origin = p.detach()  # any will do: what comes out does not depend on it
             r = p - origin
-            inverse = torch.linalg.inv_ex(self.mass_matrix(r, q, angles, origin)).inverse
             state = (r, q, w, v - torch.cross(w, r, dim=1), angles, rates)
-            r, q, w, u, angles, rates = self.steps.step(*state, motor, inverse, origin)
+            (matrix,) = self.weighing.step(self.empty, *state, motor, origin)
+            inverse = torch.linalg.inv_ex(matrix.detach() + self.armature).inverse
+            r, q, w, u, angles, rates = self.steps.step(*state, motor, matrix, inverse, origin)
             p, v = origin + r, u + torch.cross(w, r, dim=1)
         return p, q, v, w, angles, rates
+
+    def detach(self) -> None:
+        """Begins a window."""
+        self.weighing.detach()
+        self.steps.detach()
 
     def frames(self, p, q, angles) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions (N, B, 3) and quaternions (N, B, 4) of all bodies' frames."""
@@ -554,29 +651,6 @@ class Rigid:
             places = torch.cat((places, x), 1)
             turns = torch.cat((turns, multiply(turn, bent[:, own])), 1)
         return places[:, self.order], turns[:, self.order]
-
-    def spatial(self, c: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-        """Inertias (N, B, 6, 6) about the origin of bodies with these centres of mass and
-        orientations."""
-        R, C, m = rotation(turns), skew(c), self.masses[:, None, None]
-        one = torch.eye(3, device=c.device, dtype=c.dtype)
-        turning = R @ self.inertias @ R.mT - m * C @ C
-        upper, lower = (turning, m * C), (-m * C, (m * one).expand_as(C))
-        return torch.cat((torch.cat(upper, 3), torch.cat(lower, 3)), 2)
-
-    def mass_matrix(self, r, q, angles, origin) -> torch.Tensor:
-        """(N, D, D), about the origin; the free body is at r from it."""
-        places, turns = self.frames(r + origin, q, angles)
-        x, N = places - origin[:, None], len(r)
-        axes = rotate(turns[:, 1:], self.axes.expand(N, -1, 3))
-        # How each coordinate moves, angular and linear, what it moves (N, D, 6).
-        hinges = torch.cat((axes, torch.cross(x[:, 1:], axes, dim=2)), 2)
-        free = torch.eye(6, device=r.device, dtype=r.dtype).expand(N, 6, 6)
-        ways = torch.cat((free, hinges), 1)
-        inertias = self.spatial(x + rotate(turns, self.coms.expand(N, -1, 3)), turns)
-        each = ways[:, None] * self.moves[..., None]  # of each body (N, B, D, 6)
-        pushed, each = ((t.transpose(1, 2).flatten(2)) for t in (each @ inertias, each))
-        return pushed @ each.mT + self.armature
 
 
 # ------------------------------------------------------------------------------------------------- quaternions -------
@@ -599,10 +673,3 @@ def about(axis: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
     """Quaternions of turns by angle (...) about unit vectors axis (..., 3)."""
     half = angle[..., None] / 2
     return torch.cat((axis * half.sin(), half.cos()), -1)
-
-
-def rotation(q: torch.Tensor) -> torch.Tensor:
-    """Matrices (..., 3, 3) of quaternions (..., 4)."""
-    eye = torch.eye(3, device=q.device, dtype=q.dtype)
-    columns = [rotate(q, axis.expand(*q.shape[:-1], 3)) for axis in eye]
-    return torch.stack(columns, -1)

@@ -114,6 +114,8 @@ class AntRun(Articulated):
             device=self.device,
             dtype=self.dtype,
             graph=self.graph,
+            checkpoint=self.checkpoint,
+            window=self.window,
         )
         self.action_dim, self.control_hz = 8, 60.0
         self.max_episode_steps = {"full": 1000, "small": 200}[self.size]
@@ -140,8 +142,9 @@ class AntRun(Articulated):
 
     def posture(self, state) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Height, up and heading (N, 1)."""
-        up, ahead = (rotate(state["q"], self.vector(*axis)) for axis in ((0, 0, 1), (1, 0, 0)))
-        return state["p"][:, 1:2], up[:, 1:2], ahead[:, :1]
+        x, y, z, w = state["q"].split(1, 1)
+        up, heading = 2 * (y * z - w * x), 1 - 2 * (y * y + z * z)
+        return state["p"][:, 1:2], up, heading
 
     def observe(self, state):
         height, up, heading = self.posture(state)
@@ -346,6 +349,8 @@ class HandReorient(Articulated):
             device=self.device,
             dtype=self.dtype,
             graph=self.graph,
+            checkpoint=self.checkpoint,
+            window=self.window,
         )
         self.action_dim, self.max_episode_steps = 16, s["steps"]
         self.control_hz = 1 / (s["dt"] * s["substeps"])

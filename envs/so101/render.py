@@ -14,6 +14,10 @@ FIELDS = (
     "cam_pos", "cam_quat", "cam_fovy", "light_ambient", "light_diffuse", "light_dir",
 )  # fmt: skip
 
+# What MuJoCo Warp allocates for each environment. Random motion against the table and the items uses up to 9 on
+# average (all environments share the contacts) and 54; stepping.py counts what does not fit.
+CONTACTS, CONSTRAINTS = 48, 240
+
 
 class Scene:
     """`n` environments of one model in MuJoCo Warp: kinematics, camera poses and the batch renderer."""
@@ -40,7 +44,7 @@ class Scene:
         fine = size * self.per_axis
         with wp.ScopedDevice(device):
             self.m = mjw.put_model(mjm, batch_sizes={name: n for name in fields})
-            self.d = mjw.make_data(mjm, nworld=n, nconmax=48, njmax=240)
+            self.d = mjw.make_data(mjm, nworld=n, nconmax=CONTACTS, njmax=CONSTRAINTS)
             self.rc = mjw.create_render_context(
                 mjm, nworld=n, cam_res=(fine, fine), cam_active=list(cameras), render_rgb=True, render_depth=False,
                 use_textures=False, use_shadows=table, use_precomputed_rays=False,

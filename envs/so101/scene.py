@@ -112,7 +112,8 @@ def build_model(task: Task, asset_dir: str | None = None) -> mujoco.MjModel:
             kind = mujoco.mjtGeom.mjGEOM_CYLINDER if shape == "can" else mujoco.mjtGeom.mjGEOM_BOX
             body.add_geom(
                 name=name + part, type=kind, size=(0.02, 0.02, 0.02), rgba=(*colour, 1), group=2,
-                contype=2, conaffinity=3, condim=4, friction=(TABLE_FRICTION, 0.005, 0.0001), priority=priority, mass=0.01,
+                contype=2, conaffinity=3, condim=4, friction=(TABLE_FRICTION, 0.005, 0.0001), priority=priority,
+                mass=0.01,
                 solref=(0.02, 1), solimp=(0.99, 0.9995, 0.001, 0.5, 2),
             )  # fmt: skip
 

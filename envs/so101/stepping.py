@@ -1,6 +1,7 @@
 """Physics: two steppers, MuJoCo's C library in threads on a CPU and MuJoCo Warp on a GPU (or a CPU)."""
 
 import copy
+import warnings
 
 import mujoco
 import mujoco.rollout
@@ -10,7 +11,13 @@ import torch
 import warp as wp
 
 from envs.so101.render import Scene
-from envs.so101.tasks import SUBSTEPS
+from envs.so101.tasks import HORIZON, SUBSTEPS
+
+# MuJoCo Warp leaves out contacts and constraints for which it has no memory. They are counted here, in place of
+# its line for each substep. A solver that used up its iterations is another matter; of that it goes on printing.
+SOLVER = int(mjw.OverflowType.ITERATIONS | mjw.OverflowType.LS_ITERATIONS)
+LEFT_OUT = wp.constant(int(mjw.OverflowType.ALL) & ~SOLVER)
+RARE = 1e-3  # share of the environment steps in which something may be left out
 
 
 @wp.kernel
@@ -27,6 +34,17 @@ def _select_ctrl(
         ctrl[env, joint] = last_target[env, joint]
     else:
         ctrl[env, joint] = target[env, joint]
+
+
+@wp.kernel
+def _count_left_out(overflow: wp.array[int], left_out: wp.array[int]):
+    """left_out: in how many environment steps, and of which kinds (bits). Clears MuJoCo Warp's own bits."""
+    env = wp.tid()
+    kinds = overflow[env] & LEFT_OUT
+    if kinds != 0:
+        wp.atomic_add(left_out, 0, 1)
+        wp.atomic_or(left_out, 1, kinds)
+    overflow[env] = 0
 
 
 class CStepper:
@@ -116,6 +134,10 @@ class WarpStepper:
         )
         self.warmstart = wp.to_torch(data.qacc_warmstart)
         self.graph = None
+        scene.m.opt.warn_overflow = SOLVER
+        self.left_out = zeros(int, 2)
+        self.t_left_out = wp.to_torch(self.left_out)
+        self.steps = self.reported = 0
 
     def write_models(self, numbers: list[int]) -> None:
         """Nothing to do: the scene's fields are the model's own arrays."""
@@ -128,11 +150,32 @@ class WarpStepper:
             inputs = [substep, self.delay, self.old, self.new]
             wp.launch(_select_ctrl, dim=(self.n, 6), inputs=inputs, outputs=[self.scene.d.ctrl])
             mjw.step(self.scene.m, self.scene.d)
+        wp.launch(_count_left_out, self.n, inputs=[self.scene.d.overflow, self.left_out])
+
+    def check_left_out(self) -> None:
+        """Warns of contacts and constraints that were left out; raises ValueError where that is not rare."""
+        count, kinds = self.t_left_out.tolist()
+        if count == self.reported:
+            return
+        self.reported = count
+        steps, data = self.steps * self.n, self.scene.d
+        names = ", ".join(kind.name for kind in mjw.OverflowType if kind & kinds)
+        message = (
+            f"MuJoCo Warp left out contacts or constraints in {count} of {steps} environment steps "
+            f"({names}): it has memory for {data.naconmax // self.n} contacts and {data.njmax} "
+            "constraints an environment; raise CONTACTS and CONSTRAINTS in envs/so101/render.py"
+        )
+        if count > RARE * steps:
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=2)
 
     def step(self, old: torch.Tensor, new: torch.Tensor, delay: torch.Tensor):
         """See `CStepper.step`."""
         self.t_old.copy_(old), self.t_new.copy_(new), self.t_delay.copy_(delay)
         self.graph = self.scene.run(self._substeps, self.graph)
+        self.steps += 1
+        if self.steps % HORIZON == 0:  # seldom: the host waits for the device
+            self.check_left_out()
         sane = (
             torch.isfinite(self.qpos).all(1)
             & torch.isfinite(self.qvel).all(1)
