@@ -81,10 +81,10 @@ def pages(folder: str) -> list[dict]:
 
 
 def on_config(config):
-    taken = {"index.md", "hardware.md", "sim2sim_go1.md", "visual_rl.md"}
+    taken = {"index.md", "install.md", "hardware.md", "sim2sim_go1.md", "visual_rl.md"}
     rest = [path for path in sorted(DOCS.glob("*.md")) if path.name not in taken]
     config.nav = [
-        {"Home": "index.md"},
+        {"Home": ["index.md", {"Installations": "install.md"}, {"README": "readme.md"}]},
         {"Algorithms": [*pages("algos"), {"Visual control, a survey": "visual_rl.md"}]},
         {"Code": [{f"{name}.py": f"code/{name}.md"} for name in ALGOS]},
         {"Environments": pages("envs")},
