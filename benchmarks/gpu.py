@@ -11,10 +11,10 @@ against Warp on the CPU), a benchmark, or a shortened learning run. After each s
 written to --out: <step>.json (command, commit, GPU, driver, versions, seconds, how it ended, every
 figure), <step>.log, and results.csv, one line a figure over all steps.
 
-Call it again and it goes on. What is done stays done unless --again; what the clock stopped is
-measured once more, except that a learning run resumes from where it saved; what failed is tried with
---retry. A step that fails leaves its reason, and the next one begins. Ctrl-C ends the step and the
-session, and all that was measured is kept.
+Call it again and it goes on. What is done stays done unless --again. What the end of the minutes
+stopped is measured once more, but a learning run resumes from where it saved. What failed, or reached
+the time limit of its step, is tried again with --retry. A step that fails leaves its reason, and the
+next one begins. Ctrl-C ends the step and the session, and all that was measured is kept.
 
 --dry-run prints each step's command, lets the script in question read its arguments, and runs those
 steps that have a tiny form for a CPU. It measures nothing: its records go to <out>/dry-run and say so.
@@ -44,6 +44,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("step", "ended", "seconds", "figure", "value", "unit", "remark")
 GRACE = 20.0  # seconds that a step gets to save after Ctrl-C, before it is killed
 LEAST = 20.0  # a step is not begun with less time than this
+AT_LIMIT = "stopped at its limit"
 MACHINE = """
 import json, torch, warp
 facts = {"torch": torch.__version__, "warp CUDA devices": warp.get_cuda_device_count()}
@@ -342,6 +343,7 @@ def run_step(step: Step, command: list[str], seconds: float, folder: Path) -> di
     # JAX's programs take a minute to compile, and several steps need the same ones
     environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "jax-cache"))
     interrupted = False
+    (folder / f"{step.name}.csv").unlink(missing_ok=True)  # of an earlier attempt
     with log.open("w") as file:
         child = subprocess.Popen(
             [sys.executable, *command], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
@@ -352,7 +354,7 @@ def run_step(step: Step, command: list[str], seconds: float, folder: Path) -> di
             ended = "done" if child.returncode == 0 else "failed"
         except subprocess.TimeoutExpired:
             stop(child)
-            ended = "out of time"
+            ended = AT_LIMIT if seconds >= 60 * step.limit else "out of time"
         except KeyboardInterrupt:
             stop(child)
             ended, interrupted = "interrupted", True
@@ -376,8 +378,9 @@ def run_step(step: Step, command: list[str], seconds: float, folder: Path) -> di
 # --- The session --------------------------------------------------------------------------------
 def due(step: Step, record: dict, args: Args) -> bool:
     """Whether the step is to be run."""
-    if record.get("ended") == "done":
-        return args.again or record.get("command_given") != step.words
+    if record.get("ended") in ("done", AT_LIMIT):
+        more = args.retry and record["ended"] == AT_LIMIT
+        return args.again or more or record.get("command_given") != step.words
     return record.get("ended") != "failed" or args.retry or args.again
 
 
@@ -400,7 +403,8 @@ def session(args: Args, steps: list[Step]) -> int:
     """Run what is due until the time is over. -> exit status: 1 where a step failed"""
     if not nvidia():
         raise ValueError("no NVIDIA GPU here (nvidia-smi names none); --dry-run works without one")
-    end, common, failed = time.time() + 60 * args.minutes, facts(), 0
+    # stopping the last step takes its time too
+    end, common, failed = time.time() + 60 * args.minutes - GRACE, facts(), 0
     for step in steps:
         left = end - time.time()
         if not due(step, read(args.out, step), args):

@@ -8,8 +8,6 @@ import gpu
 import pytest
 from conftest import ROOT
 
-SLEEP = "-c 'import time; time.sleep({})'"
-
 
 def say(code: str) -> str:
     """Words of a step that runs this code."""
@@ -98,7 +96,7 @@ def test_the_clock_stops_a_step_and_what_it_wrote_counts(session, tmp_path):
     begun = time.monotonic()
     status, records = session(slow)
     assert time.monotonic() - begun < 40 and status == 0
-    assert records["slow"]["ended"] == "out of time"
+    assert records["slow"]["ended"] == gpu.AT_LIMIT
     (figure,) = records["slow"]["figures"]
     assert figure["figure"] == "images, 16 px, 8 environments" and figure["value"] == "12.5"
     assert figure["unit"] == "images/s"
@@ -117,6 +115,16 @@ def test_what_is_done_is_kept_and_what_failed_waits_for_retry(session, tmp_path)
     for options, count in ((dict(), 4), (dict(), 4), (dict(retry=True), 5)):
         session(failing, **options)
         assert len(mark.read_text()) == count
+
+
+def test_what_the_end_of_the_minutes_stopped_is_run_again(session, monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE", 1.0)
+    step = gpu.Step("slow", "takes long", say("import time; time.sleep(60)"), 1, "tests")
+    assert session(step, minutes=3 / 60)[1]["slow"]["ended"] == "out of time"
+    args = gpu.Args()
+    assert gpu.due(step, {"ended": "out of time"}, args)
+    kept = {"ended": gpu.AT_LIMIT, "command_given": step.words}
+    assert not gpu.due(step, kept, args) and gpu.due(step, kept, gpu.Args(retry=True))
 
 
 def test_no_time_left_begins_nothing(session, capsys):
