@@ -45,6 +45,7 @@ COLUMNS = ("step", "ended", "seconds", "figure", "value", "unit", "remark")
 GRACE = 20.0  # seconds that a step gets to save after Ctrl-C, before it is killed
 LEAST = 20.0  # a step is not begun with less time than this
 AT_LIMIT = "stopped at its limit"
+NO_JAX = "JAX sees no GPU: install its plugin as docs/install.md says, then --retry"
 MACHINE = """
 import json, torch, warp
 facts = {"torch": torch.__version__, "warp CUDA devices": warp.get_cuda_device_count()}
@@ -95,6 +96,11 @@ class Step:
     limit: float  # minutes after which it is stopped; what it has written until then counts
     kind: str = "benchmark"  # benchmark: writes a CSV; learning: a run; tests; machine
     tiny: str = ""  # words for a CPU in a dry run; empty: not run there
+
+    @property
+    def jax(self) -> bool:
+        """Whether JAX computes it: where that sees no GPU it would take the CPU and say nothing."""
+        return "go1" in self.words
 
     @property
     def command(self) -> list[str]:
@@ -376,8 +382,16 @@ def run_step(step: Step, command: list[str], seconds: float, folder: Path) -> di
 
 
 # --- The session --------------------------------------------------------------------------------
+def jax_sees_a_gpu(folder: Path) -> bool:
+    """What this session's first step found out."""
+    figures = read(folder, STEPS[0]).get("figures", [])
+    return any(f["figure"] == "jax devices" and "cuda" in f["value"] for f in figures)
+
+
 def due(step: Step, record: dict, args: Args) -> bool:
     """Whether the step is to be run."""
+    if step.kind == "machine":
+        return True
     if record.get("ended") in ("done", AT_LIMIT):
         more = args.retry and record["ended"] == AT_LIMIT
         return args.again or more or record.get("command_given") != step.words
@@ -404,6 +418,7 @@ def session(args: Args, steps: list[Step]) -> int:
     if not nvidia():
         raise ValueError("no NVIDIA GPU here (nvidia-smi names none); --dry-run works without one")
     # stopping the last step takes its time too
+    steps = [STEPS[0], *(step for step in steps if step is not STEPS[0])]
     end, common, failed = time.time() + 60 * args.minutes - GRACE, facts(), 0
     for step in steps:
         left = end - time.time()
@@ -418,7 +433,11 @@ def session(args: Args, steps: list[Step]) -> int:
         earlier = read(args.out, step)
         again = args.again or earlier.get("ended") == "failed"
         try:
+            if step.jax and not jax_sees_a_gpu(args.out):
+                raise ValueError(NO_JAX)
             record = run_step(step, command_of(step, args.out, earlier, again), seconds, args.out)
+        except ValueError as error:
+            record = {"step": step.name, "ended": "failed", "reason": str(error), "seconds": 0.0}
         except KeyboardInterrupt as interrupt:
             keep(args.out, step, common | interrupt.args[0])
             print(f"\n{step.name}: interrupted; all records are in {args.out}")

@@ -14,14 +14,18 @@ def say(code: str) -> str:
     return f"-c '{code}'"
 
 
+MACHINE = gpu.Step("machine", "says what it sees", "", 1, "machine")
+
+
 @pytest.fixture
 def session(monkeypatch, tmp_path):
     """Runs a session over steps made up by the test, on a machine that seems to have a GPU."""
     monkeypatch.setattr(gpu, "nvidia", lambda: {"gpu": "A GPU", "driver": "1.2"})
     monkeypatch.setattr(gpu, "LEAST", 0.5)
+    monkeypatch.setattr(gpu, "MACHINE", 'print(\'{"jax devices": "cpu:0"}\')')
 
     def run(*steps: gpu.Step, **options) -> tuple[int, dict[str, dict]]:
-        monkeypatch.setattr(gpu, "STEPS", steps)
+        monkeypatch.setattr(gpu, "STEPS", (MACHINE, *steps))
         args = gpu.Args(out=tmp_path, **options)
         args.check()
         status = gpu.session(args, list(steps))
@@ -76,7 +80,7 @@ def test_a_failure_is_recorded_and_the_next_step_begins(session, tmp_path, capsy
     assert records["good"]["figures"] == [dict(figure="passed", value=3, unit="tests")]
     assert records["skipped"]["reason"] == "no test ran: all were skipped"
     assert records["good"]["gpu"] == "A GPU" and "torch" in records["good"]["versions"]
-    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))[1:]
     assert [(row["step"], row["ended"]) for row in rows][:2] == [
         ("bad", "failed"),
         ("good", "done"),
@@ -125,6 +129,14 @@ def test_what_the_end_of_the_minutes_stopped_is_run_again(session, monkeypatch):
     assert gpu.due(step, {"ended": "out of time"}, args)
     kept = {"ended": gpu.AT_LIMIT, "command_given": step.words}
     assert not gpu.due(step, kept, args) and gpu.due(step, kept, gpu.Args(retry=True))
+
+
+def test_jax_on_the_cpu_is_no_measurement_of_a_gpu(session, monkeypatch):
+    step = gpu.Step("walk", "needs JAX", say('print("1 passed"); "go1"'), 1, "tests")
+    status, records = session(step)
+    assert status == 1 and records["walk"]["reason"] == gpu.NO_JAX
+    monkeypatch.setattr(gpu, "MACHINE", 'print(\'{"jax devices": "cuda:0"}\')')
+    assert session(step, retry=True)[1]["walk"]["ended"] == "done"
 
 
 def test_no_time_left_begins_nothing(session, capsys):
