@@ -121,9 +121,11 @@ def main() -> int:
     if args.list or not changed:
         return 0
     exact = [f"{name}=={version}" for name, version in versions.items()]
-    for words in ([*exact], ["--no-deps", "--editable", "."]):
+    for words in (exact, ["--editable", "."]):
         subprocess.run(
-            [str(python), "-m", "pip", "install", "--quiet", *words], cwd=ROOT, check=True
+            [str(python), "-m", "pip", "install", "--quiet", "--no-deps", *words],
+            cwd=ROOT,
+            check=True,
         )
     checked = subprocess.run([str(python), "-m", "pip", "check"], capture_output=True, text=True)
     # the project's own pins are what was left behind on purpose

@@ -41,6 +41,11 @@ class Reader:
         return taken[-1] if taken else ""
 
     @property
+    def after(self) -> str:
+        """The token behind the next one."""
+        return self.tokens[self.at + 1] if self.at + 1 < len(self.tokens) else ""
+
+    @property
     def next(self) -> str:
         return self.tokens[self.at] if self.at < len(self.tokens) else ""
 
@@ -94,8 +99,18 @@ def base(reader: Reader) -> list[str]:
     if token[0].isalpha():
         tag = "mtext" if len(token) > 1 else "mi"
         return [f"<{tag}>{escape(token)}</{tag}>"]
+    return [sign(token, reader)]
+
+
+def sign(token: str, reader: Reader) -> str:
+    """An operator. A minus before one thing alone and the bars of |x| stand close to it; p(a | b) is set wide."""
     sign = {"-": "−", "*": "·"}.get(token, token)
-    return [f'<mo stretchy="false">{escape(sign)}</mo>']
+    if sign in "−±+" and reader.before in ("", *"([{,=|·/+←≤≥<>"):
+        return f'<mo form="prefix">{sign}</mo>'
+    around = reader.tokens[max(reader.at - 2, 0)] + reader.next
+    if sign in "|‖" and not around.isspace():
+        return f'<mo stretchy="false" lspace="0" rspace="0">{sign}</mo>'
+    return f'<mo stretchy="false">{escape(sign)}</mo>'
 
 
 def atom(reader: Reader) -> list[str]:
@@ -118,6 +133,9 @@ def atom(reader: Reader) -> list[str]:
         elif token in ("′", "'"):  # the character stands raised already
             reader.take()
             parts = [row([*parts, '<mo lspace="0" rspace="0">′</mo>'])]
+        elif token == "*" and not reader.after[:1].isalnum():  # the optimum, not a product
+            reader.take()
+            above.append("<mo>∗</mo>")
         elif token in ("_", "^"):
             reader.take()
             (below if token == "_" else above).append(group(reader))
@@ -167,6 +185,8 @@ def equations(lines: list[str]) -> str:
             left, right = "", right
         elif match := re.match(r"(.{1,24}?)\s*(=|~|←)\s(?!.*\bat\b)", right):
             left, right = match[1], right[match.start(2) :]
+        elif rest and len(right) < 16 and is_remark(rest[0]):  # a symbol and what it stands for
+            left, right, rest = columns[0], rest[0], rest[1:]
         elif rest and not is_remark(rest[0]) and re.match(r"(mean|Σ)", rest[0]):
             left, right, rest = columns[0], rest[0], rest[1:]
         cells = [f'<td class="left">{side(left)}</td><td class="right">{side(right)}']

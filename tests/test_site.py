@@ -48,11 +48,18 @@ def shape(text: str) -> str:
         ("½ x", "frac(12)x"),
         ("5,120 - 0.5", "5,120−0.5"),
         ("π(a | s)", "π(a|s)"),
+        ("q* - q", "sup(q∗)−q"),
+        ("|x| p(a | b)", "|x|p(a|b)"),
         ("(a", "(a)"),  # an open bracket ends with the line
     ],
 )
 def test_an_expression_is_read_as_it_is_meant(text, expected):
     assert shape(text) == expected
+
+
+def test_signs_that_belong_to_one_thing_stand_close_to_it():
+    assert typeset.mathml("clip(x, -c, c) - 1").count('form="prefix"') == 1
+    assert typeset.mathml("|x| + π(a | s)").count('rspace="0"') == 2
 
 
 def test_a_block_is_aligned_and_remarks_stay_text():
