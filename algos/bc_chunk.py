@@ -482,7 +482,7 @@ def update(net: ChunkPolicy, optimizer: torch.optim.Optimizer, batch: dict) -> d
 
 @torch.no_grad()
 def average_weights(average: nn.Module, net: nn.Module, step: int, keep: float):
-    """Equation 5, and faster at first: after the first step (1) a tenth is left of where it began."""
+    """Equation 5, and faster at first: after step 1 a tenth of where it began is left."""
     share = max(1 - keep, 9 / (step + 9))
     torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), share)
 
