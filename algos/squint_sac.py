@@ -17,7 +17,9 @@ Differences from the authors' code:
  4. The tanh's share of log pi is exact (theirs adds 1e-6), and projection keeps the mass at 1
     (theirs can lose or double that of an atom that falls exactly on another).
  5. The actor is updated after the last of four critic updates; theirs after the first.
- 6. Ours, not the paper's: `--asymmetric`; `--ema`, an average of encoder and actor over time that
+ 6. A block of updates sees what was stored before the last step, so that simulating and learning
+    can take a core each.
+ 7. Ours, not the paper's: `--asymmetric`; `--ema`, an average of encoder and actor over time that
     is evaluated, saved and deployed while the raw weights explore. On a CPU 0.99, and the sizes
     are smaller: TUNED, below.
 
@@ -86,7 +88,6 @@ TUNED = {
         alpha_lr=1e-3,
         alpha=0.05,
         ema=0.99,
-        learners=min(2, torch.get_num_threads()),
         amp=False,
         compile=False,
         cudagraphs=False,
@@ -164,7 +165,6 @@ class Args:
     # compute
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # networks, buffer and simulation
     amp: bool = True  # losses in bfloat16 where safe; 10-20 times slower on a CPU without bf16
-    learners: int = 1  # threads that share a batch; those inside torch's operations are then off
     compile: bool = True  # compile the two losses with torch.compile
     cudagraphs: bool = True  # replay a block of updates as one CUDA graph; needs cuda, tensordict
 
@@ -185,7 +185,6 @@ def check(args: Args):
     whole_blocks = args.num_updates % args.policy_frequency == 0
     need(whole_blocks, "--num-updates must be a multiple of --policy-frequency")
     need(args.render_size >= args.image_size, "--render-size must not be below --image-size")
-    need(args.batch_size % args.learners == 0, "--batch-size must be a multiple of --learners")
     need(args.v_min < args.v_max, "--v-min must be below --v-max")
     room = args.buffer_size // args.num_envs * args.num_envs
     need(room >= args.learning_starts, "--buffer-size must not be below --learning-starts")
@@ -530,24 +529,11 @@ def actor_loss(agent: Agent, batch: dict, features, noise, args: Args):
     return loss, {"loss/actor": loss.detach()}
 
 
-def descend(loss_of, optimizer, run, *parts):
-    """One step down the mean gradient of the parts of a batch. -> what `loss_of` returns beside it
-
-    run: `map`, or that of a thread pool. Threads that take a part each meet once an update; those
-    inside torch's operations meet in every one of them, and stall beside other work.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    parameters = [p for p in parameters if p.requires_grad]
-
-    def gradient(*part):
-        loss, *outputs = loss_of(*part)
-        return torch.autograd.grad(loss, parameters), outputs
-
-    gradients, outputs = zip(*run(gradient, *parts), strict=True)
-    for parameter, *shares in zip(parameters, *gradients, strict=True):
-        parameter.grad = sum(shares) / len(shares)
+def descend(loss, optimizer):
+    """One step down the gradient."""
+    optimizer.zero_grad()
+    loss.backward()
     optimizer.step()
-    return outputs
 
 
 @torch.no_grad()
@@ -556,34 +542,30 @@ def follow(average, network, share: float):
     torch._foreach_lerp_(list(average), list(network), share)
 
 
-def update_block(agent, batches: dict, args: Args, q_loss=critic_loss, pi_loss=actor_loss, run=map):
+def update_block(agent: Agent, batches: dict, args: Args, q_loss=critic_loss, pi_loss=actor_loss):
     """F updates of critic, encoder and temperature, each on its own batch, then one of the actor.
 
-    batches: transitions, (F, learners, B / learners) in front. -> metrics of the last critic update
-    and of the actor's, of the first learner
+    batches: transitions, (F, B) in front. -> metrics of the last critic update and of the actor's
     """
-    q_loss, pi_loss = partial(q_loss, agent, args=args), partial(pi_loss, agent, args=args)
     for i in range(args.policy_frequency):
-        parts = [{k: v[i, j] for k, v in batches.items()} for j in range(args.learners)]
-        noise = [torch.randn_like(part["actions"].repeat(2, 1)) for part in parts]
-        outputs = descend(q_loss, agent.q_optimizer, run, parts, noise)
+        batch = {key: value[i] for key, value in batches.items()}
+        noise = torch.randn_like(batch["actions"].repeat(2, 1))
+        loss, features, metrics = q_loss(agent, batch, noise, args)
+        descend(loss, agent.q_optimizer)
         follow(agent.target.parameters(), agent.critic.parameters(), args.tau)
-    features, metrics = zip(*outputs, strict=True)
-    noise = [torch.randn_like(part["actions"]) for part in parts]
+    noise = torch.randn_like(batch["actions"])
     agent.critic.requires_grad_(False)  # spares the critic's own gradients, which nobody would use
-    outputs = descend(pi_loss, agent.actor_optimizer, run, parts, features, noise)  # differs (5)
+    loss, actor_metrics = pi_loss(agent, batch, features, noise, args)  # differs (5)
     agent.critic.requires_grad_(True)
+    descend(loss, agent.actor_optimizer)
     acting = [*agent.encoder.parameters(), *agent.actor.parameters()]
-    follow(agent.averaged.parameters(), acting, 1 - args.ema)  # differs (6)
-    return metrics[0] | outputs[0][0]
+    follow(agent.averaged.parameters(), acting, 1 - args.ema)  # differs (7)
+    return metrics | actor_metrics
 
 
 def make_update(agent: Agent, args: Args):
     """`update_block` of `batches` alone, with compiled losses, as one CUDA graph."""
     update = partial(update_block, agent, args=args)
-    if args.learners > 1:
-        torch.set_num_threads(1)
-        update = partial(update, run=ThreadPoolExecutor(args.learners).map)
     if args.compile:
         q_loss, pi_loss = torch.compile(critic_loss), torch.compile(actor_loss)
         update = partial(update, q_loss=q_loss, pi_loss=pi_loss)
@@ -847,6 +829,10 @@ def train(args: Args) -> dict:
     Raises ValueError or FileNotFoundError for arguments that do not fit, FloatingPointError at NaN.
     """
     check(args)
+    if args.device == "cpu":
+        # The other core simulates. A second thread here would gain a tenth, and stall beside other
+        # work, because the two wait for each other in every operation.
+        torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
     env, eval_envs = make_envs(args)
@@ -880,12 +866,11 @@ def train(args: Args) -> dict:
             agent.load_state_dict(load(args.checkpoint)["agent"])
         save_run(run, content, parts, obs)
     (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
-    rows = args.policy_frequency, args.learners, args.batch_size // args.learners
     results, losses, compiled = {}, [], False
     episodes = torch.zeros(4, device=args.device)  # since the last row, as in episode_sums
     step, born = progress["global_step"], START - progress["wall_time"]
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step")
-    interrupt = Interrupt()
+    interrupt, pool = Interrupt(), ThreadPoolExecutor(1)
     stop = step >= args.total_timesteps
 
     while not stop:
@@ -898,21 +883,24 @@ def train(args: Args) -> dict:
                 features, noise = agent.encoder(obs["rgb"]), torch.randn_like(still)
                 actions, _ = sample_actions(agent.actor, features, obs["state"], noise)
 
-        # step
-        next_obs, rewards, terminations, truncations, info = env.step(actions)
-
-        # store
-        final_obs = observe(info["final_obs"], args)
-        replay.add(transition(obs, final_obs, actions, rewards))
-        obs = observe(next_obs, args)
-        episodes += episode_sums(info, terminations | truncations)
+        # step, on a CPU while the networks learn from what was stored before  # differs (6)
+        stepping = pool.submit(env.step, actions)
+        if args.device != "cpu":
+            stepping.result()
 
         # update
         if len(replay) >= args.learning_starts:
             for _ in range(args.num_updates // args.policy_frequency):
-                losses.append(update(replay.sample(*rows)))
+                losses.append(update(replay.sample(args.policy_frequency, args.batch_size)))
             if not compiled:  # the first updates compile, and train_time is without that
                 compiled, begin = True, time.perf_counter()
+
+        # store
+        next_obs, rewards, terminations, truncations, info = stepping.result()
+        final_obs = observe(info["final_obs"], args)
+        replay.add(transition(obs, final_obs, actions, rewards))
+        obs = observe(next_obs, args)
+        episodes += episode_sums(info, terminations | truncations)
 
         # log
         step += args.num_envs

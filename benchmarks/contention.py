@@ -1,12 +1,13 @@
-"""How training keeps up beside other work: Squint SAC's updates a second on quiet cores and beside busy processes.
+"""How training keeps up beside other work: Squint SAC on quiet cores and beside busy processes.
 
     python benchmarks/contention.py --out docs/results/throughput/contention__cpu2.csv
 
-OpenMP's threads spin before they wait for each other. Beside other processes a long spin burns the time that the other
-threads need, so algos/*.py set GOMP_SPINCOUNT to 100,000 unless you have set it. Here each setting runs beside 0, 2 and
-20 busy processes, in turns, all in one run. A row is the median over --rounds, each of --seconds after a warm-up.
-`share` is the fraction of the two cores that a fair scheduler leaves to a process with two threads among the busy ones,
-`kept` the fraction of the quiet speed that is left. Close other programs first.
+On a CPU Squint simulates in one thread and learns in another. The usual way, two threads inside torch's operations,
+waits in each of them until both have run; beside other processes that takes a turn of the scheduler every time. Here
+both run beside 0, 2 and 20 busy processes, in turns, all in one run, the second way with the spin before waiting that
+algos/*.py set (GOMP_SPINCOUNT 100,000, unless you have set it) and with OpenMP's default. A row is the median over
+--rounds, each of --seconds after a warm-up. `share` is what a fair scheduler leaves of two cores to two threads among
+the busy processes, `kept` what is left of the quiet speed. Close other programs first.
 """
 
 import csv
@@ -15,14 +16,19 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
-SETTINGS = {"spin 100,000 (ours)": "100000", "spin 300,000 (OpenMP's default)": "300000"}
-COLUMNS = ("setting", "busy", "updates_per_second", "range", "kept", "share")
+SETTINGS = {  # -> threads of torch's operations, GOMP_SPINCOUNT
+    "simulating beside one learning thread (ours)": (1, "100000"),
+    "two threads an operation, spin 100,000": (2, "100000"),
+    "two threads an operation, spin 300,000": (2, "300000"),
+}
+COLUMNS = ("setting", "busy", "steps_per_second", "range", "kept", "share")
 
 
 @dataclass
@@ -35,47 +41,54 @@ class Args:
     """measurements of every setting, alternated with the others"""
     out: Path | None = None
     """CSV file to write"""
-    worker: bool = False
-    """internal: run updates for --seconds and print how many a second"""
+    worker: int = 0
+    """internal: train with this many threads for --seconds and print the transitions a second"""
 
 
-def work(seconds: float) -> float:
-    """Critic updates a second of Squint's CPU defaults, the actor's every fourth and sampling included."""
-    sys.path.insert(0, str(ROOT / "algos"))
+def work(threads: int, seconds: float) -> float:
+    """Transitions a second of Squint's loop with a CPU's defaults: step, jitter, store, updates."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "algos")]
     import squint_sac
     import torch
 
+    torch.set_num_threads(threads)
     args = squint_sac.parse_args(["--env-id", "SO101ReachCube-v1", "--device", "cpu"])
-    shapes = dict(channels=3, state=12, privileged=0, action=6)
-    agent = squint_sac.Agent(args, shapes)
-    update = squint_sac.make_update(agent, args)
-    share = args.batch_size // args.learners
-    obs = dict(
-        rgb=torch.randint(0, 256, (64, 16, 16, 3), dtype=torch.uint8),
-        state=torch.randn(64, 12),
-        critic_state=torch.randn(64, 12),
-    )
-    row = squint_sac.transition(obs, obs, torch.rand(64, 6), torch.rand(64))
-    replay = squint_sac.Replay(row, rows=100)
+    env, _ = squint_sac.make_envs(args)
+    agent = squint_sac.Agent(args, squint_sac.shapes_of(env))
+    update, pool = squint_sac.make_update(agent, args), ThreadPoolExecutor(1)
+    actions = torch.zeros(args.num_envs, env.action_dim)
+    obs = squint_sac.observe(env.step(actions)[0], args)
+    replay = squint_sac.Replay(squint_sac.transition(obs, obs, actions, actions[:, 0]), rows=100)
     for _ in range(100):
-        replay.add(row)
+        replay.add(squint_sac.transition(obs, obs, actions, actions[:, 0]))
 
     def loop(duration: float) -> float:
-        done, begin = 0, time.perf_counter()
+        nonlocal obs
+        steps, begin = 0, time.perf_counter()
         while time.perf_counter() - begin < duration:
-            update(replay.sample(args.policy_frequency, args.learners, share))
-            done += args.policy_frequency
-        return done / (time.perf_counter() - begin)
+            actions = torch.rand(args.num_envs, env.action_dim) * 2 - 1
+            stepping = pool.submit(env.step, actions)
+            if threads > 1:  # as it was: one after the other
+                stepping.result()
+            for _ in range(args.num_updates // args.policy_frequency):
+                update(replay.sample(args.policy_frequency, args.batch_size))
+            next_obs, rewards, _, _, info = stepping.result()
+            final_obs = squint_sac.observe(info["final_obs"], args)
+            replay.add(squint_sac.transition(obs, final_obs, actions, rewards))
+            obs = squint_sac.observe(next_obs, args)
+            steps += args.num_envs
+        return steps / (time.perf_counter() - begin)
 
     loop(seconds / 4)
     return loop(seconds)
 
 
-def measure(spin: str, busy: int, seconds: float) -> float:
-    """Updates a second of a fresh process, beside `busy` processes that do nothing but compute."""
+def measure(threads: int, spin: str, busy: int, seconds: float) -> float:
+    """Transitions a second of a fresh process, beside `busy` processes that do nothing but compute."""
     others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
     try:
-        command = [sys.executable, __file__, "--worker", "--seconds", str(seconds)]
+        command = [sys.executable, __file__, "--worker", str(threads)]
+        command += ["--seconds", str(seconds)]
         env = os.environ | {"GOMP_SPINCOUNT": spin}
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
         return float(done.stdout.split()[-1])
@@ -87,15 +100,15 @@ def measure(spin: str, busy: int, seconds: float) -> float:
 
 def main(args: Args):
     if args.worker:
-        print(work(args.seconds))
+        print(work(args.worker, args.seconds))
         return
     cores = len(os.sched_getaffinity(0))
     found = {(name, busy): [] for name in SETTINGS for busy in args.busy}
     for _ in range(args.rounds):
         for name, busy in found:
-            speed = measure(SETTINGS[name], busy, args.seconds)
+            speed = measure(*SETTINGS[name], busy, args.seconds)
             found[name, busy].append(speed)
-            print(f"{name}, {busy} busy: {speed:.1f} updates/s", flush=True)
+            print(f"{name}, {busy} busy: {speed:.1f} transitions/s", flush=True)
     rows = []
     for (name, busy), speeds in found.items():
         middle = statistics.median(speeds)
@@ -104,7 +117,7 @@ def main(args: Args):
         spread = f"{min(speeds):.1f} to {max(speeds):.1f}"
         rows.append((name, busy, f"{middle:.1f}", spread, f"{kept:.2f}", f"{share:.2f}"))
     for row in [COLUMNS, *rows]:
-        print("  ".join(str(cell).ljust(32 if i == 0 else 18) for i, cell in enumerate(row)))
+        print("  ".join(str(cell).ljust(46 if i == 0 else 18) for i, cell in enumerate(row)))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with open(args.out, "w", newline="") as file:

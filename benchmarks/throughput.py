@@ -356,8 +356,7 @@ def learner(hyper: squint_sac.Args) -> Callable[[], dict]:
         value.random_(0, 256) if value.dtype == torch.uint8 else value.uniform_(-1, 1)
     replay.added = replay.rows
     update = squint_sac.make_update(squint_sac.Agent(hyper, shapes), hyper)
-    rows = hyper.policy_frequency, hyper.learners, hyper.batch_size // hyper.learners
-    return lambda: update(replay.sample(*rows))
+    return lambda: update(replay.sample(hyper.policy_frequency, hyper.batch_size))
 
 
 def learning(args: Args, table: Table) -> None:

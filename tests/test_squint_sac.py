@@ -9,9 +9,7 @@ import signal
 import subprocess
 import sys
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -305,7 +303,7 @@ def test_next_observations_are_the_true_ones(fake):
 
 # --- Updates --------------------------------------------------------------------------------------
 def learning_parts(**changes):
-    """-> agent, batches (F, learners, B / learners), args"""
+    """-> agent, batches (F, B), args"""
     args = arguments(**changes)
     env = FakeEnv(args.num_envs, asymmetric=args.asymmetric)
     torch.manual_seed(3)
@@ -319,20 +317,18 @@ def learning_parts(**changes):
         final_obs = sq.observe(info["final_obs"], args)
         replay.add(sq.transition(obs, final_obs, actions, rewards))
         obs = sq.observe(next_obs, args)
-    batch = args.batch_size // args.learners
-    return agent, replay.sample(args.policy_frequency, args.learners, batch), args
+    return agent, replay.sample(args.policy_frequency, args.batch_size), args
 
 
 def part(batches: dict, i: int = 0) -> dict:
-    return {key: value[i].flatten(0, 1) for key, value in batches.items()}
+    return {key: value[i] for key, value in batches.items()}
 
 
 def test_who_learns_from_which_loss():
     agent, batches, args = learning_parts(policy_frequency=1)
     before = copy.deepcopy(agent.state_dict())
     loss, features, metrics = sq.critic_loss(agent, part(batches), torch.randn(32, 2), args)
-    loss.backward()
-    agent.q_optimizer.step()
+    sq.descend(loss, agent.q_optimizer)
     middle = copy.deepcopy(agent.state_dict())
     assert differences(before, middle) == {"encoder", "critic", "log_alpha"}
     metrics |= sq.update_block(agent, batches, args)
@@ -396,24 +392,6 @@ def test_block_equals_its_steps_written_out():
     other.averaged.actor.load_state_dict(other.actor.state_dict())
     for name, value in agent.state_dict().items():
         torch.testing.assert_close(value, other.state_dict()[name], atol=2e-6, rtol=1e-5)
-
-
-def test_gradient_of_two_learners_is_that_of_one():
-    agent, batches, args = learning_parts()
-    other = copy.deepcopy(agent)
-    whole, noise = part(batches), torch.randn(2, 16, 2)
-    halves = [{key: value[i : i + 8] for key, value in whole.items()} for i in (0, 8)]
-    shares = [noise[:, i : i + 8].flatten(0, 1) for i in (0, 8)]
-    loss_of = partial(sq.critic_loss, agent, args=args)
-    sq.descend(loss_of, agent.q_optimizer, map, [whole], [noise.flatten(0, 1)])
-    loss_of = partial(sq.critic_loss, other, args=args)
-    with ThreadPoolExecutor(2) as pool:
-        sq.descend(loss_of, other.q_optimizer, pool.map, halves, shares)
-    for learned in ("encoder", "critic"):
-        pairs = zip(*(getattr(a, learned).parameters() for a in (agent, other)), strict=True)
-        for one, two in pairs:
-            assert one.grad.abs().max() > 0
-            torch.testing.assert_close(one.grad, two.grad, atol=1e-6, rtol=1e-4)
 
 
 def test_the_average_is_that_of_all_blocks():
