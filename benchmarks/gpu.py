@@ -496,7 +496,8 @@ def dry_run(args: Args, steps: list[Step], scratch: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """-> exit status. Raises ValueError for arguments that do not fit."""
-    args = tyro.cli(Args, args=argv, description=__doc__.split("\n\n")[0])
+    plain = (tyro.conf.FlagCreatePairsOff,)
+    args = tyro.cli(Args, args=argv, description=__doc__.split("\n\n")[0], config=plain)
     args.check()
     args = replace(args, out=args.out.resolve())
     chosen = args.only or ("*",)

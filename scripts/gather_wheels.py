@@ -142,7 +142,8 @@ def refuse_cpu_build(pins: list[str]):
 
 def main(argv: list[str] | None = None) -> int:
     """-> exit status. Raises ValueError for arguments that do not fit and for wheels of the wrong kind."""
-    args = tyro.cli(Args, args=argv, description=__doc__.split("\n\n")[0])
+    plain = (tyro.conf.FlagCreatePairsOff,)
+    args = tyro.cli(Args, args=argv, description=__doc__.split("\n\n")[0], config=plain)
     args.check()
     pins = resolved(args)
     if args.list:
