@@ -61,7 +61,9 @@ def broken(report: Path) -> list[str]:
     found = []
     for case in ElementTree.parse(report).iter("testcase"):
         for node in [*case.findall("failure"), *case.findall("error")]:
-            said = (node.get("message") or node.text or "").strip().splitlines()
+            lines = (node.text or "").splitlines()
+            said = [line[2:].strip() for line in lines if line.startswith("E ")][-1:]
+            said = said or (node.get("message") or "").strip().splitlines()
             where = case.get("classname") or case.get("name")
             found.append(f"{where}::{case.get('name')}: {said[0][:160] if said else 'failed'}")
     return found
@@ -91,7 +93,8 @@ def environment(folder: Path) -> Path:
 
 def run_tests(python: Path, tests: list[str], report: Path) -> list[str]:
     """Run pytest in the environment. -> what broke"""
-    words = [str(python), "-m", "pytest", "-q", "--tb=line", f"--junitxml={report}", *tests]
+    words = [str(python), "-m", "pytest", "-q", "--tb=short", f"--junitxml={report}", *tests]
+    words.append("--continue-on-collection-errors")  # a file that cannot be imported is one of them
     status = subprocess.run(words, cwd=ROOT).returncode
     failures = broken(report)
     if status not in (0, 1) and not failures:  # 2 and above: pytest itself could not go on

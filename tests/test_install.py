@@ -85,9 +85,13 @@ def test_what_moved_and_what_broke_is_told(tmp_path):
         "<testsuites><testsuite>"
         + case.format('<failure message="ValueError: no&#10;more"/>')
         + case.format("")
+        + case.format(
+            '<error message="collection failure">a.py:3\nE   ImportError: it is old</error>'
+        )
         + "</testsuite></testsuites>"
     )
-    assert newest.broken(report) == ["tests.test_a::test_b: ValueError: no"]
+    first = "tests.test_a::test_b: "
+    assert newest.broken(report) == [f"{first}ValueError: no", f"{first}ImportError: it is old"]
 
 
 # --- Wheels for a GPU machine -------------------------------------------------------------------
