@@ -465,15 +465,15 @@ def loop(hyper: squint_sac.Args, blocks: int, vector_steps: int = 4) -> list[flo
     )  # compiling and capturing fall into the block before
     with (
         tempfile.TemporaryDirectory() as folder,
+        contextlib.chdir(folder),  # a run goes to runs/ below
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
     ):
-        run = Path(folder) / "run"
         squint_sac.train(replace(
-            hyper, name=str(run), total_timesteps=first + blocks * block, log_freq=block, eval_freq=1 << 60,
+            hyper, name="run", total_timesteps=first + blocks * block, log_freq=block, eval_freq=1 << 60,
             eval_episodes=1, eval_envs=1, capture_video=False, track=False, save_buffer=False,
         ))  # fmt: skip
-        with (run / "metrics.csv").open() as file:
+        with Path("runs/run/metrics.csv").open() as file:
             times = {
                 int(float(row["global_step"])): float(row["train_time"])
                 for row in csv.DictReader(file)

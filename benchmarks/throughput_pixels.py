@@ -362,15 +362,15 @@ def loop(hyper: drqv2.Args, blocks: int, block: int) -> list[float]:
     first = (
         -(-hyper.learning_starts // block) * block + block
     )  # compiling and capturing fall into the block before
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), \
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), \
+            contextlib.redirect_stdout(io.StringIO()), \
             contextlib.redirect_stderr(io.StringIO()):  # fmt: skip
-        run = Path(folder) / "run"
         drqv2.train(replace(
-            hyper, name=str(run), total_timesteps=first + blocks * block, log_freq=block, eval_freq=1 << 60,
+            hyper, name="run", total_timesteps=first + blocks * block, log_freq=block, eval_freq=1 << 60,
             eval_episodes=1, eval_envs=1, capture_video=False, track=False, save_buffer=False,
             buffer_size=min(hyper.buffer_size, max(20_000, 4 * (first + blocks * block))),
         ))  # fmt: skip
-        with (run / "metrics.csv").open() as file:
+        with Path("runs/run/metrics.csv").open() as file:
             times = {
                 int(float(row["global_step"])): float(row["train_time"])
                 for row in csv.DictReader(file)
