@@ -564,7 +564,13 @@ def update_block(agent: Agent, batches: dict, args: Args, q_loss=critic_loss, pi
 
 
 def make_update(agent: Agent, args: Args):
-    """`update_block` of `batches` alone, with compiled losses, as one CUDA graph."""
+    """`update_block` of `batches` alone, with compiled losses, as one CUDA graph.
+
+    On a CPU in one thread: another core simulates. A second one here would gain a tenth, and stall
+    beside other work, because the two wait for each other in every operation.
+    """
+    if args.device == "cpu":
+        torch.set_num_threads(1)
     update = partial(update_block, agent, args=args)
     if args.compile:
         q_loss, pi_loss = torch.compile(critic_loss), torch.compile(actor_loss)
@@ -823,16 +829,19 @@ def training_metrics(env, episodes: torch.Tensor, losses: list[dict]) -> dict[st
     return metrics
 
 
+@torch.no_grad()
+def explore(agent: Agent, obs: dict, like: torch.Tensor) -> torch.Tensor:
+    """Sampled actions (N, A) for observations as they are stored."""
+    features, noise = agent.encoder(obs["rgb"]), torch.randn_like(like)
+    return sample_actions(agent.actor, features, obs["state"], noise)[0]
+
+
 def train(args: Args) -> dict:
     """Train, or with --evaluate only evaluate. -> metrics of the last evaluation, counters, `run`.
 
     Raises ValueError or FileNotFoundError for arguments that do not fit, FloatingPointError at NaN.
     """
     check(args)
-    if args.device == "cpu":
-        # The other core simulates. A second thread here would gain a tenth, and stall beside other
-        # work, because the two wait for each other in every operation.
-        torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
     env, eval_envs = make_envs(args)
@@ -876,12 +885,8 @@ def train(args: Args) -> dict:
     while not stop:
         # act
         begin = time.perf_counter()
-        if step < args.learning_starts and not args.checkpoint:
-            actions = torch.rand_like(still) * 2 - 1
-        else:
-            with torch.no_grad():
-                features, noise = agent.encoder(obs["rgb"]), torch.randn_like(still)
-                actions, _ = sample_actions(agent.actor, features, obs["state"], noise)
+        uniform = step < args.learning_starts and not args.checkpoint
+        actions = torch.rand_like(still) * 2 - 1 if uniform else explore(agent, obs, still)
 
         # step, on a CPU while the networks learn from what was stored before  # differs (6)
         stepping = pool.submit(env.step, actions)
