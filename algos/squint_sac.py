@@ -569,6 +569,7 @@ def make_update(agent: Agent, args: Args):
     On a CPU in one thread: another core simulates. A second one here would gain a tenth, and stall
     beside other work, because the two wait for each other in every operation.
     """
+    torch.set_float32_matmul_precision("high")
     if args.device == "cpu":
         torch.set_num_threads(1)
     update = partial(update_block, agent, args=args)
@@ -842,7 +843,6 @@ def train(args: Args) -> dict:
     Raises ValueError or FileNotFoundError for arguments that do not fit, FloatingPointError at NaN.
     """
     check(args)
-    torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
     env, eval_envs = make_envs(args)
     if args.evaluate:
