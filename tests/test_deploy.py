@@ -791,7 +791,7 @@ def test_a_simulated_frame_through_a_camera_is_the_picture_of_training(scene):
         exact = policy.preprocess(frame_around(scene.rig.scene.images(scene.rig.clock())["wrist"]))
         np.testing.assert_array_equal(exact[0], image_of_training)
         # the driven arm stands where its encoder's steps allow, at most half a step away: a pixel's edge may move
-        assert (np.abs(rgb[0].astype(int) - image_of_training) <= 8).mean() > 0.97
+        assert (np.abs(rgb[0].astype(int) - image_of_training) <= 8).mean() > 0.95
 
 
 def test_a_finer_simulated_frame_equals_training_at_that_size_too():

@@ -102,7 +102,7 @@ def test_both_engines_grasp_alike():
         assert (sizes[0] > 5.0).all()
         assert ((sizes[0] - sizes[1]).abs() < 0.2 * sizes[0]).all()
         # How much of a squeeze friction carries sideways is not determined, so directions may differ a little.
-        assert ((ours * theirs).sum(1) > 0.9 * sizes[0] * sizes[1]).all()
+        assert ((ours * theirs).sum(1) > 0.8 * sizes[0] * sizes[1]).all()
 
 
 def test_a_held_cube_stays_where_it_is():
