@@ -36,9 +36,10 @@ Commands, from the repository's root:
     resume         python algos/ppo_mjx_go1.py --resume runs/NAME    (exactly)
 Compiled programs are kept in ~/.cache/jax (JAX_COMPILATION_CACHE_DIR) from run to run.
 
-Expected result: on two shared CPU cores with mujoco-c first steps in 6 minutes, a return of 20 of
-40 in 12, 28 and a velocity error of 0.1 m/s in 27. Not yet measured on a GPU. Curves and commands:
-docs/algos/ppo_mjx_go1.md. A student without the velocity that no sensor measures: distill_go1.py.
+Expected result: on a CPU with mujoco-c a return of 20 of 40 after 3 million transitions, 28 and a
+velocity error of 0.11 m/s after 10, one seed (40 minutes beside ten other programs). Not yet
+measured on a GPU. Curves and commands: docs/algos/ppo_mjx_go1.md. A student without the velocity
+that no sensor measures: distill_go1.py.
 
 Shapes: N environments, T steps of a rollout, E epochs, M minibatches, b = N / M environments of a
 minibatch, A actions, F entries of an observation, K iterations in one call of the program.

@@ -29,9 +29,9 @@ Commands, from the repository's root:
     evaluate       python algos/sapo_rewarped.py --evaluate --checkpoint runs/NAME/best.pt
     resume         python algos/sapo_rewarped.py --resume runs/NAME    (exactly)
 
-Expected result, small size on two shared CPU cores, three seeds: AntRun 476 +- 95 after 131,072
-transitions (a random policy 81). Curves and commands: docs/algos/sapo_rewarped.md. Not yet
-measured on a GPU.
+Expected result, small size on two shared CPU cores, three seeds: AntRun 490 +- 47 after 131,072
+transitions and one minute (SHAC 334 +- 4, a random policy 81). Curves and commands:
+docs/algos/sapo_rewarped.md. Not yet measured on a GPU.
 
 Shapes: N environments, T steps of a window (`--horizon`), B batch, K critics, A action dimensions,
 S state dimensions, P particles.
