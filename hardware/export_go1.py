@@ -31,7 +31,9 @@ from hardware.export import git_revision
 from hardware.policy import file_digest
 from hardware.sim2sim_go1 import TRUNK, Go1, Policy, Sim2SimError
 
-TOLERANCE = 1e-5
+TOLERANCE = (
+    1e-4  # of actions in [-1, 1]: sums in another order made 1.0e-5 with a policy that walks
+)
 LEGS = ("FR", "FL", "RR", "RL")
 MOTORS = [f"{leg}_{joint}" for leg in LEGS for joint in ("hip", "thigh", "calf")]  # Unitree's SDK
 TERMS = {  # part of the observation -> its name in deploy.yaml
