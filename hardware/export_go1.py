@@ -123,7 +123,7 @@ def metadata(policy: Policy, described: dict) -> dict[str, str]:
     """What travels in the ONNX file: our description, and the names that mjlab's exports use."""
     spec, listed = policy.spec, lambda values: ",".join(str(value) for value in values)
     return {
-        "cleanrobot": json.dumps(spec),
+        "cleanrobot": json.dumps({"spec": spec}),  # as in hardware/export.py
         "checkpoint": f"{policy.path.name} {file_digest(policy.path)}",
         "commit": git_revision(),
         "run_path": policy.path.resolve().parent.name,

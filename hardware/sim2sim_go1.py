@@ -108,7 +108,8 @@ class Policy:
             session = onnxruntime.InferenceSession(
                 str(self.path), options, providers=["CPUExecutionProvider"]
             )
-            spec = json.loads(session.get_modelmeta().custom_metadata_map["cleanrobot"])
+            meta = session.get_modelmeta().custom_metadata_map
+            spec = json.loads(meta["cleanrobot"])["spec"]
             self.size = session.get_inputs()[0].shape[1]
         except Exception:  # its exceptions share no base class
             raise Sim2SimError(f"{self.path} was not written by hardware/export_go1.py") from None

@@ -183,7 +183,7 @@ def test_the_network_has_the_shapes_and_names_that_controllers_in_c_take(folder)
     assert meta["joint_names"].split(",") == MOTORS
     assert meta["joint_stiffness"] == ",".join(["35.0"] * 12)
     assert meta["observation_names"].startswith("base_ang_vel,projected_gravity,")
-    assert json.loads(meta["cleanrobot"])["task"] == "Go1JoystickFlat"
+    assert json.loads(meta["cleanrobot"])["spec"]["task"] == "Go1JoystickFlat"
 
 
 def test_the_second_simulation_takes_the_exported_network(policy, folder):

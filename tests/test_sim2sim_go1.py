@@ -339,7 +339,7 @@ def test_policies_act_as_in_training_in_numpy_and_in_onnx(folder, blind):
     )
     theirs = ppo.Policy(file)
     numpy = Policy(file)
-    meta = {"cleanrobot": json.dumps(numpy.spec)}
+    meta = {"cleanrobot": json.dumps({"spec": numpy.spec})}
     export_go1.write_onnx(file.with_suffix(".onnx"), numpy, meta)
     onnx = Policy(file.with_suffix(".onnx"))
     assert numpy.spec == onnx.spec == theirs.spec and numpy.blind is onnx.blind is blind
