@@ -46,7 +46,7 @@ def stub(*names):
     for name in names:
         try:
             importlib.import_module(name)
-        except Exception:
+        except Exception:  # missing, or it does not load here (OpenGL): a stand-in serves for both
             for end in range(1, name.count(".") + 2):
                 part = ".".join(name.split(".")[:end])
                 sys.modules.setdefault(part, Anything(part))
