@@ -31,6 +31,7 @@ minibatch, A actions, F entries of an observation, K iterations in one call of t
 
 # --- Imports --------------------------------------------------------------------------------------
 import csv
+import inspect
 import json
 import math
 import os
@@ -58,8 +59,11 @@ MIN_OBS_STD = 1e-2  # of an observation's entry
 
 
 # --- Args -----------------------------------------------------------------------------------------
+Backend = Literal["mjx-jax", "mjx-warp", "mujoco-c"]
+
+
 # same in: ppo_mjx_go1, distill_go1
-def default_backend() -> str:
+def default_backend() -> Backend:
     """The fastest here: on a CPU MuJoCo's C library, else MJX."""
     return "mujoco-c" if jax.default_backend() == "cpu" else "mjx-jax"
 
@@ -79,8 +83,7 @@ class Args:
     track: bool = False  # log to Weights & Biases too
 
     # environment
-    # what simulates the training: on a CPU MuJoCo's C library is the fastest, else MJX
-    backend: Literal["mjx-jax", "mjx-warp", "mujoco-c"] = field(default_factory=default_backend)
+    backend: Backend = field(default_factory=default_backend)  # mjx-jax, mjx-warp, mujoco-c
     num_envs: int = 512  # parallel environments
     threads: int | None = None  # of MuJoCo's C library; None: all cores
 
@@ -89,7 +92,7 @@ class Args:
     num_minibatches: int = 4  # M, of an epoch
     update_epochs: int = 5  # E, passes over the data of an iteration
     learning_rate: float = 3e-4  # Adam's
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 1.0  # of the gradient
 
 
 # same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
@@ -99,15 +102,46 @@ def need(holds, message: str):
         raise ValueError(message)
 
 
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
+def check_numbers(args: Args):
+    """Raises ValueError for a number that means nothing: every count, rate and share has bounds."""
+    may_be_0 = "seed camera atoms pad margin learning_starts random_steps ramp_steps std_steps"
+    shares = "gamma gae_lambda tau encoder_tau target_decay ema average dropout offline"
+    for name, value in asdict(args).items():
+        flag = "--" + name.replace("_", "-")
+        if type(value) is int:
+            need(value > 0 or name in may_be_0.split() and value == 0, f"{flag} must be at least 1")
+        elif type(value) is float:
+            low = -1e9 if name in ("v_min", "v_max") else 0
+            high = 1 if name in shares.split() else 1e9
+            need(low <= value <= high, f"{flag} must be from {low:g} to {high:g}, not {value}")
+
+
 def check(args: Args):
     """Raises ValueError, one line, for a choice that would fail late, silently or unreadably."""
+    check_numbers(args)
     need(args.teacher, "--teacher FILE is missing")
-    need(args.num_envs > 0, "--num-envs must be at least 1")
     size = args.num_envs * args.unroll_length
-    whole = args.num_minibatches > 0 and size % args.num_minibatches == 0
+    whole = size % args.num_minibatches == 0
     need(whole, "--num-envs x --unroll-length must be a multiple of --num-minibatches")
-    need(args.eval_episodes > 0, "--eval-episodes must be at least 1")
-    need(min(args.eval_freq, args.log_freq) > 0, "--eval-freq and --log-freq must be at least 1")
+
+
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
+def cli(argv: list[str], defaults: Args) -> Args:
+    """The command line; with -h the arguments by group, with these defaults, and the end."""
+    if "-h" not in argv and "--help" not in argv:
+        return tyro.cli(Args, args=argv, default=defaults)
+    print(f"{__doc__.splitlines()[0]}\nusage: python {sys.argv[0]} [--NAME VALUE or --[no-]SWITCH]")
+    for line in inspect.getsource(Args).splitlines()[2:]:
+        code, _, comment = line.strip().partition("# ")
+        name, _, kind = code.partition(": ")
+        if name in Args.__dataclass_fields__:
+            choices = kind.partition("Literal")[2].partition("]")[0]
+            flag, value = "--" + name.replace("_", "-"), getattr(defaults, name)
+            print(f"  {flag:24}{value!s:18} {comment}{choices and choices + ']'}")
+        elif comment:
+            print(f"\n{comment}")
+    sys.exit(0)
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -120,7 +154,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     defaults = Args()
     if given.teacher:
         defaults.env_id = load(given.teacher)["args"]["env_id"]
-    return tyro.cli(Args, args=argv, default=defaults, description=__doc__.split("\n\n")[0])
+    return cli(argv, defaults)
 
 
 # same in: ppo_mjx_go1, distill_go1
@@ -132,7 +166,7 @@ def resumed_args(run: str, argv: list[str]) -> Args:
     found = load(Path(run) / "checkpoint.npz")["args"]
     own = {name: value for name, value in found.items() if name in Args.__dataclass_fields__}
     saved = replace(Args(**own), resume=run)
-    args = tyro.cli(Args, args=argv, default=saved, description=__doc__.split("\n\n")[0])
+    args = cli(argv, saved)
     for name, value in asdict(args).items():
         flag = "--" + name.replace("_", "-")
         free = name in ("total_timesteps", "track", "threads")
@@ -153,12 +187,12 @@ def make_envs(args: Args) -> tuple:
     except ImportError as error:
         raise ValueError(f"make_envs needs envs.go1: pip install -e .[go1]  ({error})") from error
     taught = load(args.teacher)["args"]
-    need(not taught["no_linvel"], f"{args.teacher} lacks the velocity itself: nothing to teach")
+    need(taught["linvel"], f"{args.teacher} lacks the velocity itself: nothing to teach")
     known = taught.keys() & go1.EnvConfig.__dataclass_fields__
     options = {name: taught[name] for name in known}
-    options |= dict(no_linvel=True, warp_worlds=args.num_envs)
+    options |= dict(linvel=False, warp_worlds=args.num_envs)
     env = go1.make(args.env_id, args.backend, args.threads, **options)
-    judged = ("noise_level", "no_linvel", "action_latency", "pushes")  # all else is for training
+    judged = ("noise_level", "linvel", "action_latency", "pushes")  # all else is for training
     options = {name: options[name] for name in judged}
     return env, go1.make(args.env_id, "mujoco-c", args.threads, **options)
 
@@ -416,15 +450,20 @@ def open_run(args: Args) -> Path:
     run = Path(args.resume or f"runs/{name}")
     taken = (run / "checkpoint.npz").exists() and not args.resume
     need(not taken, f"{run} exists: continue it with --resume {run}, or choose another --name")
+    inside = args.resume or run.resolve().parent == Path("runs").resolve()
+    need(inside, "--name must be the name of a folder in runs/, not a path")
     run.mkdir(parents=True, exist_ok=True)
     (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
     if args.track:
         try:
             import wandb
+
+            known = dict(id=run.name, name=run.name, resume="allow", config=asdict(args))
+            wandb.init(project=os.environ.get("WANDB_PROJECT", "cleanrobot"), **known)
         except ModuleNotFoundError as error:
             raise ValueError("--track needs Weights & Biases: pip install wandb") from error
-        project = os.environ.get("WANDB_PROJECT", "cleanrobot")
-        wandb.init(project=project, id=run.name, name=run.name, resume="allow", config=asdict(args))
+        except wandb.Error as error:
+            raise ValueError(f"--track: {error}") from error
     return run
 
 
@@ -464,7 +503,7 @@ def train(args: Args) -> dict:
         cut_back(Path(args.resume), checkpoint["csv_sizes"])
 
     run = open_run(args)
-    saved_args = taught["args"] | asdict(args) | {"no_linvel": True}  # as ppo_mjx_go1.py needs them
+    saved_args = taught["args"] | asdict(args) | {"linvel": False}  # as ppo_mjx_go1.py needs them
     meta = dict(algo=ALGO, args=saved_args, shapes=shapes, spec=env.spec)
 
     def save_as(name: str, **parts):
@@ -536,5 +575,5 @@ def train(args: Args) -> dict:
 if __name__ == "__main__":
     try:
         train(parse_args())
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

@@ -47,6 +47,7 @@ minibatch, A actions, F entries of an observation, K iterations in one call of t
 
 # --- Imports --------------------------------------------------------------------------------------
 import csv
+import inspect
 import json
 import math
 import os
@@ -92,7 +93,7 @@ CPU = dict(
     num_minibatches=4,
     update_epochs=5,
     learning_rate=1e-3,
-    target_kl=0.01,
+    target_kl=0.02,
     clip_coef=0.2,
     ent_coef=0.005,
     std="constant",
@@ -119,8 +120,11 @@ STAND = dict(
 TUNED = {("*", "mujoco-c"): CPU | WALK, ("Go1Stand", "*"): CPU | STAND}
 
 
+Backend = Literal["mjx-jax", "mjx-warp", "mujoco-c"]
+
+
 # same in: ppo_mjx_go1, distill_go1
-def default_backend() -> str:
+def default_backend() -> Backend:
     """The fastest here: on a CPU MuJoCo's C library, else MJX."""
     return "mujoco-c" if jax.default_backend() == "cpu" else "mjx-jax"
 
@@ -142,17 +146,15 @@ class Args:
     track: bool = False  # log to Weights & Biases too
 
     # environment
-    # what simulates the training: on a CPU MuJoCo's C library is the fastest, else MJX
-    backend: Literal["mjx-jax", "mjx-warp", "mujoco-c"] = field(default_factory=default_backend)
+    backend: Backend = field(default_factory=default_backend)  # mjx-jax, mjx-warp, mujoco-c
     num_envs: int = 8192  # parallel environments
     domain_randomization: bool = True  # vary friction, masses, joint zeros ... as published
-    # of training; balanced: a tenth of the time stands, a tenth turns on the spot (1.4 %, 2.0 %)
-    commands: Literal["balanced", "published"] = "balanced"
+    commands: Literal["balanced", "published"] = "balanced"  # published: 1.4 % stands, 2 % turns
     kp_factor: tuple[float, float] = (1.0, 1.0)  # range of a factor on each joint's stiffness
     kd_factor: tuple[float, float] = (1.0, 1.0)  # range of a factor on each joint's damping
     action_latency: tuple[float, float] = (0.0, 0.0)  # s until a target acts, <= 0.02; per episode
     noise_level: float = 1.0  # factor on the noise of the policy's observation
-    no_linvel: bool = False  # hide the body's velocity, which no sensor of the robot measures
+    linvel: bool = True  # show the body's velocity, which no sensor of the robot measures
     pushes: bool = False  # push the trunk now and then
     sim_dt: float = 0.004  # s of a physics step in training; evaluation keeps to 0.004
     threads: int | None = None  # of MuJoCo's C library; None: all cores
@@ -182,14 +184,26 @@ def need(holds, message: str):
         raise ValueError(message)
 
 
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
+def check_numbers(args: Args):
+    """Raises ValueError for a number that means nothing: every count, rate and share has bounds."""
+    may_be_0 = "seed camera atoms pad margin learning_starts random_steps ramp_steps std_steps"
+    shares = "gamma gae_lambda tau encoder_tau target_decay ema average dropout offline"
+    for name, value in asdict(args).items():
+        flag = "--" + name.replace("_", "-")
+        if type(value) is int:
+            need(value > 0 or name in may_be_0.split() and value == 0, f"{flag} must be at least 1")
+        elif type(value) is float:
+            low = -1e9 if name in ("v_min", "v_max") else 0
+            high = 1 if name in shares.split() else 1e9
+            need(low <= value <= high, f"{flag} must be from {low:g} to {high:g}, not {value}")
+
+
 def check(args: Args):
     """Raises ValueError, one line, for a choice that would fail late, silently or unreadably."""
-    need(args.num_envs > 0, "--num-envs must be at least 1")
-    whole = args.num_minibatches > 0 and args.num_envs % args.num_minibatches == 0
+    check_numbers(args)
+    whole = args.num_envs % args.num_minibatches == 0
     need(whole, "--num-envs must be a multiple of --num-minibatches")
-    need(args.update_epochs > 0, "--update-epochs must be at least 1")
-    need(args.eval_episodes > 0, "--eval-episodes must be at least 1")
-    need(min(args.eval_freq, args.log_freq) > 0, "--eval-freq and --log-freq must be at least 1")
     need(args.checkpoint or not args.evaluate, "--evaluate needs --checkpoint FILE")
 
 
@@ -200,6 +214,24 @@ def tuned(env_id: str, backend: str) -> dict:
         if fnmatch(env_id, pattern) and fnmatch(backend, kind):
             values |= row
     return values
+
+
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
+def cli(argv: list[str], defaults: Args) -> Args:
+    """The command line; with -h the arguments by group, with these defaults, and the end."""
+    if "-h" not in argv and "--help" not in argv:
+        return tyro.cli(Args, args=argv, default=defaults)
+    print(f"{__doc__.splitlines()[0]}\nusage: python {sys.argv[0]} [--NAME VALUE or --[no-]SWITCH]")
+    for line in inspect.getsource(Args).splitlines()[2:]:
+        code, _, comment = line.strip().partition("# ")
+        name, _, kind = code.partition(": ")
+        if name in Args.__dataclass_fields__:
+            choices = kind.partition("Literal")[2].partition("]")[0]
+            flag, value = "--" + name.replace("_", "-"), getattr(defaults, name)
+            print(f"  {flag:24}{value!s:18} {comment}{choices and choices + ']'}")
+        elif comment:
+            print(f"\n{comment}")
+    sys.exit(0)
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -218,7 +250,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     else:
         values["env_id"] = given.env_id
     defaults = Args(**values, backend=given.backend)
-    return tyro.cli(Args, args=argv, default=defaults, description=__doc__.split("\n\n")[0])
+    return cli(argv, defaults)
 
 
 # same in: ppo_mjx_go1, distill_go1
@@ -230,7 +262,7 @@ def resumed_args(run: str, argv: list[str]) -> Args:
     found = load(Path(run) / "checkpoint.npz")["args"]
     own = {name: value for name, value in found.items() if name in Args.__dataclass_fields__}
     saved = replace(Args(**own), resume=run)
-    args = tyro.cli(Args, args=argv, default=saved, description=__doc__.split("\n\n")[0])
+    args = cli(argv, saved)
     for name, value in asdict(args).items():
         flag = "--" + name.replace("_", "-")
         free = name in ("total_timesteps", "track", "threads")
@@ -251,7 +283,7 @@ def make_envs(args: Args) -> tuple:
         raise ValueError(f"make_envs needs envs.go1: pip install -e .[go1]  ({error})") from error
     seen = dict(
         noise_level=args.noise_level,
-        no_linvel=args.no_linvel,
+        linvel=args.linvel,
         action_latency=args.action_latency,
         pushes=args.pushes,
     )
@@ -798,15 +830,20 @@ def open_run(args: Args) -> Path:
     run = Path(args.resume or f"runs/{name}")
     taken = (run / "checkpoint.npz").exists() and not args.resume
     need(not taken, f"{run} exists: continue it with --resume {run}, or choose another --name")
+    inside = args.resume or run.resolve().parent == Path("runs").resolve()
+    need(inside, "--name must be the name of a folder in runs/, not a path")
     run.mkdir(parents=True, exist_ok=True)
     (run / "args.json").write_text(json.dumps(asdict(args), indent=1))
     if args.track:
         try:
             import wandb
+
+            known = dict(id=run.name, name=run.name, resume="allow", config=asdict(args))
+            wandb.init(project=os.environ.get("WANDB_PROJECT", "cleanrobot"), **known)
         except ModuleNotFoundError as error:
             raise ValueError("--track needs Weights & Biases: pip install wandb") from error
-        project = os.environ.get("WANDB_PROJECT", "cleanrobot")
-        wandb.init(project=project, id=run.name, name=run.name, resume="allow", config=asdict(args))
+        except wandb.Error as error:
+            raise ValueError(f"--track: {error}") from error
     return run
 
 
@@ -934,5 +971,5 @@ def train(args: Args) -> dict:
 if __name__ == "__main__":
     try:
         train(parse_args())
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

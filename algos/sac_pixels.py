@@ -66,6 +66,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
 import copy
 import csv
+import inspect
 import json
 import math
 import re
@@ -218,13 +219,28 @@ def need(holds, message: str):
         raise ValueError(message)
 
 
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
+def check_numbers(args: Args):
+    """Raises ValueError for a number that means nothing: every count, rate and share has bounds."""
+    may_be_0 = "seed camera atoms pad margin learning_starts random_steps ramp_steps std_steps"
+    shares = "gamma gae_lambda tau encoder_tau target_decay ema average dropout offline"
+    for name, value in asdict(args).items():
+        flag = "--" + name.replace("_", "-")
+        if type(value) is int:
+            need(value > 0 or name in may_be_0.split() and value == 0, f"{flag} must be at least 1")
+        elif type(value) is float:
+            low = -1e9 if name in ("v_min", "v_max") else 0
+            high = 1 if name in shares.split() else 1e9
+            need(low <= value <= high, f"{flag} must be from {low:g} to {high:g}, not {value}")
+
+
 def check(args: Args):
     """Raises ValueError, one line, for a choice that would fail late, silently or unreadably."""
+    check_numbers(args)
     cuda = torch.cuda.is_available()
     need(cuda or args.device == "cpu", "there is no CUDA device here: use --device cpu")
     need(args.evaluate == bool(args.checkpoint), "--evaluate and --checkpoint FILE go together")
-    need(args.num_envs > 0, "--num-envs must be at least 1")
-    whole = args.eval_envs > 0 and args.eval_episodes % args.eval_envs == 0
+    whole = args.eval_episodes % args.eval_envs == 0
     need(whole, "--eval-episodes must be a multiple of --eval-envs")
     need(0 <= args.margin < args.image_size, "--margin must be at least 0, below --image-size")
     need(args.learning_starts >= args.num_envs, "--learning-starts must be at least --num-envs")
@@ -241,6 +257,24 @@ def tuned(env_id: str, device: str, preset: str) -> dict:
     return values
 
 
+# same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
+def cli(argv: list[str], defaults: Args) -> Args:
+    """The command line; with -h the arguments by group, with these defaults, and the end."""
+    if "-h" not in argv and "--help" not in argv:
+        return tyro.cli(Args, args=argv, default=defaults)
+    print(f"{__doc__.splitlines()[0]}\nusage: python {sys.argv[0]} [--NAME VALUE or --[no-]SWITCH]")
+    for line in inspect.getsource(Args).splitlines()[2:]:
+        code, _, comment = line.strip().partition("# ")
+        name, _, kind = code.partition(": ")
+        if name in Args.__dataclass_fields__:
+            choices = kind.partition("Literal")[2].partition("]")[0]
+            flag, value = "--" + name.replace("_", "-"), getattr(defaults, name)
+            print(f"  {flag:24}{value!s:18} {comment}{choices and choices + ']'}")
+        elif comment:
+            print(f"\n{comment}")
+    sys.exit(0)
+
+
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line -> Args. Defaults, and so --help, are those of the task, device and preset, or
     of the run or checkpoint."""
@@ -254,7 +288,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     else:
         values = dict(env_id=given.env_id, device=given.device, preset=given.preset)
         values |= tuned(**values)
-    return tyro.cli(Args, args=argv, default=Args(**values), description=__doc__.split("\n\n")[0])
+    return cli(argv, Args(**values))
 
 
 # same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, resfit, bc_chunk
@@ -264,7 +298,7 @@ def resumed_args(run: str, argv: list[str]) -> Args:
     Raises ValueError that names what differs, FileNotFoundError without a checkpoint.
     """
     saved = replace(Args(**load(Path(run) / "checkpoint.pt")["args"]), resume=run)
-    args = tyro.cli(Args, args=argv, default=saved, description=__doc__.split("\n\n")[0])
+    args = cli(argv, saved)
     for name, value in asdict(args).items():
         free = name in ("total_timesteps", "steps", "track", "device")
         flag = "--" + name.replace("_", "-")
@@ -775,7 +809,10 @@ def evaluate(checkpoint, env, args: Args, video: Path) -> dict:
 def save(path: Path, content: dict):
     """Write under a temporary name, then rename: an interrupted save leaves the old file whole."""
     temporary = path.with_suffix(".tmp")
-    torch.save(content, temporary)
+    try:
+        torch.save(content, temporary)
+    except RuntimeError as error:  # so torch says that the disk is full
+        raise OSError(f"{path} could not be written: is the disk full?") from error
     os.replace(temporary, path)
 
 
@@ -792,6 +829,11 @@ def load(path: str | Path) -> dict:
         raise ValueError(f"{path} is no checkpoint: damaged, or another kind of file") from error
     ours = isinstance(checkpoint, dict) and checkpoint.get("algo") == "sac_pixels"
     need(ours, f"{path} is not sac_pixels'")
+    unknown = checkpoint.get("args", {}).keys() - Args.__dataclass_fields__.keys()
+    whole = not unknown and {"args", "agent"} <= checkpoint.keys()
+    need(whole, f"{path} is another version's, or was edited: {', '.join(unknown)}")
+    finite = all(x.isfinite().all() for x in checkpoint["agent"].values() if torch.is_tensor(x))
+    need(finite, f"{path} has weights that are not finite")
     return checkpoint
 
 
@@ -930,14 +972,19 @@ def open_run(args: Args) -> Path:
     run = Path(args.resume or f"runs/{name}")
     taken = (run / "checkpoint.pt").exists() and not args.resume
     need(not taken, f"{run} exists: continue it with --resume {run}, or choose another --name")
+    inside = args.resume or run.resolve().parent == Path("runs").resolve()
+    need(inside, "--name must be the name of a folder in runs/, not a path")
     run.mkdir(parents=True, exist_ok=True)
     if args.track:
         try:
             import wandb
+
+            known = dict(id=run.name, name=run.name, resume="allow", config=asdict(args))
+            wandb.init(project=os.environ.get("WANDB_PROJECT", "cleanrobot"), **known)
         except ModuleNotFoundError as error:
             raise ValueError("--track needs Weights & Biases: pip install wandb") from error
-        project = os.environ.get("WANDB_PROJECT", "cleanrobot")
-        wandb.init(project=project, id=run.name, name=run.name, resume="allow", config=asdict(args))
+        except wandb.Error as error:
+            raise ValueError(f"--track: {error}") from error
     return run
 
 
@@ -1063,5 +1110,9 @@ def train(args: Args) -> dict:
 if __name__ == "__main__":
     try:
         train(parse_args())
-    except (ValueError, FileNotFoundError, FloatingPointError, ChildProcessError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):
+            raise
+        sys.exit(f"error: the checkpoint does not fit: {str(error).splitlines()[-1].strip()}")

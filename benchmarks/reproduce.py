@@ -95,6 +95,7 @@ class Cell:
     inputs: tuple[str, ...] = ()  # files that an [[input]] makes
     code: tuple[str, ...] = ()  # folders of envs/ that it runs, besides the script
     again: tuple[str, ...] = ()  # arguments that --resume needs once more
+    headline: str = ""  # what its score is, in the README's table; of three seeds or more
     closed: str = ""  # why it cannot be run any more: its code has left, or it was stopped by hand
 
     @property

@@ -16,6 +16,7 @@ Output:
         <!-- table:ALGO/PATTERN --> … <!-- /table -->       only the tasks that match, such as SO101*
         <!-- table:throughput/NAME --> … <!-- /table -->    every hardware's rows
         <!-- figures:ALGO --> … <!-- /figures -->           the curves; ALGO/PATTERN works here too
+        <!-- table:headlines --> … <!-- /table -->          of each cell with `headline`, its last score over all seeds
     A marker whose files are not there yet says "Not yet measured."
 """
 
@@ -236,17 +237,23 @@ def crossings(runs: list[Run], column: str, form: Callable[[float], str]) -> str
     )
 
 
-def planned_seeds(root: Path) -> dict[tuple[str, str, str], int]:
-    """Return how many seeds the matrix plans for each (algo, task, hardware); nothing where there is no matrix."""
+def read_cells(root: Path) -> list[dict]:
+    """Return the entries of the matrix; none where there is no matrix."""
     path = root / "benchmarks/matrix.toml"
     if not path.exists():
-        return {}
-    cells = tomllib.loads(path.read_text(encoding="utf-8")).get("cell", [])
-    planned = {}
-    for cell in cells:
-        hardware = "-".join(filter(None, [cell.get("hardware", "cpu2"), cell.get("variant", "")]))
-        planned[cell["algo"], cell["task"], hardware] = len(cell["seeds"])
-    return planned
+        return []
+    return tomllib.loads(path.read_text(encoding="utf-8")).get("cell", [])
+
+
+def key_of(cell: dict) -> tuple[str, str, str]:
+    """Return (algo, task, hardware) as they stand in the names of the cell's files."""
+    hardware = "-".join(filter(None, [cell.get("hardware", "cpu2"), cell.get("variant", "")]))
+    return cell["algo"], cell["task"], hardware
+
+
+def planned_seeds(root: Path) -> dict[tuple[str, str, str], int]:
+    """Return how many seeds the matrix plans for each (algo, task, hardware); nothing where there is no matrix."""
+    return {key_of(cell): len(cell["seeds"]) for cell in read_cells(root)}
 
 
 def seeds_of(group: list[Run], planned: dict[tuple[str, str, str], int]) -> str:
@@ -297,6 +304,33 @@ def results_table(runs: list[Run], planned: dict[tuple[str, str, str], int]) -> 
         rows.append(row)
     text = markdown(header, rows)
     return f"{text}\n\n{SINGLE}" if any(row[2].endswith("†") for row in rows) else text
+
+
+def headlines_table(runs: list[Run], root: Path) -> str:
+    """Return the README's table: a line for each cell of the matrix with `headline`, what its score is.
+
+    Raises ResultsError for a headline of fewer than three seeds, or one of which some are missing.
+    """
+    rows = []
+    for cell in read_cells(root):
+        if "headline" not in cell:
+            continue
+        name = f"{cell['algo']} on {cell['task']}"
+        group = [run for run in runs if key_of(cell) == (run.algo, run.task, run.hardware)]
+        if len(group) < 3 or len(group) < len(cell["seeds"]):
+            raise ResultsError(f"{name}: a headline is the mean of at least three seeds, not {len(group)}")
+        metric = group[0].metric
+        value = "{:.1%}".format if metric == "eval/success_rate" else "{:,.1f}".format
+        rows.append(
+            [
+                f"[`{cell['algo']}.py`](algos/{cell['algo']}.py)",
+                cell["task"],
+                f"{spread([run.columns[metric][-1] for run in group], value)} {cell['headline']}",
+                spread([run.columns["wall_time"][-1] for run in group], minutes),
+                f"[page](docs/algos/{cell['algo']}.md)",
+            ]
+        )
+    return markdown(["algorithm", "task", "score", "minutes", "more"], rows)
 
 
 def throughput_table(files: list[tuple[str, Path]]) -> str:
@@ -355,6 +389,8 @@ def fill(
     def table(name: str) -> str:
         if name.startswith("throughput/"):
             return throughput_table(throughput.get(name.removeprefix("throughput/"), []))
+        if name == "headlines":
+            return headlines_table(runs, root)
         return results_table(chosen(name), planned)
 
     def figures(name: str) -> str:

@@ -35,8 +35,8 @@ class FakeEnv:
     action_dim, privileged_dim, episode_length, control_hz = 2, 7, 20, 50.0
     spec = {"joints": ["x", "y"], "control_hz": 50.0}
 
-    def __init__(self, no_linvel: bool = False):
-        self.obs_dim = 4 if no_linvel else 6
+    def __init__(self, linvel: bool = True):
+        self.obs_dim = 6 if linvel else 4
         self._reset, self._step = jax.jit(jax.vmap(self.reset)), jax.jit(jax.vmap(self.step))
 
     def begin(self, key):

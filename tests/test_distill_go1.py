@@ -75,7 +75,7 @@ def arguments(teacher: str, **changes) -> distill.Args:
 
 
 def make_fakes(args):
-    return FakeEnv(no_linvel=True), FakeEnv(no_linvel=True)
+    return FakeEnv(linvel=False), FakeEnv(linvel=False)
 
 
 @pytest.fixture
@@ -206,7 +206,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(fake, whole, teacher, monkeypatch):
             return super().step_batch(state, actions)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="--resume runs/stopped"):
-        patch.setattr(distill, "make_envs", lambda args: (Interrupting(True), FakeEnv(True)))
+        patch.setattr(distill, "make_envs", lambda args: (Interrupting(False), FakeEnv(False)))
         distill.train(arguments(teacher, name="stopped"))
     assert distill.load("runs/stopped/checkpoint.npz")["progress"]["global_step"] == CALL
     distill.train(distill.parse_args(["--resume", "runs/stopped"]))
@@ -233,10 +233,10 @@ def test_stops_at_nan_and_names_the_weight(fake, teacher):
 def test_a_students_file_is_one_of_ppo(fake, whole, teacher, monkeypatch):
     """ppo_mjx_go1 evaluates it to the same return, and trains it on."""
     best = str(whole / "checkpoint.npz")
-    monkeypatch.setattr(ppo, "make_envs", lambda args: (FakeEnv(True), FakeEnv(args.no_linvel)))
+    monkeypatch.setattr(ppo, "make_envs", lambda args: (FakeEnv(False), FakeEnv(args.linvel)))
     args = ppo.parse_args(["--evaluate", "--checkpoint", best, "--no-capture-video"])
-    assert args.no_linvel and args.hidden == (16, 16) and args.eval_episodes == 4
-    result, _ = ppo.evaluate(ppo.Policy(best).act, FakeEnv(True), args.eval_episodes)
+    assert not args.linvel and args.hidden == (16, 16) and args.eval_episodes == 4
+    result, _ = ppo.evaluate(ppo.Policy(best).act, FakeEnv(False), args.eval_episodes)
     assert result["eval/return"] == pytest.approx(
         float(table(whole / "eval.csv")[-1]["eval/return"]), rel=1e-4
     )
@@ -280,7 +280,7 @@ def test_the_task_has_all_the_teachers_settings(teacher, tmp_path):
     env, eval_env = distill.make_envs(args)
     for config in (env.config, eval_env.config):
         assert (config.noise_level, config.action_latency) == (0.25, (0.0, 0.01))
-        assert config.pushes and config.no_linvel
+        assert config.pushes and not config.linvel
     assert env.config.domain_randomization and env.config.kp_factor == (0.8, 1.2)
     assert not eval_env.config.domain_randomization and eval_env.config.kp_factor == (1.0, 1.0)
     assert (env.config.command_time, eval_env.config.command_time) == (2.5, 5.0)

@@ -45,7 +45,7 @@ def quick_compilation():
 def write_policy(path: Path, env, scale: float = 1.0) -> Path:
     """A checkpoint with random weights for this environment; scale: of the last layer's."""
     shapes = dict(state=env.obs_dim, privileged_state=env.privileged_dim, action=env.action_dim)
-    args = ppo.Args(hidden=(32, 16), std="constant", head_scale=scale, no_linvel=True, seed=4)
+    args = ppo.Args(hidden=(32, 16), std="constant", head_scale=scale, linvel=False, seed=4)
     _, learner = ppo.new_learner(shapes, args)
     rng = np.random.default_rng(0)
     for name in ("state", "privileged_state"):
@@ -61,7 +61,7 @@ def write_policy(path: Path, env, scale: float = 1.0) -> Path:
 @pytest.fixture(scope="module")
 def env():
     """The robot's own observation, without noise; a new command five times a second."""
-    seen = dict(no_linvel=True, noise_level=0.0, command_time=0.2, command_range=RANGE)
+    seen = dict(linvel=False, noise_level=0.0, command_time=0.2, command_range=RANGE)
     return go1.make("Go1JoystickFlat", "mujoco-c", 1, **seen)
 
 

@@ -60,7 +60,7 @@ class Go1Env:
         self.physics = make_physics(backend, simulated, self.task, c, threads)
         self.episode_length = c.episode_length or self.task.episode_length
         self.control_hz = 1.0 / c.ctrl_dt
-        self.obs_dim = 45 if c.no_linvel else 48
+        self.obs_dim = 48 if c.linvel else 45
         self.mass = float(self.model.body_subtreemass[TRUNK])
         limits = self.model.jnt_range[1:].astype(np.float32)
         self.soft_lower, self.soft_upper = terms.SOFT_LIMIT * limits.T
@@ -434,7 +434,7 @@ class Go1Env:
             "action_scale": self.config.action_scale,
             "joint_limits": self.model.jnt_range[1:].tolist(),
             "torque_limits": self.model.actuator_forcerange[:, 1].tolist(),
-            "state_layout": layout[1:] if self.config.no_linvel else layout,
+            "state_layout": layout if self.config.linvel else layout[1:],
         }
 
 
