@@ -379,6 +379,9 @@ def load(path: str | Path) -> dict:
         raise ValueError(f"{path} is no checkpoint: damaged, or another kind of file") from error
     ours = meta.get("algo") in ("ppo_mjx_go1", "distill_go1")  # each can begin with the other's
     need(ours, f"{path} is neither ppo_mjx_go1's nor distill_go1's")
+    weights = [array for name, array in arrays.items() if name.startswith("params/")]
+    finite = all(np.isfinite(array).all() for array in weights)
+    need(finite, f"{path} has weights that are not finite")
     for name, value in meta["args"].items():
         meta["args"][name] = tuple(value) if isinstance(value, list) else value
     return meta | {"arrays": arrays}
