@@ -95,9 +95,8 @@ CPU = dict(
     learning_rate=1e-3,
     target_kl=0.02,
     clip_coef=0.2,
-    ent_coef=0.005,
     std="constant",
-    init_std=0.5,
+    init_std=0.8,
     head_scale=0.01,
     eval_episodes=32,
 )
