@@ -93,15 +93,15 @@ CPU = dict(
     num_minibatches=4,
     update_epochs=5,
     learning_rate=1e-3,
-    target_kl=0.02,
     clip_coef=0.2,
     std="constant",
-    init_std=0.8,
     head_scale=0.01,
     eval_episodes=32,
 )
 WALK = dict(
     num_envs=512,
+    target_kl=0.02,
+    init_std=0.8,
     hidden=(256, 128, 64),
     total_timesteps=10_000_000,
     eval_freq=1_000_000,
@@ -109,6 +109,9 @@ WALK = dict(
 )
 STAND = dict(
     num_envs=128,
+    target_kl=0.01,
+    ent_coef=0.005,
+    init_std=0.5,
     hidden=(128, 64),
     gamma=0.95,
     total_timesteps=150_000,
