@@ -28,6 +28,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,9 +109,9 @@ class Step:
 
 
 def learns(name: str, what: str, words: str, limit: float, tiny: str = "") -> Step:
-    """A learning run; `tiny` comes after its words and overrules them. NAME: a dry run's own folder."""
+    """A learning run; `tiny` comes after its words and overrules them. NAME begins a dry run's name."""
     whole = f"{words} --no-capture-video --name gpu__{name}"
-    tiny = f"{words} --no-capture-video {tiny} --name NAME/{name}" if tiny else ""
+    tiny = f"{words} --no-capture-video {tiny} --name NAME__{name}" if tiny else ""
     return Step(name, what, whole, limit, "learning", tiny)
 
 
@@ -479,13 +480,20 @@ def dry_run(args: Args, steps: list[Step], scratch: str) -> int:
         why = "" if step.kind == "machine" else understood(step.command)
         record = {"ended": "failed", "reason": why} if why else {"ended": "arguments read, not run"}
         if step.kind == "machine" or (step.tiny and not why):
-            tiny = replace(step, words=step.tiny.replace("NAME", scratch)) if step.tiny else step
+            tiny = (
+                replace(step, words=step.tiny.replace("NAME", Path(scratch).name))
+                if step.tiny
+                else step
+            )
             try:
                 command = command_of(tiny, folder, {}, again=True)
                 record = run_step(tiny, command, 60 * args.minutes, folder)
             except KeyboardInterrupt:
                 print("interrupted")
                 return 130
+            finally:
+                for run in (ROOT / "runs").glob(f"{Path(scratch).name}__*"):
+                    shutil.rmtree(run)
             record |= {"ended": "ran tiny on the CPU"} if record["ended"] == "done" else {}
         keep(folder, step, common | record)
         print(f"    {record['ended']} {record.get('reason', '')}".rstrip(), flush=True)

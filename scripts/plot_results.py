@@ -318,7 +318,9 @@ def headlines_table(runs: list[Run], root: Path) -> str:
         name = f"{cell['algo']} on {cell['task']}"
         group = [run for run in runs if key_of(cell) == (run.algo, run.task, run.hardware)]
         if len(group) < 3 or len(group) < len(cell["seeds"]):
-            raise ResultsError(f"{name}: a headline is the mean of at least three seeds, not {len(group)}")
+            raise ResultsError(
+                f"{name}: a headline is the mean of at least three seeds, not {len(group)}"
+            )
         metric = group[0].metric
         value = "{:.1%}".format if metric == "eval/success_rate" else "{:,.1f}".format
         rows.append(

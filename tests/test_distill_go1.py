@@ -221,11 +221,16 @@ def test_best_is_the_best(fake, teacher, monkeypatch):
 
 
 def test_stops_at_nan_and_names_the_weight(fake, teacher):
+    with pytest.raises(FloatingPointError, match=rf"^\S+ is not finite at step {CALL}; last good"):
+        distill.train(arguments(teacher, name="nan", learning_rate=1e9))
+
+
+def test_a_teacher_that_is_not_finite_is_refused(fake, teacher):
     meta = ppo.load(teacher)
     broken = meta.pop("arrays")
     broken["params/actor/layers/0/bias"][:] = np.nan
     ppo.save(Path("broken.npz"), meta, broken)
-    with pytest.raises(FloatingPointError, match=rf"^\S+ is not finite at step {CALL}; last good"):
+    with pytest.raises(ValueError, match="^broken.npz has weights that are not finite$"):
         distill.train(arguments("broken.npz", name="nan"))
 
 

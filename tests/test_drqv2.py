@@ -1131,7 +1131,7 @@ def test_arguments_of_a_run_come_from_its_checkpoint(fake):
     [
         (dict(evaluate=True), "--evaluate needs --checkpoint"),
         (dict(num_envs=0), "--num-envs must be at least 1"),
-        (dict(n_step=0), "--n-step and --frame-stack must be at least 1"),
+        (dict(n_step=0), "--n-step must be at least 1"),
         (dict(learning_starts=8), "--learning-starts must be at least"),
         (dict(buffer_size=27), "--buffer-size must be at least"),
         (dict(eval_episodes=7), "multiple of --eval-envs"),

@@ -216,7 +216,7 @@ def test_there_is_an_algorithm():
 # How much there is to read: tokens of code in the file, without docstrings and comments. To be read in one
 # sitting, not to be reached by packing: the layout is ruff's, at 100 columns, and a line may average 11 tokens.
 TOKENS = {
-    "squint_sac": 7595, "drqv2": 7315, "sac_pixels": 8085, "sapo_rewarped": 6425, "ppo_mjx_go1": 7285, "resfit": 9405,
+    "squint_sac": 7595, "drqv2": 7315, "sac_pixels": 8090, "sapo_rewarped": 6425, "ppo_mjx_go1": 7290, "resfit": 9405,
     "bc_chunk": 6565, "distill_go1": 4140,
 }  # fmt: skip
 TOKENS_A_LINE, LONGEST, LONGEST_TRAIN, COLUMNS = 11.05, 60, 90, 100
@@ -515,6 +515,23 @@ def test_plot_results_fills_tables_and_draws(tmp_path):
     assert "![algo on Task-v1](../docs/images/algo__Task-v1.png)" in text
     assert (tmp_path / "docs/images/algo__Task-v1.png").read_bytes().startswith(b"\x89PNG")
     assert run(sys.executable, script, "--root", str(tmp_path), "--check").returncode == 0
+
+
+def test_a_headline_is_the_mean_of_three_seeds(tmp_path):
+    """A cell with `headline` is a line of the README's table; with two seeds of three there is none, but an error."""
+    (tmp_path / "benchmarks").mkdir()
+    cell = '[[cell]]\nalgo = "algo"\ntask = "T"\nseeds = [1, 2, 3]\nheadline = "success"\n'
+    (tmp_path / "benchmarks/matrix.toml").write_text(cell)
+    page = tmp_path / "README.md"
+    page.write_text("<!-- table:headlines -->\n<!-- /table -->\n")
+    for seed, success in ((1, 0.8), (2, 1.0)):
+        write_run(tmp_path, f"T__cpu2__s{seed}.csv", [(9, 60, 1, success)])
+    with pytest.raises(plot_results.ResultsError, match="mean of at least three seeds, not 2$"):
+        plot_results.stale_documents(tmp_path)
+    write_run(tmp_path, "T__cpu2__s3.csv", [(9, 120, 1, 0.9)])
+    text = plot_results.stale_documents(tmp_path)[page]
+    line = "| [`algo.py`](algos/algo.py) | T | 90.0% ± 10.0% success | 1.3 ± 0.6 |"
+    assert line in text
 
 
 def test_mean_curve_interpolates_between_seeds(tmp_path):
