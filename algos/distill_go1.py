@@ -22,8 +22,9 @@ Commands, from the repository's root:
     evaluate       python algos/ppo_mjx_go1.py --evaluate --checkpoint runs/STUDENT/best.npz
     smallest run   the first with a teacher of Go1Stand and --total-timesteps 100000
 
-Expected result: Go1Stand, one seed: the teacher has 7.3, the student 7.2 after 76,800 transitions.
-Walking is not yet measured. docs/algos/distill_go1.md.
+Expected result: walking, one seed: the teacher has 29.5 of 40 and 0.09 m/s of error, the student
+29.6 and 0.12 after 1.5 million transitions (ten minutes on one busy core). Go1Stand: 7.3 and 7.2
+after 76,800. docs/algos/distill_go1.md.
 
 Shapes: N environments, T steps of a rollout, E epochs, M minibatches, b = N T / M transitions of a
 minibatch, A actions, F entries of an observation, K iterations in one call of the program.
