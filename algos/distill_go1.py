@@ -138,9 +138,9 @@ def cli(argv: list[str], defaults: Args) -> Args:
         code, _, comment = line.strip().partition("# ")
         name, _, kind = code.partition(": ")
         if name in Args.__dataclass_fields__:
-            choices = kind.partition("Literal")[2].partition("]")[0]
+            choices = kind[7 : kind.index("]") + 1] if kind.startswith("Literal") else ""
             flag, value = "--" + name.replace("_", "-"), getattr(defaults, name)
-            print(f"  {flag:24}{value!s:18} {comment}{choices and choices + ']'}")
+            print(f"  {flag:24}{value!s:18} {comment} {choices}")
         elif comment:
             print(f"\n{comment}")
     sys.exit(0)

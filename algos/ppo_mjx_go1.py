@@ -229,9 +229,9 @@ def cli(argv: list[str], defaults: Args) -> Args:
         code, _, comment = line.strip().partition("# ")
         name, _, kind = code.partition(": ")
         if name in Args.__dataclass_fields__:
-            choices = kind.partition("Literal")[2].partition("]")[0]
+            choices = kind[7 : kind.index("]") + 1] if kind.startswith("Literal") else ""
             flag, value = "--" + name.replace("_", "-"), getattr(defaults, name)
-            print(f"  {flag:24}{value!s:18} {comment}{choices and choices + ']'}")
+            print(f"  {flag:24}{value!s:18} {comment} {choices}")
         elif comment:
             print(f"\n{comment}")
     sys.exit(0)
@@ -489,9 +489,8 @@ def update(learner: Learner, mb: dict, noise, first, model: nnx.GraphDef, args: 
     gradient = jax.grad(ppo_loss, has_aux=True)
     grads, metrics = gradient(learner.params, mb, noise, model, args)
     rate = learner.learning_rate
-    if (
-        args.target_kl
-    ):  # at the first step the policy is still the old one: no divergence to judge by
+    # at the first step the policy is still the old one: no divergence to judge by
+    if args.target_kl:
         rate = jnp.where(first, rate, adapted(rate, metrics["train/kl"], args.target_kl))
     steps, opt_state = optimizer(args).update(grads, learner.opt_state)
     params = jax.tree.map(lambda p, step: p - rate * step, learner.params, steps)

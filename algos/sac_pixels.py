@@ -177,7 +177,7 @@ class Args:
     fast_render: bool = False  # no shadows and no smoothing, drawn faster (DeepMind Control)
 
     # algorithm
-    encoder: Literal["separate", "critic", "autoencoder", "reconstruction"] = "critic"  # see above
+    encoder: Literal["separate", "critic", "autoencoder", "reconstruction"] = "critic"  # trained by
     encoder_strides: tuple[int, ...] = (2, 1, 1, 1)  # of the 3 x 3 convolutions, one number a layer
     encoder_channels: int = 32  # filters of each convolution
     delta_orthogonal: bool = False  # first weights only in the middle of a filter (SAC+AE, RAD)
@@ -268,9 +268,9 @@ def cli(argv: list[str], defaults: Args) -> Args:
         code, _, comment = line.strip().partition("# ")
         name, _, kind = code.partition(": ")
         if name in Args.__dataclass_fields__:
-            choices = kind.partition("Literal")[2].partition("]")[0]
+            choices = kind[7 : kind.index("]") + 1] if kind.startswith("Literal") else ""
             flag, value = "--" + name.replace("_", "-"), getattr(defaults, name)
-            print(f"  {flag:24}{value!s:18} {comment}{choices and choices + ']'}")
+            print(f"  {flag:24}{value!s:18} {comment} {choices}")
         elif comment:
             print(f"\n{comment}")
     sys.exit(0)

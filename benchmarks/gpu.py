@@ -480,11 +480,9 @@ def dry_run(args: Args, steps: list[Step], scratch: str) -> int:
         why = "" if step.kind == "machine" else understood(step.command)
         record = {"ended": "failed", "reason": why} if why else {"ended": "arguments read, not run"}
         if step.kind == "machine" or (step.tiny and not why):
-            tiny = (
-                replace(step, words=step.tiny.replace("NAME", Path(scratch).name))
-                if step.tiny
-                else step
-            )
+            tiny = step
+            if step.tiny:
+                tiny = replace(step, words=step.tiny.replace("NAME", Path(scratch).name))
             try:
                 command = command_of(tiny, folder, {}, again=True)
                 record = run_step(tiny, command, 60 * args.minutes, folder)

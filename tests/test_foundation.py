@@ -216,8 +216,8 @@ def test_there_is_an_algorithm():
 # How much there is to read: tokens of code in the file, without docstrings and comments. To be read in one
 # sitting, not to be reached by packing: the layout is ruff's, at 100 columns, and a line may average 11 tokens.
 TOKENS = {
-    "squint_sac": 7595, "drqv2": 7315, "sac_pixels": 8090, "sapo_rewarped": 6425, "ppo_mjx_go1": 7290, "resfit": 9405,
-    "bc_chunk": 6565, "distill_go1": 4140,
+    "squint_sac": 7600, "drqv2": 7320, "sac_pixels": 8095, "sapo_rewarped": 6430, "ppo_mjx_go1": 7295, "resfit": 9410,
+    "bc_chunk": 6565, "distill_go1": 4145,
 }  # fmt: skip
 TOKENS_A_LINE, LONGEST, LONGEST_TRAIN, COLUMNS = 11.05, 60, 90, 100
 COUNTED = {
