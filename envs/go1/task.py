@@ -89,7 +89,7 @@ class EnvConfig:
     iterations: int | None = None  # of the solver; None: 1 on mjx-*, 100 (converged) on mujoco-c
     ls_iterations: int | None = None  # of its line search; None: 5 on mjx-*, 50 on mujoco-c
     noise_level: float = 1.0  # factor on the noise of the policy's observation; 0: none
-    linvel: bool = True  # "state" with the body's velocity, which no sensor has: 48 numbers, else 45
+    linvel: bool = True  # "state" with the body's velocity, which no sensor has (48 or 45 numbers)
     # of the joystick tasks; balanced: a tenth of the time stands, a tenth turns on the spot
     commands: Literal["published", "balanced"] = "published"
     command_range: tuple[float, float, float] = (1.5, 0.8, 1.2)  # m/s, m/s, rad/s at most
