@@ -190,7 +190,7 @@ def check_numbers(args: Args):
     """Raises ValueError for a number that means nothing: every count, rate and share has bounds."""
     may_be_0 = "seed camera atoms pad margin learning_starts random_steps ramp_steps std_steps"
     may_be_0 += " critic_warmup critic_epochs num_critics"
-    shares = "gamma gae_lambda tau encoder_tau target_decay ema average dropout offline"
+    shares = "gamma gae_lambda tau encoder_tau target_decay ema decay average dropout offline"
     for name, value in asdict(args).items():
         flag = "--" + name.replace("_", "-")
         if type(value) is int:

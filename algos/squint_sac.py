@@ -20,8 +20,8 @@ Differences from the authors' code:
  6. A block of updates sees what was stored before the last step, so that simulating and learning
     can take a core each.
  7. Ours, not the paper's: `--asymmetric`; `--ema`, an average of encoder and actor over time that
-    is evaluated, saved and deployed while the raw weights explore. On a CPU 0.99, and the sizes
-    are smaller: TUNED, below.
+    is evaluated, saved and deployed while the raw weights explore; `--decay` of the learning rates.
+    A CPU uses both, 0.99 and 0.5, and narrower networks: TUNED, below.
 
 Commands, from the repository's root:
     train      python algos/squint_sac.py --env-id SO101LiftCube-v1
@@ -37,7 +37,8 @@ after 180,000 and 21 minutes. Curves and commands: docs/algos/squint_sac.md. Not
 Needs torch, numpy, tyro, tqdm and imageio[ffmpeg]; tensordict for --cudagraphs.
 
 Shapes: N environments, T rows of the buffer, F critic updates a block, B batch, K critic heads,
-Z atoms, A action dimensions, S state dimensions, H x W image, C channels (3 a camera), M cameras.
+Z atoms, A action dimensions, S state dimensions, E features of an image, H x W image, C channels
+(3 a camera), M cameras.
 """
 
 # --- Imports --------------------------------------------------------------------------------------
@@ -83,12 +84,15 @@ TUNED = {
         num_updates=4,
         batch_size=128,
         buffer_size=100_000,
-        critic_hidden=256,
+        encoder_width=16,
+        actor_hidden=128,
+        critic_hidden=128,
         policy_lr=1e-3,
         q_lr=1e-3,
         alpha_lr=1e-3,
         alpha=0.05,
         ema=0.99,
+        decay=0.5,
         amp=False,
         compile=False,
         cudagraphs=False,
@@ -105,7 +109,7 @@ TUNED = {
         samples_per_pixel=4,
     ),
     ("SO101Reach*", "cpu"): dict(
-        total_timesteps=80_000,
+        total_timesteps=100_000,
         eval_freq=10_000,
     ),
 }
@@ -150,6 +154,7 @@ class Args:
     policy_lr: float = 3e-4  # Adam's learning rate for the actor
     q_lr: float = 3e-4  # Adam's learning rate for critic and encoder
     alpha_lr: float = 3e-4  # Adam's learning rate for log alpha
+    decay: float = 0.0  # share of the run, its last, in which the learning rates fall to 0
     policy_frequency: int = 4  # critic updates per actor update; together they are one block
     alpha: float = 1.0  # weight of the entropy: the first one with autotune, else the constant one
     autotune: bool = True  # learn alpha so that the entropy is -A
@@ -160,6 +165,7 @@ class Args:
     num_atoms: int = 101  # atoms of the return distribution
     v_min: float = -20.0  # lowest return represented
     v_max: float = 20.0  # highest return represented
+    encoder_width: int = 32  # channels of the first convolution; the others have twice as many
     actor_hidden: int = 256  # width of the actor's three layers
     critic_hidden: int = 512  # width of each critic head's three layers
 
@@ -182,7 +188,7 @@ def check_numbers(args: Args):
     """Raises ValueError for a number that means nothing: every count, rate and share has bounds."""
     may_be_0 = "seed camera atoms pad margin learning_starts random_steps ramp_steps std_steps"
     may_be_0 += " critic_warmup critic_epochs num_critics"
-    shares = "gamma gae_lambda tau encoder_tau target_decay ema average dropout offline"
+    shares = "gamma gae_lambda tau encoder_tau target_decay ema decay average dropout offline"
     for name, value in asdict(args).items():
         flag = "--" + name.replace("_", "-")
         if type(value) is int:
@@ -344,20 +350,20 @@ def mlp(*widths: int) -> nn.Sequential:
 
 
 class Encoder(nn.Module):
-    """uint8 (B, H, W, C) -> (B, 1024). Shared by actor and critic, trained by the critic alone."""
+    """uint8 (B, H, W, C) -> (B, E), E = 32 width. Of actor and critic, trained by the critic."""
 
-    CONVS = {  # image size -> width, kernel, stride of each layer; all end at 64 x 4 x 4
-        16: ((32, 4, 2), (64, 4, 1)),
-        32: ((32, 4, 2), (64, 4, 2), (64, 3, 1)),
-        64: ((32, 8, 4), (64, 4, 2), (64, 3, 1)),
+    CONVS = {  # image size -> kernel, stride of each layer; all end at 4 x 4 pixels
+        16: ((4, 2), (4, 1)),
+        32: ((4, 2), (4, 2), (3, 1)),
+        64: ((8, 4), (4, 2), (3, 1)),
     }
 
-    def __init__(self, channels: int, size: int):
+    def __init__(self, channels: int, size: int, width: int):
         super().__init__()
-        layers = []
-        for width, kernel, stride in self.CONVS[size]:
-            layers += [nn.Conv2d(channels, width, kernel, stride), nn.ReLU()]
-            channels = width
+        layers, outputs = [], width
+        for kernel, stride in self.CONVS[size]:
+            layers += [nn.Conv2d(channels, outputs, kernel, stride), nn.ReLU()]
+            channels, outputs = outputs, 2 * width
         self.convs = nn.Sequential(*layers)
 
     def forward(self, rgb):
@@ -366,11 +372,11 @@ class Encoder(nn.Module):
 
 
 class Projection(nn.Module):
-    """features (B, 1024), state (B, S) -> (B, 306): 50 numbers for the image, 256 for the state."""
+    """features (B, E), state (B, S) -> (B, 306): 50 numbers for the image, 256 for the state."""
 
-    def __init__(self, state_dim: int):
+    def __init__(self, feature_dim: int, state_dim: int):
         super().__init__()
-        self.rgb = nn.Sequential(nn.Linear(1024, 50), nn.LayerNorm(50), nn.Tanh())
+        self.rgb = nn.Sequential(nn.Linear(feature_dim, 50), nn.LayerNorm(50), nn.Tanh())
         self.state = mlp(state_dim, 256)
 
     def forward(self, features, state):
@@ -378,11 +384,12 @@ class Projection(nn.Module):
 
 
 class Actor(nn.Module):
-    """features (B, 1024), state (B, S) -> mean, log std (B, A) of the Gaussian before the tanh."""
+    """features (B, E), state (B, S) -> mean, log std (B, A) of the Gaussian before the tanh."""
 
-    def __init__(self, state_dim: int, action_dim: int, hidden: int):
+    def __init__(self, state_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.projection = Projection(state_dim)
+        hidden = args.actor_hidden
+        self.projection = Projection(32 * args.encoder_width, state_dim)
         self.trunk = mlp(306, hidden, hidden, hidden)
         self.mean = nn.Linear(hidden, action_dim)
         self.log_std = nn.Linear(hidden, action_dim)
@@ -394,11 +401,11 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """features (B, 1024), state (B, S), actions (B, A) -> logits (K, B, Z) of K separate heads."""
+    """features (B, E), state (B, S), actions (B, A) -> logits (K, B, Z) of K separate heads."""
 
     def __init__(self, state_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.projection = Projection(state_dim)
+        self.projection = Projection(32 * args.encoder_width, state_dim)
         self.heads = nn.ModuleList()
         for _ in range(args.num_q):
             layers = mlp(306 + action_dim, *[args.critic_hidden] * 3)
@@ -426,8 +433,8 @@ class Agent(nn.Module):
         super().__init__()
         self.shapes = shapes
         critic_state = shapes["state"] + shapes["privileged"]
-        self.encoder = Encoder(shapes["channels"], args.image_size)
-        self.actor = Actor(shapes["state"], shapes["action"], args.actor_hidden)
+        self.encoder = Encoder(shapes["channels"], args.image_size, args.encoder_width)
+        self.actor = Actor(shapes["state"], shapes["action"], args)
         self.critic = Critic(critic_state, shapes["action"], args)
         self.apply(init_weights)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
@@ -439,12 +446,13 @@ class Agent(nn.Module):
         self.to(args.device)
         self.encoder.to(memory_format=torch.channels_last)
         q_parameters = [*self.critic.parameters(), *self.encoder.parameters()]
-        q_group = dict(params=q_parameters, lr=args.q_lr)
-        alpha_group = dict(params=[self.log_alpha], lr=args.alpha_lr)
-        # capturable: the step count is on the device, where a CUDA graph can raise it
+        rate = partial(torch.tensor, device=args.device)
+        q_group = dict(params=q_parameters, lr=rate(args.q_lr))
+        alpha_group = dict(params=[self.log_alpha], lr=rate(args.alpha_lr))
+        # rates and the capturable step count are on the device, where a CUDA graph sees them change
         adam = partial(torch.optim.Adam, fused=True, capturable=self.support.is_cuda)
         self.q_optimizer = adam([q_group, alpha_group])
-        self.actor_optimizer = adam(self.actor.parameters(), args.policy_lr)
+        self.actor_optimizer = adam(self.actor.parameters(), rate(args.policy_lr))
 
 
 # --- Storage --------------------------------------------------------------------------------------
@@ -520,7 +528,7 @@ def project_distribution(probs, moved, support):
 
 
 def critic_loss(agent: Agent, batch: dict, noise, args: Args):
-    """Loss of critic, encoder, temperature; noise (2B, A). -> loss, features (B, 1024), metrics"""
+    """Loss of critic, encoder, temperature; noise (2B, A). -> loss, features (B, E), metrics"""
     with torch.autocast(noise.device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False):
         features = agent.encoder(batch["rgb"])
         with torch.no_grad():
@@ -569,6 +577,14 @@ def descend(loss, optimizer):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
+
+
+def set_learning_rates(agent: Agent, args: Args, step: int):
+    """Constant, then falling linearly to 0 over the last `decay` of the run.  # differs (7)"""
+    share = min(1.0, (1 - step / args.total_timesteps) / max(args.decay, 1e-9))
+    groups = agent.q_optimizer.param_groups + agent.actor_optimizer.param_groups
+    for group, rate in zip(groups, (args.q_lr, args.alpha_lr, args.policy_lr), strict=True):
+        group["lr"].fill_(share * rate)
 
 
 @torch.no_grad()
@@ -808,8 +824,9 @@ class Policy(nn.Module):
         self.device = torch.device(device)
         shapes = checkpoint["shapes"]
         with torch.device("meta"):  # shapes only: no random number is drawn
-            self.encoder = Encoder(shapes["channels"], self.args.image_size)
-            self.actor = Actor(shapes["state"], shapes["action"], self.args.actor_hidden)
+            width = self.args.encoder_width
+            self.encoder = Encoder(shapes["channels"], self.args.image_size, width)
+            self.actor = Actor(shapes["state"], shapes["action"], self.args)
         own = {}
         for name, value in checkpoint["agent"].items():
             if name.startswith("averaged."):
@@ -943,6 +960,7 @@ def train(args: Args) -> dict:
 
         # update
         if len(replay) >= args.learning_starts:
+            set_learning_rates(agent, args, step)
             for _ in range(args.num_updates // args.policy_frequency):
                 losses.append(update(replay.sample(args.policy_frequency, args.batch_size)))
             if not compiled:  # the first updates compile, and train_time is without that

@@ -176,7 +176,8 @@ def test_nan_in_a_target_stays_in_its_row():
 
 
 def test_log_probability_is_that_of_a_squashed_gaussian():
-    actor, features, state = sq.Actor(3, 2, 16), torch.randn(32, 1024), torch.randn(32, 3)
+    actor = sq.Actor(3, 2, sq.Args(actor_hidden=16))
+    features, state = torch.randn(32, 1024), torch.randn(32, 3)
     noise = torch.randn(32, 2) * 2
     actions, log_probs = sq.sample_actions(actor, features, state, noise)
     mean, log_std = actor(features, state)
@@ -188,7 +189,7 @@ def test_log_probability_is_that_of_a_squashed_gaussian():
 
 
 def test_log_std_is_bounded():
-    actor = sq.Actor(3, 2, 16)
+    actor = sq.Actor(3, 2, sq.Args(actor_hidden=16))
     for bias, bound in ((-100.0, -5.0), (100.0, 2.0)):
         actor.log_std.bias.data.fill_(bias)
         log_std = actor(torch.randn(8, 1024), torch.randn(8, 3))[1]
@@ -237,9 +238,10 @@ def test_hue_turns_by_at_most_18_degrees(monkeypatch, draw, turn):
 
 # --- Networks -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("size", [16, 32, 64])
-def test_encoder_gives_1024_features(size):
+@pytest.mark.parametrize("width", [16, 32])
+def test_encoder_gives_32_features_for_each_of_its_width(size, width):
     rgb = torch.zeros(2, size, size, 3, dtype=torch.uint8)
-    assert sq.Encoder(3, size)(rgb).shape == (2, 1024)
+    assert sq.Encoder(3, size, width)(rgb).shape == (2, 32 * width)
 
 
 def test_parameter_counts_are_the_published_ones():
