@@ -112,6 +112,8 @@ TUNED = {
         total_timesteps=100_000,
         eval_freq=10_000,
     ),
+    ("SO101Place*", "cpu"): dict(total_timesteps=600_000, eval_freq=40_000),
+    ("SO101Stack*", "cpu"): dict(total_timesteps=800_000, eval_freq=40_000),
 }
 # not taken over from the arguments in --checkpoint
 NOT_INHERITED = ("name", "resume", "device", "amp", "compile", "cudagraphs")

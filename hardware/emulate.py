@@ -34,7 +34,7 @@ from hardware.policy import load_policy
 from hardware.so101 import Calibration
 
 EVAL_SEED = 10_000  # of the episodes that algos/ evaluate on
-SCENE_STEP = 0.01  # s, the simulation's
+SCENE_STEP = 0.002  # s, a fifth of the training's: what is touched and what pushes meet once a step
 STALL_TORQUE = 3.0  # N m, of the servos in envs/so101/so101.xml
 
 
@@ -88,13 +88,17 @@ class Scene:
                                      samples_per_pixel=samples, cameras=cameras)  # fmt: skip
         except ValueError as error:
             raise EmulationError(str(error)) from None
-        self.past: deque[tuple[float, np.ndarray]] = deque(maxlen=200)
+        self.past: deque[tuple[float, np.ndarray]] = deque(maxlen=1000)
         self.begin(self.env.state_dict(), 0.0)
 
     def begin(self, state: dict, now: float) -> None:
         """Starts an episode (see `episodes`) at `now` seconds of the clock."""
         self.env.load_state_dict(state)
         self.model = self.env.physics.models[0]
+        self.model.opt.timestep = SCENE_STEP
+        # led by hand: no motors, nothing that brakes
+        self.model.dof_damping[:6] = self.model.dof_frictionloss[:6] = 0.0
+        self.model.actuator_gainprm[:6], self.model.actuator_biasprm[:6] = 0.0, 0.0
         self.data = self.mujoco.MjData(self.model)
         self.data.qpos[:] = self.env.physics.state[0, 1 : 1 + self.model.nq]
         self.mujoco.mj_forward(self.model, self.data)
@@ -105,7 +109,6 @@ class Scene:
         """One step of the simulation, at whose end the arm's joints are at `joints`, radians."""
         before = self.data.qpos[:6].copy()
         self.data.qvel[:6] = speed = (joints - before) / SCENE_STEP
-        self.data.ctrl[:6] = joints
         self.mujoco.mj_step(self.model, self.data)
         self.data.qpos[:6], self.data.qvel[:6] = joints, speed
         self.past.append((now, self.data.qpos.copy()))
@@ -113,6 +116,15 @@ class Scene:
     def weight(self) -> np.ndarray:
         """Torque of gravity on the six joints, N m, as of the last step. (The simulated arm itself floats.)"""
         return -self.data.qfrc_gravcomp[:6]
+
+    def resistance(self) -> np.ndarray:
+        """Torque on the six joints, N m, of all that the arm touches, itself included, as of the last step."""
+        first = int(self.mujoco.mjtConstraint.mjCNSTR_CONTACT_FRICTIONLESS)  # what is before are limits and dry friction
+        forces = np.where(self.data.efc_type >= first, self.data.efc_force, 0.0)
+        torque = np.zeros(self.model.nv)
+        if len(forces):
+            self.mujoco.mj_mulJacTVec(self.model, self.data, torque, forces)
+        return torque[:6]
 
     def _place(self, qpos: np.ndarray) -> None:
         import torch
@@ -299,9 +311,9 @@ class EmulatedArm:
     def _step(self, now: float) -> None:
         self.servos.advance()
         self.scene.follow(self.joints(), now)
-        if self.gravity:
-            for servo, weight in zip(self.servos.servos.values(), self.scene.weight(), strict=True):
-                servo.load = float(weight) / STALL_TORQUE if servo.torque else 0.0
+        torques = self.scene.resistance() + self.gravity * self.scene.weight()
+        for servo, torque in zip(self.servos.servos.values(), torques, strict=True):
+            servo.load = float(torque) / STALL_TORQUE if servo.torque else 0.0
 
     # Cameras
     def cameras(self, **options) -> dict[str, Camera]:

@@ -1185,5 +1185,6 @@ def test_published_curves_are_drawn_beside_ours(tmp_path):
     (tmp_path / "cartpole_balance__cpu2__s1.json").write_text(command)
     groups = script.ours(tmp_path, "cartpole_balance")
     assert groups["cpu2"][0][0] == [400.0]
-    script.draw("cartpole_balance", curve, groups, tmp_path / "images/a.png")
-    assert (tmp_path / "images/a.png").stat().st_size > 5_000
+    script.figures("drqv2", {"cartpole_balance": curve}, tmp_path / "images")
+    image = tmp_path / "images/published__drqv2__cartpole_balance.png"
+    assert image.stat().st_size > 5_000

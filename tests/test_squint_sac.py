@@ -409,6 +409,28 @@ def test_the_average_is_that_of_all_blocks():
     assert not torch.equal(*convs), "the encoder is averaged, too"
 
 
+@pytest.mark.parametrize(
+    "decay, shares", [(0.0, (1, 1, 1)), (0.5, (1, 0.8, 0.2)), (1.0, (0.8, 0.4, 0.1))]
+)
+def test_learning_rates_fall_to_0_at_the_end_of_the_run(decay, shares):
+    agent, _, args = learning_parts(decay=decay, total_timesteps=100, q_lr=1e-3, alpha_lr=2e-3)
+    for step, share in zip((20, 60, 90), shares, strict=True):
+        sq.set_learning_rates(agent, args, step)
+        rates = [group["lr"].item() for group in agent.q_optimizer.param_groups]
+        assert rates == pytest.approx([share * 1e-3, share * 2e-3])
+        rate = agent.actor_optimizer.param_groups[0]["lr"].item()
+        assert rate == pytest.approx(share * args.policy_lr)
+
+
+def test_no_weight_moves_when_the_rates_are_0():
+    agent, batches, args = learning_parts(decay=0.5, total_timesteps=100)
+    sq.set_learning_rates(agent, args, 100)
+    before = [p.detach().clone() for p in agent.parameters() if p.requires_grad]
+    sq.update_block(agent, batches, args)
+    after = [p for p in agent.parameters() if p.requires_grad]
+    assert all(map(torch.equal, before, after)) and len(after) > 40
+
+
 def trained_by(device: str, **fast) -> dict:
     """Weights after six blocks."""
     agent, batches, args = learning_parts()
