@@ -193,7 +193,10 @@ def check_numbers(args: Args):
     may_be_0 += " critic_warmup critic_epochs num_critics"
     shares = "gamma gae_lambda tau encoder_tau target_decay ema decay average dropout offline"
     for name, value in asdict(args).items():
-        flag = "--" + name.replace("_", "-")
+        flag, usual = "--" + name.replace("_", "-"), type(getattr(Args, name, None))
+        kinds = (usual, int) if usual is float else (usual,)
+        fits = usual is type(None) or type(value) in kinds
+        need(fits, f"{flag} must be of type {usual.__name__}, not {value!r}")
         if type(value) is int:
             need(value > 0 or name in may_be_0.split() and value == 0, f"{flag} must be at least 1")
         elif type(value) is float:

@@ -10,10 +10,10 @@ images through `hardware/camera.py`, exactly as with the real arm.
 measures a policy in closed loop over 64 episodes, beside the simulator's own rate on the same episodes. This is the
 only module of `hardware/` that imports a simulator.
 
-What is emulated and what is not: the servos' controllers, torque limits, protections and wire, the arm's weight as a
-load on them, and if asked for the play of their gears; no flexibility, and nothing that the arm touches pushes back (a
-jaw closes through a cube: grasping cannot be judged here). The frame is drawn with one ray a pixel, without lens, blur
-or noise.
+What is emulated and what is not: the servos' controllers, torque limits, protections and wire, the arm's weight and
+what it touches as loads on them, and if asked for the play of their gears; no flexibility. Servos and scene meet every
+2 ms: the scene's joints are led to where the shafts stand, and the torque of their contacts loads the shafts in the
+next step. The frame is drawn with one ray a pixel, without lens, blur or noise.
 """
 
 import csv
@@ -119,7 +119,9 @@ class Scene:
 
     def resistance(self) -> np.ndarray:
         """Torque on the six joints, N m, of all that the arm touches, itself included, as of the last step."""
-        first = int(self.mujoco.mjtConstraint.mjCNSTR_CONTACT_FRICTIONLESS)  # what is before are limits and dry friction
+        first = int(
+            self.mujoco.mjtConstraint.mjCNSTR_CONTACT_FRICTIONLESS
+        )  # before it: limits, dry friction
         forces = np.where(self.data.efc_type >= first, self.data.efc_force, 0.0)
         torque = np.zeros(self.model.nv)
         if len(forces):

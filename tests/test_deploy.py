@@ -850,6 +850,36 @@ def test_success_is_that_of_the_environment(scene):
     assert rig.scene.success(target)
 
 
+def test_the_emulated_arm_lifts_a_cube_which_pushes_back():
+    """The scripted controller's actions, through the bus; without the contact's torque the jaw closes through it."""
+    pytest.importorskip("mujoco_warp", reason='needs the simulator: pip install -e ".[so101]"')
+    from envs import so101
+    from envs.so101.expert import Expert
+    from hardware import emulate
+    from hardware.deployment import emulated_episode
+
+    env = so101.make(
+        "SO101LiftCube-v1", 1, seed=2, stagger=False, domain_randomization=False, images=False
+    )
+    state, expert, actions = env.state_dict(), Expert(env), []
+    for _ in range(49):
+        action = expert.act()
+        actions.append(action[0].numpy())
+        env.step(action)
+    env.close()
+    spec = emulate.task_spec("SO101LiftCube-v1")
+    rig, jaw = emulate.EmulatedArm(spec, frame_size=16, samples=4), {}
+    calibration = Calibration.from_dict(rig.calibration())
+    for name, resistance in dict(solid=rig.scene.resistance, ghost=lambda: np.zeros(6)).items():
+        rig.scene.resistance = resistance
+        policy = FakePolicy(actions, **spec)
+        result = emulated_episode(rig, state, policy, Limits.from_spec(spec), calibration, 50)
+        assert result["success"] or name == "ghost"
+        jaw[name] = rig.joints()[5]
+    rig.scene.close()
+    assert jaw["solid"] > jaw["ghost"] + 0.05  # rad, about 4 mm at the fingertips
+
+
 # --- The command ------------------------------------------------------------------------------------------------------
 def command(*words, cwd=ROOT):
     return subprocess.run([sys.executable, str(SCRIPT), *map(str, words)], cwd=cwd, capture_output=True, text=True,
