@@ -51,11 +51,11 @@ def work(threads: int, seconds: float) -> float:
     import squint_sac
     import torch
 
-    torch.set_num_threads(threads)
     args = squint_sac.parse_args(["--env-id", "SO101ReachCube-v1", "--device", "cpu"])
     env, _ = squint_sac.make_envs(args)
     agent = squint_sac.Agent(args, squint_sac.shapes_of(env))
     update, pool = squint_sac.make_update(agent, args), ThreadPoolExecutor(1)
+    torch.set_num_threads(threads)  # make_update has set one
     actions = torch.zeros(args.num_envs, env.action_dim)
     obs = squint_sac.observe(env.step(actions)[0], args)
     replay = squint_sac.Replay(squint_sac.transition(obs, obs, actions, actions[:, 0]), rows=100)

@@ -1188,21 +1188,26 @@ def test_the_table_of_the_page_is_that_of_the_results():
         row["policy"], row["where"], row["latency_periods"], f"{row['camera_delay_ms']} ms",
         percent(row, "success_rate"), percent(row, "ci_low", "ci_high"), percent(row, "success_once"),
     )) + " |" for row in results()]  # fmt: skip
-    assert len(lines) >= 15 and "\n".join(lines) in (ROOT / "docs/hardware.md").read_text(), (
+    assert len(lines) >= 20 and "\n".join(lines) in (ROOT / "docs/hardware.md").read_text(), (
         "\n".join(lines)
     )
 
 
 def test_a_policy_on_the_emulated_arm_is_within_five_points_of_the_simulator():
-    """Of the measurements kept in docs/results: three policies, 64 episodes each, latencies 0, 1 and 2."""
-    for policy in ("reach_s1", "reach_s2", "reach_s3"):
-        rows = [
-            row for row in results() if row["policy"] == policy and row["camera_delay_ms"] == "0"
-        ]
-        rates = {(row["where"], row["latency_periods"]): float(row["success_rate"]) for row in rows}
-        assert all(int(row["episodes"]) == 64 for row in rows) and ("emulated arm", "2") in rates
-        for where in ("simulator", "simulator, noise"):
-            assert abs(rates["emulated arm", "0"] - rates[where, "0"]) <= 0.05
+    """Of the measurements kept in docs/results: each policy of a task together, 64 episodes each, no latency."""
+    rows = [
+        row for row in results() if (row["latency_periods"], row["camera_delay_ms"]) == ("0", "0")
+    ]
+    assert {row["policy"].split("_")[0] for row in rows} == {"reach", "lift", "place"}
+    for task in ("reach", "lift", "place"):
+        rates = {}
+        for row in rows:
+            if row["policy"].startswith(task):
+                assert row["episodes"] == "64"
+                rates.setdefault(row["where"], []).append(float(row["success_rate"]))
+        emulated, trained = rates["emulated arm"], rates["simulator, noise"]
+        assert len(emulated) == len(trained)
+        assert abs(np.mean(emulated) - np.mean(trained)) <= 0.05
 
 
 @pytest.mark.parametrize("page", ["hardware.md", "sim2sim_go1.md"])
