@@ -29,10 +29,9 @@ Commands, from the repository's root:
     evaluate   python algos/squint_sac.py --evaluate --checkpoint runs/NAME/best.pt
     resume     python algos/squint_sac.py --resume runs/NAME    (exact if it ran with --save-buffer)
 
-Expected result, two shared CPU cores, last evaluation of three seeds, measured before the tasks
-were compared with the authors' code and mended: SO101ReachCube-v1 99.5 +- 0.9 % after 80,000
-transitions and 15 +- 1 minutes (4.4 on quiet cores); SO101LiftCube-v1, without --ema, 84 +- 12 %
-after 180,000 and 21 minutes. Curves and commands: docs/algos/squint_sac.md. Not yet run on a GPU.
+Expected result on one CPU core, last evaluation of three seeds: SO101ReachCube-v1 100 % after 100,000
+transitions and 4 minutes, SO101LiftCube-v1 95 +- 0 % after 300,000 and 12, SO101PlaceCube-v1
+93 +- 2 % after 600,000 and 29. Curves and commands: docs/algos/squint_sac.md. Not yet run on a GPU.
 
 Needs torch, numpy, tyro, tqdm and imageio[ffmpeg]; tensordict for --cudagraphs.
 

@@ -2,10 +2,11 @@
 
     python scripts/picture_squint.py policies/SO101*.pt
 
-One panel a policy, in the order given, four in a row: the first two episodes of the training's own evaluation, on the
+One panel a policy, in the order given: the first two episodes of the training's own evaluation, on the
 nominal scene, none chosen. In a corner the 16 x 16 pixels that the policy sees. At real speed: ten pictures a second.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "algos"))
 import squint_sac  # noqa: E402  (algos/ is a folder of files to run; the line above lets this script import one)
 
-PANEL, INSET, LABEL, GAP, COLUMNS = 176, 48, 16, 4, 4  # pixels, and panels in a row
+PANEL, INSET, LABEL, GAP = 176, 48, 16, 4  # pixels
 EPISODES = 2
 
 
@@ -59,7 +60,7 @@ def main(
     out: folder for the film
     """
     panels = [film(path) for path in checkpoints]
-    columns = min(COLUMNS, len(panels))
+    columns = math.ceil(len(panels) ** 0.5)
     blank = [np.full_like(panels[0][0], 255)] * len(panels[0])
     panels += [blank] * (-len(panels) % columns)
     frames = []

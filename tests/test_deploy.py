@@ -1176,7 +1176,7 @@ def test_exports_run_the_arm_where_torch_cannot_be_imported(tmp_path):
 
 # --- Results ----------------------------------------------------------------------------------------------------------
 def results():
-    with (ROOT / "docs/results/hardware/emulated/reach__cpu2.csv").open(newline="") as file:
+    with (ROOT / "docs/results/hardware/emulated/so101__cpu2.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
 
