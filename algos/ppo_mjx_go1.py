@@ -59,7 +59,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -209,8 +208,6 @@ def check_numbers(args: Args):
 def check(args: Args):
     """Raises ValueError, one line, for a choice that would fail late, silently or unreadably."""
     check_numbers(args)
-    filmed = find_spec("imageio_ffmpeg") or not args.capture_video
-    need(filmed, "--capture-video needs ffmpeg: pip install imageio[ffmpeg], or --no-capture-video")
     whole = args.num_envs % args.num_minibatches == 0
     need(whole, "--num-envs must be a multiple of --num-minibatches")
     need(args.checkpoint or not args.evaluate, "--evaluate needs --checkpoint FILE")

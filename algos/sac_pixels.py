@@ -76,7 +76,6 @@ import time
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -979,8 +978,6 @@ def open_run(args: Args) -> Path:
     need(not taken, f"{run} exists: continue it with --resume {run}, or choose another --name")
     inside = args.resume or run.resolve().parent == Path("runs").resolve()
     need(inside, "--name must be the name of a folder in runs/, not a path")
-    filmed = find_spec("imageio_ffmpeg") or not args.capture_video
-    need(filmed, "--capture-video needs ffmpeg: pip install imageio[ffmpeg], or --no-capture-video")
     run.mkdir(parents=True, exist_ok=True)
     if args.track:
         try:

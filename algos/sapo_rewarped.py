@@ -53,7 +53,6 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -756,8 +755,6 @@ def open_run(args: Args) -> Path:
     need(not taken, f"{run} exists: continue it with --resume {run}, or choose another --name")
     inside = args.resume or run.resolve().parent == Path("runs").resolve()
     need(inside, "--name must be the name of a folder in runs/, not a path")
-    filmed = find_spec("imageio_ffmpeg") or not args.capture_video
-    need(filmed, "--capture-video needs ffmpeg: pip install imageio[ffmpeg], or --no-capture-video")
     run.mkdir(parents=True, exist_ok=True)
     if args.track:
         try:

@@ -58,7 +58,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from functools import partial
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -867,8 +866,6 @@ def open_run(args: Args) -> Path:
     need(not taken, f"{run} exists: continue it with --resume {run}, or choose another --name")
     inside = args.resume or run.resolve().parent == Path("runs").resolve()
     need(inside, "--name must be the name of a folder in runs/, not a path")
-    filmed = find_spec("imageio_ffmpeg") or not args.capture_video
-    need(filmed, "--capture-video needs ffmpeg: pip install imageio[ffmpeg], or --no-capture-video")
     run.mkdir(parents=True, exist_ok=True)
     if args.track:
         try:
@@ -919,9 +916,8 @@ def train(args: Args) -> dict:
     env, eval_envs = make_envs(args)
     if args.evaluate:
         video = Path(args.checkpoint).with_suffix(".mp4")
-        results = evaluate_all(
-            Policy(args.checkpoint, args.device), eval_envs, args, video, last=True
-        )
+        policy = Policy(args.checkpoint, args.device)
+        results = evaluate_all(policy, eval_envs, args, video, last=True)
         print(json.dumps(results))
         return results
     run = open_run(args)

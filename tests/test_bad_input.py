@@ -90,22 +90,6 @@ def test_a_name_that_is_too_long_is_an_oserror_which_the_command_prints(
 
 
 @each_algo
-def test_a_film_without_ffmpeg_is_refused_before_anything_is_written(name, monkeypatch, tmp_path):
-    algo = module_of(name)
-    if "capture_video" not in algo.Args.__dataclass_fields__:
-        pytest.skip("it films nothing")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(algo, "find_spec", lambda module: None)
-    args = algo.Args(name="run", **INPUTS.get(name, {}))
-    refuses = algo.check if name in JAX else algo.open_run
-    with pytest.raises(ValueError, match=r"^--capture-video needs ffmpeg: [^\n]+$"):
-        refuses(args)
-    assert not list(tmp_path.iterdir())
-    args.capture_video = False
-    refuses(args)
-
-
-@each_algo
 def test_a_file_where_the_folder_should_be_is_left_alone(name, monkeypatch, tmp_path):
     algo = module_of(name)
     monkeypatch.chdir(tmp_path)
