@@ -596,14 +596,15 @@ def test_large_blocks_are_not_faulted_in_anew():
         import resource, torch, drqv2
         drqv2.keep_memory()
         pages = []
-        for _ in range(3):
+        for _ in range(21):
             torch.ones(2**24)  # 16,384 pages
             pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-        print(pages[2] - pages[1])
+        print(pages[20] - pages[0])
     """
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, cwd=SCRIPT.parent, text=True, capture_output=True)
-    assert int(result.stdout) < 1000, result.stderr
+    # a small object that lands in a freed block moves the next one on, seen once; without keep_memory 20 times
+    assert int(result.stdout) < 4 * 16_384, result.stderr
 
 
 # --- Distributional critics -----------------------------------------------------------------------
