@@ -29,9 +29,10 @@ Commands, from the repository's root:
     evaluate   python algos/squint_sac.py --evaluate --checkpoint runs/NAME/best.pt
     resume     python algos/squint_sac.py --resume runs/NAME    (exact if it ran with --save-buffer)
 
-Expected result on one CPU core, last evaluation of three seeds: SO101ReachCube-v1 100 % after 100,000
-transitions and 4 minutes, SO101LiftCube-v1 95 +- 0 % after 300,000 and 12, SO101PlaceCube-v1
-93 +- 2 % after 600,000 and 29. Curves and commands: docs/algos/squint_sac.md. Not yet run on a GPU.
+Expected result on one CPU core, last evaluation of three seeds: SO101ReachCube-v1 100 % after
+100,000 transitions and 4 minutes, SO101LiftCube-v1 95 +- 0 % after 300,000 and 12,
+SO101PlaceCube-v1 93 +- 2 % after 600,000 and 29. Curves and commands: docs/algos/squint_sac.md.
+Not yet run on a GPU.
 
 Needs torch, numpy, tyro, tqdm and imageio[ffmpeg]; tensordict for --cudagraphs.
 
