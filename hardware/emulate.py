@@ -400,7 +400,9 @@ def main(args: Args) -> None:
         int(policy.spec["max_episode_steps"]),
     )
     size = policy.spec["render_size"]
-    common = dict(policy=Path(args.checkpoint).parent.name, episodes=args.episodes)
+    file = Path(args.checkpoint)  # a run's folder tells policies apart, elsewhere the file does
+    named = file.parent.name if file.stem in ("best", "checkpoint", "last") else file.stem
+    common = dict(policy=named, episodes=args.episodes)
 
     def add(success, once, **row) -> None:
         low, high = interval(int(np.sum(success)), args.episodes)
