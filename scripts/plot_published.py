@@ -88,6 +88,7 @@ def figures(algo: str, curves: dict, out: Path) -> None:
         panels[0, 0].set(xlim=(0, 1_000_000), ylim=(-0.02, 1.02))
         panels[0, 0].xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g} M")
         handles, labels = panels[0, 0].get_legend_handles_labels()
+        labels[1:] = [label.split(":")[0] + ": each seed" for label in labels[1:]]
         figure.legend(handles, labels, frameon=False, loc="outside upper center", ncols=2)
         figure.supxlabel("transitions")
         figure.supylabel("success at the end of an episode")
