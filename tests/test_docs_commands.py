@@ -1,6 +1,6 @@
 """Every command of README and docs names a program that exists, and flags that it has.
 
-Only read, not run.
+Only read, not run: scripts/walk.py runs them.
 """
 
 import ast
@@ -9,11 +9,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+from walk import PAGES, commands, program_of
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# what a page quotes from the past, or generates
-PAGES = [page for page in PAGES if page.name not in ("log.md", "commands.md")]
 OTHERS = {
     "cd",
     "cp",
@@ -29,18 +27,6 @@ OTHERS = {
     "sudo",
     "apt-get",
 }
-OURS = {"algos", "scripts", "benchmarks", "hardware", "envs", "tests"}
-
-
-def commands(page: Path) -> list[str]:
-    """The lines of its ```bash blocks, continued lines joined, comments left out."""
-    found = []
-    for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            line = re.sub(r"(^|\s)#.*", "", line).strip()
-            parts = [line] if "$(" in line else re.split(r"&&|;|\|", line)
-            found += [part.strip() for part in parts if part.strip()]
-    return found
 
 
 def arguments_of(source: str) -> set[str]:
@@ -56,25 +42,6 @@ def arguments_of(source: str) -> set[str]:
                 f"--{part.arg.replace('_', '-')}" for part in node.args.args + node.args.kwonlyargs
             }
     return flags | {"--help"}
-
-
-def program_of(words: list[str]) -> Path | None:
-    """The file of ours that a command runs; None where it is another's."""
-    for position, word in enumerate(words[:-1]):
-        if word == "-m":
-            module = words[position + 1]
-            if module.split(".")[0] in OURS:
-                path = ROOT / module.replace(".", "/")
-                return (
-                    path / "__main__.py"
-                    if (path / "__main__.py").exists()
-                    else path.with_suffix(".py")
-                )
-            return None
-    for word in words:
-        if word.endswith(".py") and word.split("/")[0] in OURS:
-            return ROOT / word
-    return None
 
 
 ALL = sorted({(str(page.relative_to(ROOT)), text) for page in PAGES for text in commands(page)})
