@@ -69,7 +69,7 @@ SERVERS = {"hardware/emulator.py": 15}  # seconds after which Ctrl-C ends what w
 NOT_WALKED = {
     r"^(cd|cp|export|for|do|done|source|git|rm|ls|uv|sudo|apt-get|\{|\$)": "the shell's, or a protocol's",
     r"pip install|^make setup|^make (lock|newest)(?!.*--list)|gather_wheels(?!.*--list)": "installs packages",
-    r"^make (train|test)$|gpu.py --minutes|^make reproduce(?!.*--list)": "takes as long as it takes",
+    r"^make (train|test)$|gpu.py --(minutes|dry-run)|^make reproduce(?!.*--list)|walk.py": "takes as long as it takes",
     r"benchmarks/(?!gpu)|bad_inputs|hardware.(faults|jitter)|physics_rewarped": "measures for minutes",
     r"NOISE|FOLDER|--device cuda": "needs what the reader fills in",
     r"/dev/tty|--camera 0": "needs the arm",

@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from walk import PAGES, commands, program_of
+from walk import PAGES, Walk, commands, program_of
 
 ROOT = Path(__file__).resolve().parent.parent
 OTHERS = {
@@ -66,3 +66,27 @@ def test_a_documented_command_can_be_typed(page, text):
         f"--{flag.lstrip('-').split('.')[-1]}" for flag in flags
     }  # of a nested argument the last part
     assert given <= known, f"{page}: {program.name} has no {', '.join(sorted(given - known))}"
+
+
+def test_a_walked_command_has_the_smallest_budget_and_a_run_for_its_placeholder(tmp_path):
+    for task, name in (("SO101ReachCube-v1", "old"), ("SO101LiftCube-v1", "new")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "args.json").write_text(f'{{"env_id": "{task}"}}')
+    walk = Walk(tmp_path, limit=1)
+    walk.runs = [("algos/squint_sac.py", tmp_path / "runs" / name) for name in ("old", "new")]
+    program = "algos/squint_sac.py"
+    words = f"python {program} --resume runs/<name>".split()
+    assert walk.filled(words, program)[-3:] == ["runs/new", "--total-timesteps", "3840"]
+    words = f"python {program} --checkpoint runs/<name>/best.pt --env-id SO101ReachCube-v1".split()
+    assert walk.filled(words, program)[3] == "runs/old/best.pt", "the newest of the command's task"
+    words = f"python {program} --cameras wrist third --total-timesteps 9 --track".split()
+    shortened = walk.filled(words, program)
+    assert shortened[2:6] == ["--cameras", "wrist", "third", "--track"] and "9" not in shortened
+    with pytest.raises(LookupError, match="no run of algos/drqv2.py"):
+        walk.filled("python algos/drqv2.py --resume runs/<name>".split(), "algos/drqv2.py")
+
+
+def test_a_failure_of_a_walked_command_is_its_last_line(tmp_path):
+    failure, _ = Walk(tmp_path, limit=60).run("python -c 'import sys; print(1); sys.exit(\"why\")'")
+    assert failure == "why"
+    assert Walk(tmp_path, limit=60).run("python -c 'print(1)'")[0] == ""
