@@ -1,9 +1,9 @@
-"""Cut a checkpoint of squint_sac.py down to what acts: a policy to take away, of half a megabyte.
+"""Cut a checkpoint of squint_sac.py or sapo_rewarped.py down to what acts: a policy to take away.
 
     python scripts/slim_policy.py runs/NAME/checkpoint.pt policies/TASK.pt
 
-It evaluates, deploys and exports like best.pt. The critic, and with it --checkpoint to train on, stays behind. Of
-checkpoint.pt the weights are the last ones, whose evaluation is the run's result; of best.pt they are the best ones.
+It evaluates, deploys and exports like best.pt. Of Squint the critic stays behind, and with it --checkpoint to train on.
+The weights of checkpoint.pt are the last ones, whose evaluation is the run's result; those of best.pt the best ones.
 """
 
 import sys
@@ -14,7 +14,13 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "algos"))
-import squint_sac  # noqa: E402  (algos/ is a folder of files to run; the line above lets this script import one)
+import sapo_rewarped  # noqa: E402  (algos/ is a folder of files to run; the line above lets this script import one)
+import squint_sac  # noqa: E402
+
+ACTING = {
+    squint_sac: "averaged.",
+    sapo_rewarped: "",
+}  # how the names of the weights that stay begin
 
 
 def main(checkpoint: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path]):
@@ -23,15 +29,19 @@ def main(checkpoint: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path]
     checkpoint: checkpoint.pt or best.pt of a run
     out: file to write
     """
-    whole = squint_sac.load(checkpoint)
-    slim = {key: whole[key] for key in ("algo", "args", "shapes", "spec", "progress")}
-    slim["agent"] = {
-        name: value.clone()
-        for name, value in whole["agent"].items()
-        if name.startswith("averaged.")
-    }
-    torch.save(slim, out)
-    squint_sac.Policy(out)  # it loads
+    for module, prefix in ACTING.items():
+        try:
+            whole = module.load(checkpoint)
+        except ValueError as error:
+            reason = error
+            continue
+        slim = {key: whole[key] for key in ("algo", "args", "shapes", "spec", "progress")}
+        agent = whole["agent"].items()
+        slim["agent"] = {name: value.clone() for name, value in agent if name.startswith(prefix)}
+        torch.save(slim, out)
+        module.Policy(out)  # it loads
+        return
+    sys.exit(f"error: neither squint_sac's nor sapo_rewarped's: {reason}")
 
 
 if __name__ == "__main__":

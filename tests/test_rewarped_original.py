@@ -65,6 +65,38 @@ def test_antrun():
         close(rewards - 1.27, data["rewards"][t], 5e-4, t)
 
 
+@pytest.mark.parametrize("horizon", [4, 8, 16])
+def test_antruns_gradient_is_the_slope_of_the_originals_forward_pass(horizon):
+    """Along five directions in the actions of eight ants, wherever two widths of the original's differences agree.
+
+    Slopes are as large as 1.5, 2.6 and 8.3. The original's own gradient is off by up to 0.02, 0.6 and 15.
+    """
+    data, env = golden("gradients"), original("AntRun", 8)
+    first, actions = data["obs"], data["actions"][:horizon].clone().requires_grad_()
+    state = {"p": data["position"], "actions": torch.zeros(8, 8), "rates": 10 * first[:, 19:27]}
+    for name, low, high in (("q", 1, 5), ("v", 5, 8), ("w", 8, 11), ("angles", 11, 19)):
+        state[name] = first[:, low:high]
+    env.state, env.LOWEST = state, 0.27
+    env.detach()
+    rewards = torch.stack([env.step(action)[1] for action in actions])
+    apart = (
+        (rewards.detach() - data["rewards"][:horizon]).abs().amax(0)
+    )  # a foot down a substep earlier
+    assert (apart < 2e-3).sum() >= 7
+    (ours,) = torch.autograd.grad(rewards.sum(), actions)
+    wide, slopes = data[f"{horizon}/slopes"]  # (5, 8)
+    smooth = ((wide - slopes).abs() < 0.01 * (1 + slopes.abs())) & (apart < 2e-3)
+    assert smooth.float().mean() > 0.5
+    directions = data[f"{horizon}/directions"]
+    along = (ours * directions).sum((1, 3))
+    close(along[smooth], slopes[smooth].float(), {4: 0.01, 8: 0.02, 16: 0.5}[horizon])
+    theirs = (data[f"{horizon}/gradient"] * directions).sum((1, 3))
+    off = (theirs - slopes)[smooth].abs().max()
+    assert off > {4: 0.015, 8: 0.3, 16: 5.0}[horizon], (
+        "the original's has been mended: say so on the page"
+    )
+
+
 def test_handreorient_rewards():
     """Of 64 cubes, goals and actions: sixteen at angles of 0 to 0.2 rad, around 0.1 close together,
     the others at any."""
@@ -208,3 +240,10 @@ def test_starts_are_distributed_as_published(env_id):
     assert (off < 0.2 * span + 0.01).all(), off.amax(0)
     if env_id in ("RollingFlat", "HandFlip", "SoftJumper"):
         assert (off[[0, -1], 3:6] < 0.1 * span[3:6] + 0.005).all(), off[[0, -1], 3:6]
+
+
+def test_without_the_original_a_policy_is_not_played_in_it():
+    import play_original
+
+    with pytest.raises(ValueError, match=r"rewarped 1\.3\.3 is not installed"):
+        play_original.main(play_original.Args(checkpoint="policies/AntRun.pt"))

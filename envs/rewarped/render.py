@@ -47,7 +47,10 @@ def shade(colour: np.ndarray, normals: np.ndarray) -> np.ndarray:
 
 
 def stage(size: int, low, high, floor: float):
-    """An empty image: canvas and axes of the region from low to high (3,), with a floor."""
+    """An empty image: canvas and axes of the region from low to high (3,), with a floor of tiles.
+
+    The tiles stay where they are while the region follows a body, so that one sees it move.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -58,8 +61,16 @@ def stage(size: int, low, high, floor: float):
     axes.set_axis_off()
     axes.set(xlim=(low[2], high[2]), ylim=(low[0], high[0]), zlim=(low[1], high[1]))
     axes.set_box_aspect((high[2] - low[2], high[0] - low[0], high[1] - low[1]), zoom=1.2)
-    a, b = np.meshgrid((low[2], high[2]), (low[0], high[0]))
-    axes.plot_surface(a, b, np.full((2, 2), floor), color="0.9", shade=False, zorder=0)
+    side = (high[0] - low[0]) / 4
+    edges = []
+    for axis in (2, 0):
+        inner = side * np.arange(np.ceil(low[axis] / side), np.ceil(high[axis] / side))
+        edges.append(np.unique((low[axis], *inner, high[axis])))
+    a, b = np.meshgrid(*edges)
+    odd = (np.floor(a[:-1, :-1] / side + 1e-6) + np.floor(b[:-1, :-1] / side + 1e-6)) % 2
+    colours = np.repeat(np.where(odd, 0.84, 0.92)[..., None], 3, -1)
+    options = dict(rstride=1, cstride=1, shade=False, linewidth=0, antialiased=False, zorder=0)
+    axes.plot_surface(a, b, np.full(a.shape, floor), facecolors=colours, **options)
     return canvas, axes
 
 
