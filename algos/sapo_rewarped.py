@@ -29,8 +29,9 @@ Commands, from the repository's root:
     evaluate       python algos/sapo_rewarped.py --evaluate --checkpoint runs/NAME/best.pt
     resume         python algos/sapo_rewarped.py --resume runs/NAME    (exactly)
 
-Expected result, small size on two shared CPU cores, three seeds: AntRun 490 +- 47 after 131,072
-transitions and one minute (SHAC 334 +- 4, a random policy 81). Curves and commands:
+Expected result on one CPU core, three seeds: AntRun at the published size 9,347 +- 3,641 after 4.1
+million transitions and 31 minutes (--size full); at the small size 490 +- 47 after 131,072 and one
+minute (SHAC 334 +- 4, a random policy 81). Curves, and why more than the paper's 4,536:
 docs/algos/sapo_rewarped.md. Not yet measured on a GPU.
 
 Shapes: N environments, T steps of a window (`--horizon`), B batch, K critics, A action dimensions,
