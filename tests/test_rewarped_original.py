@@ -69,7 +69,8 @@ def test_antrun():
 def test_antruns_gradient_is_the_slope_of_the_originals_forward_pass(horizon):
     """Along five directions in the actions of eight ants, wherever two widths of the original's differences agree.
 
-    Slopes are as large as 1.5, 2.6 and 8.3. The original's own gradient is off by up to 0.02, 0.6 and 15.
+    Slopes are as large as 1.5, 2.6 and 8.3. The original's own gradient is off by up to 0.02, 0.6 and 15,
+    because poses between substeps get their gradient twice; mended there, it is ours.
     """
     data, env = golden("gradients"), original("AntRun", 8)
     first, actions = data["obs"], data["actions"][:horizon].clone().requires_grad_()
@@ -91,10 +92,10 @@ def test_antruns_gradient_is_the_slope_of_the_originals_forward_pass(horizon):
     along = (ours * directions).sum((1, 3))
     close(along[smooth], slopes[smooth].float(), {4: 0.01, 8: 0.02, 16: 0.5}[horizon])
     theirs = (data[f"{horizon}/gradient"] * directions).sum((1, 3))
-    off = (theirs - slopes)[smooth].abs().max()
-    assert off > {4: 0.015, 8: 0.3, 16: 5.0}[horizon], (
-        "the original's has been mended: say so on the page"
-    )
+    assert (theirs - slopes)[smooth].abs().max() > {4: 0.015, 8: 0.3, 16: 5.0}[horizon]
+    mended = data[f"{horizon}/mended"]
+    off = (ours - mended).square().sum((0, 2)) / mended.square().sum((0, 2))
+    assert off[apart < 2e-3].max() < 1e-3
 
 
 def test_handreorient_rewards():
