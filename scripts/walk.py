@@ -71,7 +71,7 @@ NOT_WALKED = {
     r"pip install|^make setup|^make (lock|newest)(?!.*--list)|gather_wheels(?!.*--list)": "installs packages",
     r"^make (train|test)$|gpu.py --(minutes|dry-run)|^make reproduce(?!.*--list)|walk.py": "takes as long as it takes",
     r"benchmarks/(?!gpu)|bad_inputs|hardware.(faults|jitter)|physics_rewarped": "measures for minutes",
-    r"NOISE|FOLDER|--device cuda": "needs what the reader fills in",
+    r"NOISE|FOLDER|--device cuda|…": "needs what the reader fills in",
     r"/dev/tty|--camera 0": "needs the arm",
     r"--viewer": "needs a display",
     r"mjx-warp": "compiles for a quarter of an hour without a GPU",
@@ -146,6 +146,8 @@ def why_not(text: str) -> str:
         return "needs ManiSkill"
     if "robosuite/" in text and not find_spec("robosuite"):
         return "needs robosuite"
+    if "baselines_rewarped" in text and not find_spec("stable_baselines3"):
+        return "needs stable-baselines3"
     return ""
 
 
@@ -199,7 +201,10 @@ class Walk:
     def run(self, text: str) -> tuple[str, float]:
         """-> "" or the last line that it printed before it failed, and seconds."""
         begun = time.time()
-        words = [word for word in shlex.split(text) if word != "…"]
+        words = []
+        for word in shlex.split(text):
+            found = sorted(self.clone.glob(word)) if "*" in word else ()
+            words += [str(path.relative_to(self.clone)) for path in found] or [word]
         words = words[
             next(i for i, word in enumerate(words) if "=" not in word or word.startswith("-")) :
         ]
