@@ -27,9 +27,9 @@ Commands, from the repository's root:
     evaluate       python algos/drqv2.py --evaluate --checkpoint runs/NAME/best.pt
     resume         python algos/drqv2.py --resume runs/NAME   (exact, if it ran with --save-buffer)
 
-Expected result, three seeds on one CPU core each: cartpole_balance 823 +- 161 after 30,000 steps
-(60,000 frames, 45 minutes, 48 pixels; the authors' ten: 963 to 995); dot_reach from -22 (random; the
-best possible is -2) to -3.8, -4.0 and -3.4 after 60,000 transitions and 5 minutes, with 99 %
+Expected result, three seeds, one CPU core each: cartpole_balance 823 +- 161 after 30,000 steps
+(60,000 frames, 46 minutes, 48 pixels; the authors' ten: 963 to 995); dot_reach from -22 (random;
+the best possible is -2) to -3.8, -4.0 and -3.4 after 60,000 transitions and 5 minutes, with 99 %
 success. Curves and commands: docs/algos/drqv2.md. Not yet measured on a GPU.
 
 Shapes: N environments, F slots of the buffer, B batch, A action dimensions, S state dimensions (0
