@@ -41,7 +41,17 @@ GOAL = 0.9  # the success rate whose first crossing the tables report
 NOT_YET = "_Not yet measured._"
 SINGLE = "† One seed: a single run, no headline."
 # Okabe and Ito's colours, told apart by colour-blind readers as well.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+    "#882255",
+    "#999999",
+)
 
 
 class ResultsError(Exception):
@@ -191,7 +201,12 @@ def draw(runs: list[Run], path: Path) -> None:
     axes[0].xaxis.set_major_formatter(
         lambda value, _: f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k"
     )
-    axes[1].legend(frameon=False, fontsize=8, loc="best")
+    if len(axes[1].get_legend_handles_labels()[0]) > 7:  # thin lines are seeds, not in the legend
+        figure.set_size_inches(11, 3.2)
+        handles = axes[1].get_legend_handles_labels()
+        figure.legend(*handles, frameon=False, fontsize=8, loc="outside right center")
+    else:
+        axes[1].legend(frameon=False, fontsize=8, loc="best")
     figure.suptitle(f"{runs[0].algo}: {runs[0].task}", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
