@@ -152,7 +152,7 @@ def test_gradients_against_central_differences(material, steps):
         # A direction with a good part along the gradient, so that the difference is not only rounding.
         d = d / d.norm() + (2 * grad / grad.norm() if grad.norm() > 0 else 0)
         errors = []
-        for eps in (1e-6, 1e-7):
+        for eps in (1e-5, 1e-6, 1e-7):  # rounding differs between processors
             with torch.no_grad():
                 up, down = (
                     run(
