@@ -142,7 +142,7 @@ def need(holds, message: str):
 # same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
 def check_numbers(args: Args):
     """Raises ValueError for a number that means nothing: every count, rate and share has bounds."""
-    may_be_0 = "seed camera atoms pad margin learning_starts random_steps ramp_steps std_steps"
+    may_be_0 = "seed camera atoms pad margin learning_starts random_steps std_steps"
     may_be_0 += " critic_warmup critic_epochs num_critics"
     shares = "gamma gae_lambda tau encoder_tau target_decay ema decay average dropout offline"
     for name, value in asdict(args).items():

@@ -93,32 +93,35 @@ GRAD_CLIP = 1.0  # largest norm of a gradient
 NOISE_CLIP = 0.3  # c of equation 3, in units of actions
 PAD = 4  # largest random shift of images, pixels each way
 ALPHA = 0.05  # chance that p0+ or p1- is wrong
+CHOICE = 4  # transitions drawn for one that is learned from
 MEASURE = 4  # evaluations' worth of episodes, in which the base is measured first
 
 # --- Args -----------------------------------------------------------------------------------------
 # (env ids, device, recipe) -> defaults other than the published ones below; later rows win
 TUNED = {
-    ("*", "*", "ours"): dict(allowance=0.05, ramp_steps=19_200, offline=0.25),
+    ("*", "*", "ours"): dict(allowance=0.05, offline=0.25),
     # sizes and learning rates for a CPU, ours
     ("*", "cpu*", "*"): dict(
         num_envs=16,
-        total_timesteps=44_800,
-        eval_freq=3_200,
-        log_freq=800,
-        limit=(0.3,),
+        total_timesteps=600_000,
+        eval_freq=20_000,
+        log_freq=4_000,
+        heads=5,
         hidden=128,
         batch_size=128,
         encoder_dim=32,
-        utd=0.3,
+        utd=0.25,
+        gamma=0.97,
         lr=5e-4,
         actor_lr=1e-4,
         tau=0.01,
         noise=0.04,
-        learning_starts=3_200,
-        critic_warmup=1_500,
+        learning_starts=6_400,
+        critic_warmup=3_000,
     ),
-    ("*", "cpu*", "ours"): dict(policy_frequency=2),
-    ("SO101Reach*", "cpu*", "*"): dict(gamma=0.95),
+    ("SO101Reach*", "cpu*", "*"): dict(
+        gamma=0.95, utd=0.5, total_timesteps=48_000, eval_freq=3_200, log_freq=800
+    ),
 }
 
 
@@ -170,7 +173,6 @@ class Args:
     critic_warmup: int = 10_000  # critic-only updates after it
 
     # guard
-    ramp_steps: int = 0  # transitions after warm-up over which the residual grows from 0
     allowance: float = 1.0  # delta, success that may be lost on average while learning; 1: no guard
     credit: float = 10.0  # B, most that good episodes save up for bad ones, in episodes
 
@@ -188,7 +190,7 @@ def need(holds, message: str):
 # same in: squint_sac, drqv2, sac_pixels, sapo_rewarped, ppo_mjx_go1, distill_go1, resfit, bc_chunk
 def check_numbers(args: Args):
     """Raises ValueError for a number that means nothing: every count, rate and share has bounds."""
-    may_be_0 = "seed camera atoms pad margin learning_starts random_steps ramp_steps std_steps"
+    may_be_0 = "seed camera atoms pad margin learning_starts random_steps std_steps"
     may_be_0 += " critic_warmup critic_epochs num_critics"
     shares = "gamma gae_lambda tau encoder_tau target_decay ema decay average dropout offline"
     for name, value in asdict(args).items():
@@ -403,15 +405,13 @@ class Actor(nn.Module):
         (action_dim,) = shapes["actions"]
         limit = torch.tensor(args.limit).expand(action_dim)
         self.register_buffer("limit", limit.clone())
-        self.register_buffer("scale", torch.ones(()))  # share of the residual that is let through
         self.policy = mlp(self.trunk.width + action_dim, args.hidden, args.hidden)
         self.policy.append(nn.Linear(args.hidden, action_dim))
         nn.init.zeros_(self.policy[-1].weight)
         nn.init.zeros_(self.policy[-1].bias)
 
     def forward(self, x, base):
-        share = torch.tanh(self.policy(torch.cat([self.trunk(x), base], -1)))
-        return self.scale * share * self.limit
+        return torch.tanh(self.policy(torch.cat([self.trunk(x), base], -1))) * self.limit
 
 
 class Critics(nn.Module):
@@ -579,12 +579,19 @@ class Replay:
         self.head += 1
 
     def sample(self, batch_size: int) -> dict:
-        """B transitions, uniform over the steps that have n_step others after them."""
+        """B of the steps that have n_step others after them: CHOICE times as many are drawn,
+        uniformly, and those of exposed episodes come first.
+        """
         oldest = max(0, self.head - self.slots)
         newest = self.head - self.args.n_step
-        at = torch.randint(oldest, newest, (batch_size,), device=self.args.device)
-        env = torch.randint(self.num_envs, (batch_size,), device=self.args.device)
-        return self.transitions(at, env)
+        drawn = CHOICE * batch_size
+        at = torch.randint(oldest, newest, (drawn,), device=self.args.device)
+        env = torch.randint(self.num_envs, (drawn,), device=self.args.device)
+        if "exposed" in self.data:  # not in demonstrations
+            exposed = self.data["exposed"][at % self.slots, env]
+            order = exposed.int().argsort(descending=True, stable=True)
+            at, env = at[order], env[order]
+        return self.transitions(at[:batch_size], env[:batch_size])
 
     def transitions(self, at, env) -> dict:
         """Those that begin with steps `at` (B,) of environments `env` (B,).
@@ -730,15 +737,6 @@ def update(agent: Agent, batch: dict, with_actor: bool, args: Args) -> dict:
         metrics |= more
     target_update(agent.critics_target, agent.critics, args.tau)
     return metrics
-
-
-def ramp(agent: Agent, global_step: int, args: Args):
-    """Let a share of the residual through, the same when acting, in targets and in the losses."""
-    scale = 1.0
-    if args.ramp_steps:
-        scale = (global_step - args.learning_starts) / args.ramp_steps
-    for actor in (agent.actor, agent.actor_target):
-        actor.scale.fill_(min(max(scale, 0.0), 1.0))
 
 
 def draw_batch(replay: Replay, demos: Replay, args: Args) -> dict:
@@ -1229,7 +1227,6 @@ def train(args: Args) -> dict:
 
         # act, step and store
         begin = time.perf_counter()
-        ramp(agent, step, args)
         taken = collector.step()
         count(progress, taken)
         replay.add(taken)

@@ -162,7 +162,8 @@ def compare_with_golden(case: str, choose, monkeypatch, **changes):
     monkeypatch.setattr(rf, "PAD", 1)
     agent, draws = golden_agent(saved, args), saved["draws"]
     for actor in (agent.actor, agent.actor_target):
-        actor.scale.fill_(0.6)
+        full = actor.forward
+        actor.forward = lambda x, base, full=full: 0.6 * full(x, base)
     batch = dict(saved["batch"])
     obs = batch.pop("obs")
     batch |= obs | {"next_" + key: value for key, value in batch.pop("next_obs").items()}
@@ -445,23 +446,6 @@ def test_a_guarded_run_deploys_the_base_until_the_bound_says_otherwise(fake, mon
     assert torch.equal(policy.act(env.obs), base.act(rf.observe(env.obs, policy.args)))
 
 
-def test_the_residual_grows_over_the_ramp_where_it_acts_and_where_it_is_bootstrapped():
-    args = arguments(ramp_steps=40, learning_starts=30)
-    agent, x, base = (
-        rf.Agent({"state": [5], "actions": [2]}, args),
-        torch.rand(3, 5),
-        torch.zeros(3, 2),
-    )
-    for actor in (agent.actor, agent.actor_target):
-        nn.init.constant_(actor.policy[-1].bias, 9.0)
-    for step, share in ((0, 0), (30, 0), (50, 0.5), (70, 1), (999, 1)):
-        rf.ramp(agent, step, args)
-        for actor in (agent.actor, agent.actor_target):
-            torch.testing.assert_close(actor(x, base), torch.full((3, 2), 0.1 * share))
-    rf.ramp(agent, 0, arguments())
-    assert agent.actor.scale == 1
-
-
 def test_the_target_bootstraps_what_an_exposed_episode_executes():
     """The critics prefer the base's action by far, and the target takes the residual's all the same."""
     args = arguments(noise=0.0, limit=(1.0,))
@@ -579,7 +563,7 @@ def test_a_run_trains_evaluates_and_writes_what_the_page_says(fake):
     actor = rf.Agent({"state": [5], "actions": [2]}, arguments()).actor
     for name, fresh in actor.state_dict().items():
         trained = checkpoint["agent"]["actor." + name]
-        assert name in ("limit", "scale") or not torch.equal(trained, fresh), name
+        assert name == "limit" or not torch.equal(trained, fresh), name
     policy = rf.Policy(run / "checkpoint.pt", base=str(fake / "base.pt2"))
     for n in (1, 5):
         policy.reset(torch.ones(n, dtype=torch.bool))
@@ -596,7 +580,7 @@ def again(folder: Path, run: str, *words: str) -> rf.Args:
 RUNS = ("whole", "part")
 RESUMED = {
     "plain": {},
-    "guarded": dict(allowance=0.2, credit=3.0, ramp_steps=60),
+    "guarded": dict(allowance=0.2, credit=3.0),
     "pixels": dict(obs="pixels"),
 }
 
