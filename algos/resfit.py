@@ -19,8 +19,8 @@ By (6) training loses at most delta in success on average, whatever the residual
 on the page. p0+ and p1- are one-sided 95 % bounds of Clopper and Pearson.
 
 Differences from the paper:
- 1. Never far below the base: --recipe ours has (6), (7) and a ramp, over which the residual
-    grows from 0; --recipe published has none of them.
+ 1. Never far below the base: --recipe ours has (6) and (7), and learns from exposed episodes
+    first; --recipe published has no guard.
  2. The bound of (2) is hard: it holds for residual plus noise, per dimension, in warm-up too.
  3. Heads are trained by their own errors. (The paper leaves open whether they are averaged first.)
  4. The encoder's tokens are compressed by one linear layer each for actor and critics.

@@ -218,6 +218,24 @@ def test_n_step_sums_are_those_of_f2f0a1a():
     assert torch.equal(batch["next_state"][through, 0], at[through] + 3)
 
 
+def test_transitions_of_exposed_episodes_come_four_times_as_often_and_first():
+    """One environment of eight is exposed: half of a batch; four of eight: all of it."""
+    for exposed, share in ((1, 0.5), (4, 1.0)):
+        replay = rf.Replay(50, 8, arguments(n_step=3))
+        mask = torch.arange(8) < exposed
+        for t in range(60):
+            step = {"state": torch.arange(8.0)[:, None], "actions": torch.full((8, 1), t)}
+            replay.add(step | dict(rewards=torch.zeros(8), discounts=torch.ones(8), exposed=mask))
+        torch.manual_seed(0)
+        batch = replay.sample(1600)
+        env, at = batch["state"][:, 0], batch["actions"][:, 0]
+        seen = env < exposed
+        assert seen.float().mean().item() == pytest.approx(share, abs=0.05)
+        assert (seen.int().diff() <= 0).all()
+        assert len(env.unique()) == (8 if share < 1 else 4)
+        assert sorted(at.unique().tolist()) == list(range(10, 57))
+
+
 def test_demonstrations_are_relabelled_as_by_f2f0a1a(tmp_path):
     """golden/resfit.npz: f2f0a1a's store_demos, a base of 4 actions of which 3 are executed."""
     saved, first = golden("relabel"), 0
