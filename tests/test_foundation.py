@@ -216,7 +216,7 @@ def test_there_is_an_algorithm():
 # How much there is to read: tokens of code in the file, without docstrings and comments. To be read in one
 # sitting, not to be reached by packing: the layout is ruff's, at 100 columns, and a line may average 11 tokens.
 TOKENS = {
-    "squint_sac": 7860, "drqv2": 7370, "sac_pixels": 8145, "sapo_rewarped": 6480, "ppo_mjx_go1": 7345, "resfit": 9465,
+    "squint_sac": 7860, "drqv2": 7370, "sac_pixels": 8145, "sapo_rewarped": 6480, "ppo_mjx_go1": 7345, "resfit": 9430,
     "bc_chunk": 6620, "distill_go1": 4195,
 }  # fmt: skip
 TOKENS_A_LINE, LONGEST, LONGEST_TRAIN, COLUMNS = 11.05, 60, 90, 100
