@@ -15,6 +15,7 @@ Output:
         <!-- table:ALGO --> … <!-- /table -->               one line per task and hardware, over seeds
         <!-- table:ALGO/PATTERN --> … <!-- /table -->       only the tasks that match, such as SO101*
         <!-- table:throughput/NAME --> … <!-- /table -->    every hardware's rows
+        <!-- table:guard --> … <!-- /table -->             of each run of resfit, how far below its base it was
         <!-- figures:ALGO --> … <!-- /figures -->           the curves; ALGO/PATTERN works here too
         <!-- table:headlines --> … <!-- /table -->          of each cell with `headline`, its last score over all seeds
     A marker whose files are not there yet says "Not yet measured."
@@ -350,6 +351,31 @@ def headlines_table(runs: list[Run], root: Path) -> str:
     return markdown(["algorithm", "task", "score", "minutes", "more"], rows)
 
 
+def guard_table(runs: list[Run]) -> str:
+    """Return how far below its base each run of resfit was: a line per run that says what it deployed.
+
+    By chance a hundred episodes of the base itself fall below the threshold once in forty: two
+    deviations of their mean below the base.
+    """
+    header = ["task", "hardware", "seed", "base", "residual at its lowest", "deployed from step"]
+    header += ["lowest deployed", "lowest hundred in training", "evaluations with it below chance"]
+    header += ["end"]
+    rows = []
+    for run in runs:
+        if "eval/deploys" not in run.columns:
+            continue
+        success, residual = run.columns["eval/success_rate"], run.columns["eval/residual"]
+        rolling, deploys = run.columns["train/rolling_success"], run.columns["eval/deploys"] > 0
+        base = success[0]
+        below = rolling < base - 2 * math.sqrt(base * (1 - base) / 100)
+        first = run.columns["global_step"][deploys.argmax()] if deploys.any() else math.nan
+        cells = [f"{base:.1%}", f"{residual.min():.1%}", whole(first) if deploys.any() else "never"]
+        cells += [f"{success.min():.1%}", f"{run.columns['train/lowest'].min():.0%}"]
+        cells += [f"{below.sum()} of {len(below) - 1}", f"{success[-1]:.1%}"]
+        rows.append([run.task, run.hardware, str(run.seed), *cells])
+    return markdown(header, rows) if rows else NOT_YET
+
+
 def throughput_table(files: list[tuple[str, Path]]) -> str:
     """Return every row of every hardware's file, with the hardware as a column; columns are the files' union."""
     if not files:
@@ -408,6 +434,8 @@ def fill(
             return throughput_table(throughput.get(name.removeprefix("throughput/"), []))
         if name == "headlines":
             return headlines_table(runs, root)
+        if name == "guard":
+            return guard_table([run for run in runs if run.algo == "resfit"])
         return results_table(chosen(name), planned)
 
     def figures(name: str) -> str:

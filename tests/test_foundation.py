@@ -534,6 +534,22 @@ def test_a_headline_is_the_mean_of_three_seeds(tmp_path):
     assert line in text
 
 
+def test_the_guards_table_tells_how_far_below_its_base_a_run_was(tmp_path):
+    """A base of 50 %: a hundred of its own episodes are below 40 % once in forty."""
+    header = "global_step,wall_time,train_time,eval/success_rate,eval/residual,eval/deploys"
+    header += ",train/rolling_success,train/lowest"
+    rows = [
+        (0, 1, 0, 0.5, 0.5, 0, "nan", 1),
+        (10, 2, 1, 0.5, 0.125, 0, 0.41, 0.41),
+        (20, 3, 2, 0.75, 0.75, 1, 0.39, 0.38),
+        (30, 4, 3, 0.625, 0.625, 1, 0.6, 0.38),
+    ]
+    guarded = plot_results.read_run(write_run(tmp_path, "T__cpu2__s1.csv", rows, header))
+    plain = plot_results.read_run(write_run(tmp_path, "U__cpu2__s1.csv", [(0, 1, 0, 0.5)]))
+    lines = plot_results.guard_table([guarded, plain]).splitlines()
+    assert lines[2:] == ["| T | cpu2 | 1 | 50.0% | 12.5% | 20 | 50.0% | 38% | 1 of 3 | 62.5% |"]
+
+
 def test_mean_curve_interpolates_between_seeds(tmp_path):
     first = plot_results.read_run(
         write_run(tmp_path, "T__cpu2__s1.csv", [(0, 1, 0, 0.0), (10, 2, 1, 1.0)])
