@@ -766,7 +766,9 @@ def test_defaults_are_those_of_recipe_and_device():
     guards = rf.TUNED["*", "*", "ours"]
     ours = rf.parse_args(["--device", "cpu", "--demos", "x"])
     assert all(getattr(ours, key) == value for key, value in guards.items())
-    assert ours.hidden == 128 and ours.gamma == 0.95 and ours.policy_frequency == 2
+    assert ours.hidden == 128 and ours.gamma == 0.95 and ours.total_timesteps == 48_000
+    longer = rf.parse_args(["--device", "cpu", "--demos", "x", "--env-id", "SO101PlaceCube-v1"])
+    assert longer.gamma == 0.97 and longer.limit == (0.1,) and longer.policy_frequency == 4
     published = rf.parse_args(["--device", "cpu", "--demos", "x", "--recipe", "published"])
     assert published.allowance == 1 and published.warmup_noise == 0.2 and published.offline == 0.5
 
