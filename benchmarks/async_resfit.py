@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from contention import report
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"one after the other": "algos/resfit.py", "apart": "scripts/resfit_async.py"}
@@ -77,12 +78,7 @@ def main(args: Args):
         ratio = middle / statistics.median(found[next(iter(SCRIPTS)), utd])
         spread = f"{min(speeds):.1f} to {max(speeds):.1f}"
         rows.append((name, utd, f"{middle:.1f}", spread, f"{utd * middle:.1f}", f"{ratio:.2f}"))
-    for row in [COLUMNS, *rows]:
-        print("  ".join(str(cell).ljust(22) for cell in row))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.out, "w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
+    report([COLUMNS, *rows], args.out)
 
 
 if __name__ == "__main__":

@@ -98,6 +98,16 @@ def measure(threads: int, spin: str, busy: int, seconds: float) -> float:
             process.wait()
 
 
+def report(rows: list[tuple], out: Path | None):
+    """Print rows, the columns' names first, and write them to a CSV file if there is to be one."""
+    for row in rows:
+        print("  ".join(str(cell).ljust(46 if i == 0 else 22) for i, cell in enumerate(row)))
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(out, "w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
+
+
 def main(args: Args):
     if args.worker:
         print(work(args.worker, args.seconds))
@@ -116,12 +126,7 @@ def main(args: Args):
         share = min(1.0, 2 / (busy + 2)) if cores == 2 else float("nan")
         spread = f"{min(speeds):.1f} to {max(speeds):.1f}"
         rows.append((name, busy, f"{middle:.1f}", spread, f"{kept:.2f}", f"{share:.2f}"))
-    for row in [COLUMNS, *rows]:
-        print("  ".join(str(cell).ljust(46 if i == 0 else 18) for i, cell in enumerate(row)))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.out, "w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
+    report([COLUMNS, *rows], args.out)
 
 
 if __name__ == "__main__":

@@ -368,8 +368,8 @@ def guard_table(runs: list[Run]) -> str:
         rolling, deploys = run.columns["train/rolling_success"], run.columns["eval/deploys"] > 0
         base = success[0]
         below = rolling < base - 2 * math.sqrt(base * (1 - base) / 100)
-        first = run.columns["global_step"][deploys.argmax()] if deploys.any() else math.nan
-        cells = [f"{base:.1%}", f"{residual.min():.1%}", whole(first) if deploys.any() else "never"]
+        first = whole(run.columns["global_step"][deploys.argmax()]) if deploys.any() else "never"
+        cells = [f"{base:.1%}", f"{residual.min():.1%}", first]
         cells += [f"{success.min():.1%}", f"{run.columns['train/lowest'].min():.0%}"]
         cells += [f"{below.sum()} of {len(below) - 1}", f"{success[-1]:.1%}"]
         rows.append([run.task, run.hardware, str(run.seed), *cells])
